@@ -1,0 +1,215 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) of a causal language model.
+
+    deepspeed launch/train_dpo.py                                        # the built-in model on the built-in pairs
+    deepspeed launch/train_dpo.py --config launch/recipes/smollm_human_like.yaml
+    deepspeed --num_accelerators 2 launch/train_dpo.py --model DIR --data pairs.jsonl --ds_config ds_configs/zero3.json
+
+For a prompt x with a chosen answer y_w and a rejected answer y_l, minimises
+
+    -log sigmoid(beta * ((log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x))))
+
+averaged over all pairs of a step, whatever the ranks and rows they are spread over. It departs from the paper in the
+optimiser (AdamW for RMSprop, with decoupled weight decay on matrices), and in how pairs are computed, not in what: the
+prompt's tokens stand once for both answers, packed rows without padding (train/data/packing.py).
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from train import config  # noqa: E402
+
+CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
+
+
+@dataclasses.dataclass
+class Settings:
+    """Train a causal language model on preference pairs with DPO."""
+
+    model: str | None = None
+    """The policy: a model directory or hub name. None: SmolLM2-135M-Instruct."""
+    data: list[str] | None = None
+    """Pairs to train on: jsonl, json, csv, parquet files, save_to_disk folders or hub names. None: the built-in pairs."""
+    eval_data: list[str] | None = None
+    """Pairs to evaluate on. None: the built-in held-out pairs beside built-in data, else what --eval_split sets apart."""
+    eval_split: float = 0.0
+    """Share of the training prompts (with all their rows) set apart for evaluation where --eval_data is not given."""
+    data_split_seed: int = 0
+    """Seed of that split, which is by prompt."""
+    output: str = "runs/dpo"
+    """Folder for the model, TensorBoard, logs and run.json."""
+    loss: str = "sigmoid"
+    """The loss, a row of train/losses/preference.py's LOSSES."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
+    loss_args: dict = dataclasses.field(default_factory=dict)
+    """The loss's own parameters, say '{label_smoothing: 0.1}'."""
+    max_length: int = 1024
+    """Most tokens of a prompt and a response together; responses are cut at their end."""
+    max_prompt_length: int | None = 256
+    """Most tokens of a prompt; longer ones keep their end. None: bounded by --max_length alone."""
+    allow_control_tokens: bool = False
+    """Train on rows whose text spells out control tokens such as <|im_end|>, instead of dropping them."""
+    max_dropped: float = 0.05
+    """Largest share of unusable rows before the run refuses the data."""
+    batch_size: int = 16
+    """Pairs a step, over all ranks."""
+    micro_tokens: int | None = None
+    """Tokens a packed row may hold. None: from the free memory."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Most optimiser steps. None: no bound, but 6 steps for the built-in data on a CPU."""
+    lr: float = 5e-6
+    """Peak learning rate."""
+    lr_scheduler: str = "linear"
+    """Schedule after warm-up: a name that transformers' get_scheduler knows."""
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay of matrices; norms and biases never decay."""
+    grad_clip: float = 1.0
+    """Largest 2-norm of a step's gradient; 0 does not clip."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. Master weights and sums are fp32 in any case."""
+    reference: Literal["live"] = "live"
+    """Where log pi_ref comes from. live: a frozen model, scored beside the policy."""
+    reference_model: str | None = None
+    """The reference: a model directory or hub name. None: --model as it is at the start."""
+    reference_ds_config: str | None = None
+    """DeepSpeed JSON for the reference. None: sharded by ds_configs/frozen_zero3.json beside a stage-3 policy, else whole on
+    each rank."""
+    ds_config: str = str(ROOT / "ds_configs" / "zero0.json")
+    """DeepSpeed JSON: the ZeRO stage, offload, buckets."""
+    layout: Literal["packed", "padded"] = "packed"
+    """packed: shared prompts without padding. padded: one padded sequence a response, for models that packing refuses."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the weights in OUTPUT/model: fp32, bf16, or auto, the type that they were trained in."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: at the start and at the end only."""
+    log_every: int = 1
+    """Steps between readings of the training measures."""
+    trust_remote_code: bool = False
+    """Let the model's repository run its own Python code."""
+    seed: int = 0
+    """Seed of the data's order."""
+
+
+def main():
+    settings = config.parse(Settings)
+    from train.engine import quiet  # isort: skip  before the libraries that it quiets
+    from train.engine import checks, dist, export, memory, report, run, scoring
+
+    quiet.now()
+    device = dist.start()
+    with run.at_the_door():
+        folder = run.Run(settings.output, config.as_dict(settings))
+        if folder.finished:
+            return folder.say(f"{folder.path} holds this run, finished; another --output repeats it")
+        tokenizer, data, held_out = open_data(settings, folder)
+        policy, reference, loss_of, plan = open_models(settings, folder, tokenizer, data, device)
+    first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
+    evaluation = scoring.HeldOut(held_out, plan.row_tokens, device) if held_out else None
+    board = report.Training(folder, settings, policy, device, plan)
+    board.evaluate(0, evaluation, policy, reference, loss_of)
+    for step, rows in scoring.ahead(steps_of(settings, data, plan), data, device):
+        for row in rows:  # as many on every rank; one that is short of pairs runs an empty row
+            with memory.explained(row, plan.row_tokens):
+                pairs = scoring.pairs_of(policy(row), reference(row), row)
+                losses = loss_of(pairs)  # (B,)
+                # the engine averages over ranks; the mean wanted is over all pairs of the step
+                policy.backward(losses.sum() * dist.world() / len(step.groups))
+            board.add(row, pairs, losses)
+        board.stepped(step, policy.step())
+        if settings.eval_every and (step.number + 1) % settings.eval_every == 0 and step.number + 1 < plan.steps:
+            board.evaluate(step.number + 1, evaluation, policy, reference, loss_of)
+    board.evaluate(plan.steps, evaluation, policy, reference, loss_of)
+    gap = export.model_directory(policy.module, tokenizer, folder.path / "model", first_rows,
+                                 export_dtype=settings.export_dtype)  # fmt: skip
+    board.finish(gap)
+    dist.stop()
+
+
+class Plan(NamedTuple):
+    """What is settled before the first step."""
+
+    precision: str  # "bf16" or "fp32"
+    row_tokens: int  # the budget of a packed row
+    steps: int  # optimiser steps of the whole run
+    same_weights: bool  # the reference is the policy as it starts
+
+
+def open_data(settings, folder):
+    """The tokenizer, the training pairs and the held-out pairs (None where there are none), tokenised."""
+    from train.data import tokens
+    from train.engine import dist, run
+
+    builtin = ROOT / "train/data/builtin"
+    sources = settings.data or [str(builtin / "train.jsonl")]
+    eval_sources = settings.eval_data
+    if not settings.data and not eval_sources and not settings.eval_split:
+        eval_sources = [str(builtin / "held_out.jsonl")]
+    tokenizer = run.load_tokenizer(folder.model_path(settings.model), settings.trust_remote_code)
+    options = dict(max_length=settings.max_length, max_prompt_length=settings.max_prompt_length,
+                   allow_control_tokens=settings.allow_control_tokens, max_dropped=settings.max_dropped)  # fmt: skip
+    with dist.one_at_a_time():  # rank 0 tokenises, the others find it in the cache
+        data = tokens.prepare(sources, tokenizer, **options)
+        held_out = tokens.prepare(eval_sources, tokenizer, **options) if eval_sources else None
+    folder.dropped({"train": data.dropped, "eval": held_out.dropped if held_out else []})
+    if not eval_sources and settings.eval_split:
+        data, held_out = tokens.split_by_prompt(data, settings.eval_split, settings.data_split_seed)
+    folder.note(data=run.describe(data, sources), eval_data=held_out and run.describe(held_out, eval_sources or sources))
+    return tokenizer, data, held_out
+
+
+def open_models(settings, folder, tokenizer, data, device):
+    """The policy under DeepSpeed, the frozen reference, the loss, and the Plan."""
+    from train.data import order
+    from train.engine import memory, run, zero
+    from train.engine.reference import Live
+    from train.losses import preference
+
+    loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
+    precision = zero.precision_of(settings.precision, device)
+    ds = zero.resolve(zero.read_config(settings.ds_config), precision, settings.grad_clip)
+    frozen = settings.reference_ds_config
+    if frozen is None and zero.stage_of(ds) == 3:
+        frozen = str(ROOT / "ds_configs/frozen_zero3.json")
+    ref_ds = zero.frozen(zero.read_config(frozen) if frozen else {}, ds)
+    most = settings.max_steps or (CPU_STEPS if not settings.data and device.type == "cpu" else 0)
+    steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
+    path, ref_path = folder.model_path(settings.model), folder.model_path(settings.reference_model or settings.model)
+    load = lambda source, mode: zero.load_backbone(
+        source, mode, precision, zero.stage_of(ds), device, settings.layout, settings.trust_remote_code
+    )
+    module = load(path, ds)
+    run.check_vocabulary(module, tokenizer)
+    if settings.gradient_checkpointing:
+        module.checkpoint_activations()
+    policy = zero.Policy(module, ds, lr=settings.lr, weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
+                         scheduler=settings.lr_scheduler, warmup_ratio=settings.warmup_ratio, total_steps=steps)  # fmt: skip
+    reference = Live(load(ref_path, ref_ds), ref_ds)
+    row_tokens = settings.micro_tokens or memory.row_tokens(module, device, settings.gradient_checkpointing, settings.max_length)
+    plan = Plan(precision, row_tokens, steps, path == ref_path)
+    folder.note(model=path, reference_model=ref_path, deepspeed=ds, reference_deepspeed=ref_ds, **plan._asdict(),
+                hardware=run.hardware(device), versions=run.versions())  # fmt: skip
+    return policy, reference, loss_of, plan
+
+
+def steps_of(settings, data, plan):
+    """The run's steps as this rank sees them."""
+    from train.data import order
+    from train.engine import dist
+
+    return order.steps(data.lengths.sum(1), settings.batch_size, plan.row_tokens, seed=settings.seed, total=plan.steps,
+                       rank=dist.rank(), world=dist.world())  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

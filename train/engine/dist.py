@@ -1,0 +1,133 @@
+"""Ranks: who this process is, and the few collectives that the scripts need.
+
+Works launched by `deepspeed`, `torchrun`, `srun` (one task a GPU) and plain `python`.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+
+import torch
+import torch.distributed as td
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def start() -> torch.device:
+    """Join the job's process group through DeepSpeed and choose this rank's device. Every rank calls this."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says so
+    import deepspeed
+
+    _environment()
+    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False,
+                               verbose=False, timeout=TIMEOUT)  # fmt: skip
+    return device
+
+
+def stop():
+    """Leave the process group, so that the interpreter ends without complaint."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def _environment():
+    """Fill in RANK and its kin where the launcher has not: from srun's variables, or for a process on its own."""
+    env = os.environ
+    if "RANK" in env:
+        return
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        return
+    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+
+
+def _first_host(nodes: str) -> str:
+    """The first name in SLURM's list: "gpu[03-05,9],x1" -> "gpu03"."""
+    name, bracket, rest = nodes.partition(",")[0].partition("[")
+    if not bracket:
+        return name
+    return name + rest.rstrip("]").split("-")[0]
+
+
+def rank() -> int:
+    """This process's number over all nodes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes take part."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node, which is its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def first() -> bool:
+    """Whether this is the rank that prints, logs and writes what is written once."""
+    return rank() == 0
+
+
+def barrier():
+    """Wait for all. Every rank calls this."""
+    if world() > 1:
+        td.barrier()
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over ranks, in place. Every rank calls this."""
+    if world() > 1:
+        td.all_reduce(values)
+    return values
+
+
+def share(thing=None):
+    """Rank 0's `thing` (anything that pickles) on every rank. Every rank calls this."""
+    if world() == 1:
+        return thing
+    box = [thing]
+    td.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(thing) -> list:
+    """Every rank's `thing`, in order of rank, on every rank. Every rank calls this."""
+    if world() == 1:
+        return [thing]
+    box = [None] * world()
+    td.all_gather_object(box, thing)
+    return box
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Rank 0 runs the block first, then the others, who find its caches filled. Every rank enters this.
+
+    An error on rank 0 is raised on the others too, so that nobody waits for a dead peer.
+    """
+    if not first():
+        error = share()
+        if error is not None:
+            raise error
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        share(error)
+        raise
+    share(None)

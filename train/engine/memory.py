@@ -1,0 +1,55 @@
+"""How many tokens a packed row may hold on this machine, and what to say when that was too many."""
+
+import contextlib
+import os
+
+import torch
+
+from train.losses.logprobs import LOGITS_BYTES
+
+CPU_TOKENS = 2048  # larger rows gain nothing on a CPU and cost memory
+CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
+
+
+def row_tokens(backbone, device: torch.device, checkpointing: bool, max_length: int) -> int:
+    """The default of --micro_tokens: half of the free memory over what a token's activations take.
+
+    At least one pair of `max_length` without its twice counted prompt; at most where larger rows stop being faster.
+    """
+    config = backbone.lm.config.get_text_config()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    item = 2 if backbone.autocast or next(backbone.parameters()).dtype == torch.bfloat16 else 4
+    layer = (8 * width + 4 * inner) * item + (8 * width if backbone.autocast else 0)  # bytes a token: what autograd keeps
+    a_token = width * item * layers + layer if checkpointing else layer * layers
+    most = CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS
+    fits = (free(device) // 2 - 2 * LOGITS_BYTES) // a_token
+    return int(max(min(most, fits), min(max_length, most)))
+
+
+def free(device: torch.device) -> int:
+    """Bytes that this process could still take on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class RowTooLarge(RuntimeError):
+    """A row ran out of memory; the message names its tokens and what to try."""
+
+
+@contextlib.contextmanager
+def explained(row, budget: int):
+    """Turns running out of memory on `row`, made under a budget of tokens, into advice."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        tokens = row.input_ids.shape[0]
+        smaller = 256 * (min(tokens, budget) * 2 // 3 // 256)
+        advice = f"try --micro_tokens {smaller}" if smaller else "lower --max_length"
+        raise RowTooLarge(
+            f"out of memory in a row of {tokens:,} tokens (--micro_tokens is {budget:,}): {advice}, "
+            "--gradient_checkpointing true, or ds_configs/zero2.json or zero3.json over more GPUs"
+        ) from error

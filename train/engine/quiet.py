@@ -1,0 +1,27 @@
+"""Keeps the libraries' start-up chatter off the terminal; ZEROPREF_VERBOSE=1 lets it through."""
+
+import logging
+import os
+import warnings
+
+LIBRARIES = ("DeepSpeed", "deepspeed", "torch.distributed", "datasets", "transformers")
+
+
+def now():
+    """Call before deepspeed is imported."""
+    env = os.environ
+    env.setdefault("TOKENIZERS_PARALLELISM", "true")
+    env.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if env.get("ZEROPREF_VERBOSE", "0") == "1":
+        return
+    env.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    env.setdefault("DS_LOG_LEVEL", "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        env.setdefault(name, "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|transformers")
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()

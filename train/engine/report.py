@@ -1,0 +1,140 @@
+"""The reporting of preference training: what each row, step and evaluation says to the user."""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from train.engine import dist
+from train.engine.board import Board, Meter, peak_flops
+from train.losses import measures
+from train.models.flops import Counter
+
+TRAIN_NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+               "logps/rejected", "logps/chosen_per_token", "logps/rejected_per_token")  # fmt: skip
+ROWS_OF_TABLE = (("loss", "loss"), ("reward accuracy", "rewards/accuracies"), ("reward margin", "rewards/margins"),
+                 ("log-prob of chosen", "logps/chosen"), ("log-prob of rejected", "logps/rejected"))  # fmt: skip
+
+
+class Training:
+    """Collects a preference run's numbers and shows them: bar, TensorBoard, run.json, the closing table."""
+
+    def __init__(self, folder, settings, policy, device, plan):
+        self.folder, self.settings, self.plan, self.device = folder, settings, plan, device
+        self.flops = Counter(policy.module)
+        self.policy = policy
+        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        self.meter = Meter(1 + len(measures.PAIR_SUMS), device, peak_flops(device, dtype))
+        self.board = Board(folder.path / "tensorboard", plan.steps)
+        self.evaluated, self.last = {}, {}
+        self.started = False
+
+    def add(self, row, pairs, losses):
+        """A row is done. No value leaves the device here."""
+        chosen, rejected = pairs.rewards(self.settings.beta)
+        kept = torch.stack([chosen - rejected, pairs.chosen, pairs.rejected], 1).detach()
+        sums = measures.of_pairs(pairs, losses, self.settings.beta)
+        # policy forward and backward, reference forward
+        self.meter.add(sums, row.input_ids.shape[0] if row.num_responses else 0, 4 * self.flops.forward(row), kept)
+
+    def stepped(self, step, update):
+        """A step is done: read the sums every `log_every` steps and show them. Every rank calls this."""
+        number = step.number + 1
+        shown = {}
+        if number % self.settings.log_every == 0 or number == self.plan.steps:
+            sums, perf = self.meter.read()
+            mean = measures.means(sums)
+            self.last = {"loss": mean["loss"], "margin": mean["rewards/margins"], "accuracy": mean["rewards/accuracies"]} | perf
+            self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "train/")
+            self.board.scalars({"train/grad_norm": update.grad_norm, "train/learning_rate": update.lr,
+                                "train/epoch": step.epoch, "health/skipped_steps": self.policy.skipped,
+                                "health/chosen_fell": mean["chosen_fell"]} | perf, number)  # fmt: skip
+            self.folder.log.info("step %d %s", number, {**mean, **perf, **update._asdict()})
+        if self.last:
+            shown = {"loss": f"{self.last['loss']:.4f}", "margin": f"{self.last['margin']:.3f}",
+                     "acc": f"{self.last['accuracy']:.2f}", "pairs/s": f"{self.last['perf/pairs_per_second']:.2f}",
+                     "tok/s": f"{self.last['perf/tokens_per_second']:.0f}"}  # fmt: skip
+        self.board.advance(shown)
+
+    def evaluate(self, number, held_out, policy, reference, loss_of):
+        """Score the held-out pairs after `number` steps, and look at the run's health. Every rank calls this."""
+        with self.meter.pause():
+            self._training_histograms(number)
+            if self.plan.same_weights and (moved := share_moved(policy.module, reference.module)) is not None:
+                self.board.scalars({"health/bf16_weights_moved": moved}, number)
+                self.moved = moved
+            if held_out is None:
+                return
+            watch = lambda rows: tqdm(rows, total=len(held_out.plan), desc=f"evaluate at step {number}", unit="row",
+                                      leave=False, disable=not dist.first(), dynamic_ncols=True)  # fmt: skip
+            scored = held_out.score(policy, reference, loss_of, self.settings.beta, watch)
+            mean = measures.means(scored.sums)
+            _, chosen, rejected, ref_chosen, ref_rejected, _ = scored.values.T
+            margins = self.settings.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+            self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "val/")
+            self.board.scalars({"val/chosen_fell": mean["chosen_fell"]}, number)
+            for name, values in (("margins", margins), ("logps_chosen", chosen), ("logps_rejected", rejected)):
+                self.board.histogram(f"val/histogram/{name}", values, number)
+            self.evaluated[number] = mean | {"pairs": len(margins)} | intervals(mean["rewards/accuracies"], margins)
+            self.folder.note(evaluations=self.evaluated)
+
+    def _training_histograms(self, number):
+        values = self.meter.values()
+        for column, name in enumerate(("margins", "logps_chosen", "logps_rejected")):
+            if values.numel():
+                self.board.histogram(f"train/histogram/{name}", values[:, column], number)
+
+    def finish(self, gap: float):
+        """Write results, and print what changed, where it lies and what to do next. `gap`: see export."""
+        first, last = (self.evaluated[min(self.evaluated)], self.evaluated[max(self.evaluated)]) if self.evaluated else ({}, {})
+        results = {f"val/{name}": last[name] for _, name in ROWS_OF_TABLE if name in last} | {"train/loss": self.last["loss"]}
+        self.board.hparams(self.folder.record["flags"], results)
+        self.board.close()
+        moved = getattr(self, "moved", None)
+        self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=moved,
+                           export_gap_nats_per_token=gap, perf={k: v for k, v in self.last.items() if k.startswith("perf/")})  # fmt: skip
+        model = self.folder.path / "model"
+        base = self.folder.record["model"]
+        lines = [*(table(first, last) if last else ()), "",
+                 f"model        {model}  (reloaded: {gap:.1g} nats a token from the trained one)",
+                 f"run          {self.folder.path / 'run.json'}, logs/, tensorboard/", "", "next",
+                 f"  deepspeed eval/evaluate.py --model {model} --reference {base} --output {self.folder.path / 'eval'}",
+                 f"  tensorboard --logdir {self.folder.path}"]  # fmt: skip
+        for line in lines:
+            self.folder.say(line)
+
+
+def intervals(accuracy: float, margins: torch.Tensor) -> dict[str, list[float]]:
+    """95 % intervals of the accuracy (Wilson) and of the mean margin (normal), for the table; eval/ bootstraps."""
+    n = len(margins)
+    half = 1.959964 * float(margins.std()) / math.sqrt(n) if n > 1 else math.nan
+    mean = float(margins.mean())
+    return {"rewards/accuracies_interval": list(measures.wilson(accuracy, n)), "rewards/margins_interval": [mean - half, mean + half]}
+
+
+def table(first: dict, last: dict) -> list[str]:
+    """What the held-out pairs say, before and after, as lines of text."""
+    lines = ["", f"{last['pairs']} held-out pairs      before      after   95 % interval"]
+    for title, name in ROWS_OF_TABLE:
+        interval = last.get(f"{name}_interval")
+        shown = f"   [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        lines.append(f"{title:<22} {first[name]:>9.4f}  {last[name]:>9.4f}{shown}")
+    lines.append(f"{'chosen became likelier':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}")
+    return lines
+
+
+@torch.no_grad()
+def share_moved(module, start) -> float | None:
+    """The share of weights whose bf16 copy differs from that at the start; None where shards do not line up.
+
+    At learning rates near bf16's grid many updates change a master weight and not its bf16 copy (DESIGN's precision
+    note in train/engine/zero.py); this says how many came through. Every rank calls this.
+    """
+    moved = torch.zeros(2, dtype=torch.float64, device=next(module.parameters()).device)
+    for p, q in zip(module.parameters(), start.parameters(), strict=True):
+        mine, theirs = getattr(p, "ds_tensor", p), getattr(q, "ds_tensor", q)
+        if mine.shape != theirs.shape or mine.device != theirs.device:
+            return None
+        moved += torch.stack([(mine.bfloat16() != theirs.bfloat16()).sum(), torch.tensor(mine.numel(), device=mine.device)])
+    changed, count = dist.total(moved).tolist()
+    return changed / count

@@ -1,0 +1,98 @@
+"""Token log-probabilities from hidden states and the head's weight, without the (tokens x vocabulary) tensor.
+
+The head is worked off in chunks of tokens sized by a byte budget. Logits of the chunks that fit in the budget are
+kept for the backward pass, which overwrites them with their gradient; the others are computed a second time. The
+softmax, its logarithm and every sum run in fp32 (fp64 for fp64 weights), whatever the matrix product's type.
+
+Legend: T scored tokens, V vocabulary, H hidden size, N responses.
+"""
+
+import torch
+
+LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,730 tokens
+
+
+def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES):
+    """log softmax(hidden @ weight.T + bias)[target]: (T, H), (V, H), (T,) -> (T,) nats in fp32 or wider.
+
+    Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of logits alive at a time.
+    Under autocast the products run in the autocast type, like any linear layer's.
+    """
+    device = hidden.device.type
+    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        return _TokenLogps.apply(hidden, weight, target, bias, product, budget)
+
+
+def _logits(hidden, weight, bias):
+    """(t, H), (V, H) -> (t, V) in fp32 or wider, freshly allocated."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.is_cuda and hidden.dtype != wide:
+        logits = torch.mm(hidden, weight.t(), out_dtype=wide)  # half-precision product, never rounded to half
+    else:
+        logits = torch.mm(hidden, weight.t()).to(wide)
+    return logits if bias is None else logits.add_(bias)
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target, bias, product, budget):
+        wide = torch.promote_types(product, torch.float32)
+        h, w = hidden.to(product), weight.to(product)
+        size = max(1, int(budget // (weight.shape[0] * wide.itemsize)))
+        ctx.spans = [(t, min(t + size, h.shape[0])) for t in range(0, h.shape[0], size)]
+        keep = any(ctx.needs_input_grad)
+        logps, norm, ctx.kept = hidden.new_empty(h.shape[0], dtype=wide), [], {}
+        for start, end in ctx.spans:
+            logits = _logits(h[start:end], w, bias)  # (t, V)
+            lse = torch.logsumexp(logits, dim=1)  # (t,)
+            logps[start:end] = logits.gather(1, target[start:end, None]).squeeze(1) - lse
+            norm.append(lse)
+            if keep and end == ctx.spans[-1][1]:
+                ctx.kept[start] = logits  # the last chunk's logits are alive anyway: the backward starts with them
+        ctx.save_for_backward(h, w, target, bias, torch.cat(norm) if norm else logps)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        h, w, target, bias, norm = ctx.saved_tensors
+        wants_weight, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        wide = norm.dtype
+        grad_h = torch.zeros_like(h)
+        grad_w = torch.zeros(w.shape, dtype=wide, device=w.device) if wants_weight and not ctx.spans else None
+        grad_b = torch.zeros_like(bias, dtype=wide) if wants_bias else None
+        for start, end in reversed(ctx.spans):
+            kept = ctx.kept.pop(start, None)
+            p = _logits(h[start:end], w, bias) if kept is None else kept  # (t, V)
+            kept = None
+            # d logp / d logits = onehot(target) - softmax
+            p.sub_(norm[start:end, None]).exp_().mul_(-grad[start:end, None])
+            p.scatter_add_(1, target[start:end, None], grad[start:end, None].to(wide))
+            if wants_bias:
+                grad_b += p.sum(0)
+            p = p.to(h.dtype)
+            torch.mm(p, w, out=grad_h[start:end])
+            if wants_weight:
+                part = torch.mm(p.t(), h[start:end])  # (V, H)
+                grad_w = part.to(wide) if grad_w is None else grad_w.add_(part)
+        hidden_type, weight_type = ctx.dtypes
+        return (
+            grad_h.to(hidden_type),
+            grad_w.to(weight_type) if wants_weight else None,
+            None,
+            grad_b.to(bias.dtype) if wants_bias else None,
+            None,
+            None,
+        )
+
+
+def score(values, lengths):
+    """The sum of token values a response: (T,) values, response after response, (N,) lengths -> (N,) nats.
+
+    One reduction a segment in a fixed order, so it is deterministic on CUDA as well.
+    """
+    if not lengths.numel():  # the empty row: (0,) either way, and still part of the graph
+        return values
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
