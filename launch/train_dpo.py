@@ -100,6 +100,19 @@ class Settings:
     seed: int = 0
     """Seed of the data's order."""
 
+    def __post_init__(self):
+        at_least = {"batch_size": 1, "micro_tokens": 1, "max_steps": 1, "log_every": 1, "eval_every": 0, "lr": 0,
+                    "weight_decay": 0, "grad_clip": 0, "warmup_ratio": 0, "eval_split": 0, "max_dropped": 0}  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"--{name} is at least {least}, not {getattr(self, name)}")
+        for name in ("warmup_ratio", "eval_split", "max_dropped"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"--{name} is a share of 1, not {getattr(self, name)}")
+        for name in ("epochs", "beta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is above 0, not {getattr(self, name)}")
+
 
 def main():
     settings = config.parse(Settings)
@@ -114,7 +127,7 @@ def main():
             return folder.say(f"{folder.path} holds this run, finished; another --output repeats it")
         tokenizer, data, held_out = open_data(settings, folder)
         policy, reference, loss_of, plan = open_models(settings, folder, tokenizer, data, device)
-    first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
+        first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
     evaluation = scoring.HeldOut(held_out, plan.row_tokens, device) if held_out else None
     board = report.Training(folder, settings, policy, device, plan)
     board.evaluate(0, evaluation, policy, reference, loss_of)

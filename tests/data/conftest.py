@@ -5,7 +5,9 @@ import pytest
 
 from tests import tiny
 
-LINES = "\n".join(f"{a} {b} the weather, the answer and the question" for a in ("hello", "thanks") for b in ("you", "friend"))
+LINES = "\n".join(
+    f"{a} {b} the weather, the answer and the question" for a in ("hello", "thanks") for b in ("you", "friend")
+)
 
 
 def _train(folder, vocab):

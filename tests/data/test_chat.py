@@ -15,7 +15,7 @@ TRIMMED = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] | trim
 
 
 def spell(text):
-    """Token ids by the byte-level alphabet: printable ASCII from "!" (3) on; space and newline are its 199th and 189th."""
+    """Token ids by the byte-level alphabet: printable ASCII from "!" (3) on, see SPACE for the rest."""
     ids = []
     while text:
         special = next((s for s in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if text.startswith(s)), None)
@@ -27,7 +27,7 @@ def spell(text):
     return ids
 
 
-# the alphabet goes on with 94 printable ASCII, then 12 + 82 of Latin-1, then bytes 0, 1, ... that have no letter of their own
+# 3 control tokens, 94 printable ASCII, 12 + 82 of Latin-1, then the bytes 0, 1, ... that have no letter of their own
 SPACE = 3 + 94 + 12 + 82 + 32
 NEWLINE = 3 + 94 + 12 + 82 + 10
 
@@ -52,7 +52,12 @@ def test_ids_by_hand(letters):
 
 
 def test_multi_turn(letters):
-    turns = [{"role": "system", "content": "S"}, *HI, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "?"}]
+    turns = [
+        {"role": "system", "content": "S"},
+        *HI,
+        {"role": "assistant", "content": "Yo"},
+        {"role": "user", "content": "?"},
+    ]
     text = (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
         "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
@@ -74,13 +79,20 @@ def test_template_without_end_token_gets_eos(letters):
     chat = Chat(with_template(letters, PLAIN))
     assert chat.prompt_ids(HI) == spell("user: Hi\nassistant: ")
     assert chat.response_ids(HI, "ok") == [81, 77, END]
-    assert chat.response_ids(HI, "ok\n") == [81, 77, NEWLINE, END]  # the answer's own newline stays, the template's goes
+    assert chat.response_ids(HI, "ok\n") == [
+        81,
+        77,
+        NEWLINE,
+        END,
+    ]  # the answer's own newline stays, the template's goes
     assert chat.header_length == len("assistant: ")
 
 
 def test_template_that_trims_and_goes_on_after_the_end(letters):
     chat = Chat(with_template(letters, TRIMMED))
-    assert chat.prompt_ids([{"role": "user", "content": " Hi\n"}]) == spell("[user]Hi<|im_end|>\n<|endoftext|>[assistant]")
+    assert chat.prompt_ids([{"role": "user", "content": " Hi\n"}]) == spell(
+        "[user]Hi<|im_end|>\n<|endoftext|>[assistant]"
+    )
     assert chat.response_ids(HI, " ok \n") == [81, 77, END]
     with pytest.raises(RowError, match="equal after the chat template"):
         chat.encode_pair(pair("ok", "ok "), 100)
@@ -94,7 +106,8 @@ def test_template_that_trims_and_goes_on_after_the_end(letters):
         ("{% if m %}{{ 1 + '1' }}{% endif %}{{ messages[0].content + 1 }}", "cannot render"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
          "does not start with the prompt"),
-        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out the assistant"),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+         "leaves out the assistant"),
     ],
 )  # fmt: skip
 def test_templates_refused_at_the_door(letters, template, message):
@@ -110,7 +123,10 @@ def test_missing_tokens(letters, token):
 
 
 def test_row_that_the_template_refuses(letters):
-    picky = letters.chat_template.replace("{% for m in messages %}", "{% for m in messages %}{% if 'X' in m.content %}{{ raise_exception('no X') }}{% endif %}")  # noqa: E501
+    picky = letters.chat_template.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if 'X' in m.content %}{{ raise_exception('no X') }}{% endif %}",
+    )  # noqa: E501
     moody = PLAIN.replace("'assistant: '", "'assistant: ' if 'X' not in messages[0].content else 'bot: '")
     with pytest.raises(RowError, match="the chat template refuses it: no X"):
         Chat(with_template(letters, picky)).encode_pair(pair("X"), 100)

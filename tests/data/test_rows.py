@@ -1,4 +1,4 @@
-"""Reading and checking rows: every line of DESIGN section 10 that concerns data, and whatever else may stand in a row."""
+"""Reading and checking rows: what DESIGN section 10 says of data, and whatever else may stand in a row."""
 
 import json
 
@@ -72,7 +72,8 @@ def test_multi_turn_with_system():
         ({**ROW, "prompt": None}, "prompt is null"),
         ({**ROW, "chosen": None}, "chosen is null, not a string or messages"),
         ({**ROW, "chosen": ["Hey"]}, "chosen message 0 is a string, not an object with role and content"),
-        ({**ROW, "chosen": {"role": "assistant", "content": ["x"]}}, "chosen message 0: content is a list, not a string"),
+        ({**ROW, "chosen": {"role": "assistant", "content": ["x"]}},
+         "chosen message 0: content is a list, not a string"),
         ({**ROW, "chosen": {"content": "x"}}, "chosen message 0: role is null, not a string"),
         ({**ROW, "chosen": user("Hey")}, "roles out of order: chosen ends with user, not with assistant"),
         ({**ROW, "prompt": [{"role": "human", "content": "Hi"}]},
@@ -90,7 +91,8 @@ def test_multi_turn_with_system():
         ({"prompt": [user("Ho")], "chosen": HI + [assistant("a")], "rejected": HI + [assistant("b")]},
          "prompt differs from the conversation in chosen and rejected"),
         ({**ROW, "chosen": "a\ud800b"}, "chosen is not valid Unicode: '\\ud800' at character 1"),
-        ({**ROW, "prompt": [user("\udfff")]}, "prompt message 0: content is not valid Unicode: '\\udfff' at character 0"),
+        ({**ROW, "prompt": [user("\udfff")]},
+         "prompt message 0: content is not valid Unicode: '\\udfff' at character 0"),
         (["Hi"], "the row is a list, not an object"),
         (None, "the row is null, not an object"),
         ({"prompt": "Hi", "chosen": "a"}, "no column 'rejected'"),
@@ -123,7 +125,9 @@ anything = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.fixed_dictionaries({}, optional={name: anything for name in ("prompt", "chosen", "rejected", "text")}) | anything)
+@given(
+    st.fixed_dictionaries({}, optional={name: anything for name in ("prompt", "chosen", "rejected", "text")}) | anything
+)
 def test_nothing_in_a_row_is_a_traceback(row):
     for check in (check_pair, check_text):
         try:
@@ -139,7 +143,7 @@ def test_nothing_in_a_row_is_a_traceback(row):
 
 
 def test_every_local_format_gives_the_same_rows(tmp_path):
-    rows = [ROW, {"prompt": "NA", "chosen": "42", "rejected": "a, \"b\"\nc"}]
+    rows = [ROW, {"prompt": "NA", "chosen": "42", "rejected": 'a, "b"\nc'}]
     lines = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(rows[0]) + "\r\n\n" + json.dumps(rows[1]))
     array = write(tmp_path / "b.json", json.dumps(rows, indent=1))
     as_lines = write(tmp_path / "c.json", "\n".join(map(json.dumps, rows)))
@@ -164,7 +168,14 @@ def test_messages_survive_parquet(tmp_path):
 
 def test_odd_rows_are_rows(tmp_path):
     """Mixed types, values that are no objects, deep nesting, a key twice, endless digits: each is judged alone."""
-    lines = ["7", '{"prompt": 1}', '{"prompt": ["x"]}', "[" * 100_000 + "]" * 100_000, '{"a": 1, "a": 2}', '{"n": ' + "9" * 5000 + "}"]
+    lines = [
+        "7",
+        '{"prompt": 1}',
+        '{"prompt": ["x"]}',
+        "[" * 100_000 + "]" * 100_000,
+        '{"a": 1, "a": 2}',
+        '{"n": ' + "9" * 5000 + "}",
+    ]
     rows = [row for _, _, row in read_rows([write(tmp_path / "a.jsonl", "\n".join(lines))])]
     assert rows[:3] == [7, {"prompt": 1}, {"prompt": ["x"]}]
     assert isinstance(rows[3], RowError) and str(rows[3]) == "nested too deeply"
@@ -244,11 +255,15 @@ def test_hub_names(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match="org/name: neither a file here nor readable from the hub: ConnectionError: no route"):
+    with pytest.raises(
+        DataError, match="org/name: neither a file here nor readable from the hub: ConnectionError: no route"
+    ):
         list(read_rows(["org/name"]))
 
 
-lines = st.binary(max_size=40) | st.sampled_from([b'{"prompt": "a"}', b"\xef\xbb\xbf[]", b'[{"a"', b'"\\ud800"', b'a,b\n"c', b"NaN"])
+lines = st.binary(max_size=40) | st.sampled_from(
+    [b'{"prompt": "a"}', b"\xef\xbb\xbf[]", b'[{"a"', b'"\\ud800"', b'a,b\n"c', b"NaN"]
+)
 
 
 @settings(max_examples=150, deadline=None)

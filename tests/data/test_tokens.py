@@ -1,4 +1,4 @@
-"""Tokenised storage: what goes in comes out, is found again, and is made anew when anything that matters has changed."""
+"""Tokenised storage: what goes in comes out, is found again, and is made anew when what matters has changed."""
 
 import concurrent.futures
 import json
@@ -85,7 +85,9 @@ def test_several_sources_number_on(letters, tmp_path):
 
 
 def test_too_many_dropped(letters, source, tmp_path):
-    with pytest.raises(DataError, match=r"2 of 6 rows \(33.3%\).* more than the 5.0% .*row 1: empty prompt; .*row 3: control"):
+    with pytest.raises(
+        DataError, match=r"2 of 6 rows \(33.3%\).* more than the 5.0% .*row 1: empty prompt; .*row 3: control"
+    ):
         prepare([source], letters, max_length=200)
     assert len(prepare([source], letters, max_length=200, max_dropped=2 / 6)) == 4
     with pytest.raises(DataError, match="1 of 1 rows"):
@@ -111,8 +113,13 @@ def test_plain_text(letters, tmp_path):
     path = write(tmp_path / "wiki.jsonl", [{"text": "okay"}, {"text": ""}, {"text": "z"}])
     tokenised = prepare([path], letters, kind="text", max_length=3, max_dropped=0.5)
     assert [tokenised.group(i) for i in range(2)] == [Group((), ((81, 77, 67),), 0), Group((), ((92,),), 2)]
-    assert tokenised.lengths.tolist() == [[0, 3], [0, 1]] and tokenised.truncated.tolist() == [[False, True], [False, False]]
+    assert tokenised.lengths.tolist() == [[0, 3], [0, 1]] and tokenised.truncated.tolist() == [
+        [False, True],
+        [False, False],
+    ]
     assert tokenised.dropped == [Dropped(path, 1, "empty text")]
+    letters(["a", "b b"], padding=True, truncation=True, max_length=1)  # leaves its settings in the tokenizer
+    assert prepare([path], letters, kind="text", max_length=3, max_dropped=0.5).fingerprint == tokenised.fingerprint
     with pytest.raises(ValueError, match="kind 'pairs' of data; expected one of pair, text"):
         prepare([path], letters, kind="pairs", **LENGTHS)
     with pytest.raises(ValueError, match="max_prompt_length must be None"):
@@ -137,7 +144,6 @@ def test_found_again_by_content(letters, source, tmp_path, monkeypatch):
     done = counted(monkeypatch)
     options = dict(LENGTHS, max_dropped=0.5)
     first = prepare([source], letters, **options)
-    letters(["a", "b b"], padding=True, truncation=True, max_length=1)  # leaves its settings in the tokenizer
     other = write(tmp_path / "other.jsonl", [{**row, "votes": 1} for row in ROWS])
     again = prepare([other], letters, **options)
     assert done == [5] and same(first, again)
@@ -165,7 +171,14 @@ def test_damage_is_noticed(letters, source, tmp_path, monkeypatch):
     flipped = bytearray(whole)
     flipped[-10] ^= 1
     done = counted(monkeypatch)
-    damaged = [whole[:-1], whole[:20], b"", b"\0" * len(whole), bytes(flipped), whole.replace(b"control token", b"Control token")]
+    damaged = [
+        whole[:-1],
+        whole[:20],
+        b"",
+        b"\0" * len(whole),
+        bytes(flipped),
+        whole.replace(b"control token", b"Control token"),
+    ]
     for times, content in enumerate(damaged, 1):
         assert content != whole
         path.unlink()  # `first` still maps the old file
@@ -220,7 +233,7 @@ def test_split_by_prompt(letters, tmp_path):
 
     def held_prompts(data):
         train, held = split_by_prompt(data, 0.3, seed=5)
-        sides = [{bytes(letters.decode(part.group(i).prompt[-15:]), "utf-8") for i in range(len(part))} for part in (train, held)]
+        sides = [{letters.decode(part.group(i).prompt[-15:]) for i in range(len(part))} for part in (train, held)]
         assert not sides[0] & sides[1] and len(train) + len(held) == 300 and len(held) == 3 * len(sides[1])
         return sides[1]
 

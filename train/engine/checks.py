@@ -8,28 +8,32 @@ from train.models.backbone import plain
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # nats, mean a token: packed against one sequence at a time
 
 
+class CheckFailed(ValueError):
+    """The numbers of this model on this machine are not what they must be; the message says which."""
+
+
 @torch.no_grad()
 def start(policy, reference, data, device, precision: str, same_weights: bool):
     """Check the first groups of `data`; returns them as packed rows on `device`. Every rank calls this.
 
-    RuntimeError unless packed and shared rows equal one padded sequence a response through transformers' own
+    CheckFailed unless packed and shared rows equal one padded sequence a response through transformers' own
     attention, and, where the reference has the policy's weights, the two agree bit for bit: margins start at 0.
     """
     row = pack([data.group(i) for i in range(min(2, len(data)))]).to(device)
     packed = policy(row)
     if not torch.isfinite(packed).all():
-        raise RuntimeError("start check: the model's log-probabilities are not finite")
+        raise CheckFailed("start check: the model's log-probabilities are not finite")
     with plain(policy.module):
         alone = policy(row)
     difference = float((packed - alone).abs().mean())
     if not difference <= TOLERANCE[precision]:
-        raise RuntimeError(
+        raise CheckFailed(
             f"start check: packed rows differ from one sequence at a time by {difference:.2g} nats a token "
             f"(at most {TOLERANCE[precision]:g}): this model needs --layout padded"
         )
     if same_weights and not torch.equal(packed, reference(row)):
         difference = float((packed - reference(row)).abs().max())
-        raise RuntimeError(
+        raise CheckFailed(
             f"start check: policy and reference have the same weights and differ by up to {difference:.2g} nats; "
             "their precision or their ZeRO settings do not match"
         )

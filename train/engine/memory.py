@@ -1,10 +1,12 @@
 """How many tokens a packed row may hold on this machine, and what to say when that was too many."""
 
 import contextlib
+import logging
 import os
 
 import torch
 
+from train.config import fail
 from train.losses.logprobs import LOGITS_BYTES
 
 CPU_TOKENS = 2048  # larger rows gain nothing on a CPU and cost memory
@@ -34,13 +36,9 @@ def free(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-class RowTooLarge(RuntimeError):
-    """A row ran out of memory; the message names its tokens and what to try."""
-
-
 @contextlib.contextmanager
 def explained(row, budget: int):
-    """Turns running out of memory on `row`, made under a budget of tokens, into advice."""
+    """Ends the run with advice where `row`, made under a budget of tokens, runs out of memory."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -49,7 +47,9 @@ def explained(row, budget: int):
         tokens = row.input_ids.shape[0]
         smaller = 256 * (min(tokens, budget) * 2 // 3 // 256)
         advice = f"try --micro_tokens {smaller}" if smaller else "lower --max_length"
-        raise RowTooLarge(
+        logging.getLogger("zeropref").exception("out of memory")
+        fail(
             f"out of memory in a row of {tokens:,} tokens (--micro_tokens is {budget:,}): {advice}, "
-            "--gradient_checkpointing true, or ds_configs/zero2.json or zero3.json over more GPUs"
-        ) from error
+            "--gradient_checkpointing true, or ds_configs/zero2.json or zero3.json over more GPUs",
+            code=1,
+        )

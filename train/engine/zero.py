@@ -101,12 +101,11 @@ def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
         "managed_gradient_accumulation": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": config.get("steps_per_print", 10**9),
+        "gradient_clipping": grad_clip if stage > 0 else 0.0,  # where it is not said, DeepSpeed clips to 1
     }
-    if stage > 0:
-        full["gradient_clipping"] = grad_clip
-        if precision == "bf16":
-            full["bf16"] = {"enabled": True}
-            full["data_types"] = {"grad_accum_dtype": "fp32"}
+    if stage > 0 and precision == "bf16":
+        full["bf16"] = {"enabled": True}
+        full["data_types"] = {"grad_accum_dtype": "fp32"}
     return full
 
 
@@ -187,7 +186,7 @@ class Policy:
         )
         if self.stage == 0:  # summed up here, once a step, because nothing in DeepSpeed checks or reports the norm
             self.engine.enable_backward_allreduce = False
-        self.skipped = 0
+        self.skipped, self._linked = 0, self.stage in (0, 3)
 
     @property
     def module(self):
@@ -208,8 +207,10 @@ class Policy:
             self.engine.step()
             norm = float(self.engine.get_global_grad_norm())
             applied = self.engine.was_step_applied() and math.isfinite(norm)
+            if applied and not self._linked:
+                self._link_moments()
         else:
-            self.engine.allreduce_gradients()
+            self.engine.buffered_allreduce_fallback()
             params = [p for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.clip_grad_norm_(params, self.grad_clip or math.inf))
             applied = math.isfinite(norm)
@@ -219,6 +220,16 @@ class Policy:
                 self.engine.zero_grad()
         self.skipped += not applied
         return Update(norm, lr, applied)
+
+    def _link_moments(self):
+        """Let DeepSpeed know where every parameter's AdamW moments lie, for reading them and for its checkpoints.
+
+        DeepSpeed 0.19 does so after the first parameter group's first update, when the second has none yet.
+        """
+        wrapper = self.optimizer
+        wrapper._hp_optimizer_states_linked = False
+        wrapper._lazy_init_hp_params_optimizer_state()
+        self._linked = True
 
 
 def decay_groups(module, weight_decay: float) -> list[dict]:

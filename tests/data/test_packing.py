@@ -1,0 +1,109 @@
+"""Packed rows by hand, and what every deal of groups to ranks and rows must keep."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.data.order import num_steps, passes, shuffled, steps
+from train.data.packing import Group, deal, pack
+
+
+def test_row_by_hand():
+    # P = 7 8, A = 1 2 3, B = 4; then plain text 9 5
+    row = pack([Group((7, 8), ((1, 2, 3), (4,)), row=11), Group((), ((9, 5),), row=12)])
+    assert row.input_ids.tolist() == [7, 8, 1, 2, 3, 4, 9, 5]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 2, 0, 1]
+    assert row.cu_q.tolist() == [0, 5, 6, 8]  # [P A] [B] [text]
+    assert row.cu_k.tolist() == [0, 5, 8, 10]  # [P A] [P B] [text]
+    assert row.kv_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
+    # 8 predicts 1 and 4; 1 predicts 2; 2 predicts 3; 9 predicts 5; nothing predicts 9
+    assert row.hidden_index.tolist() == [1, 2, 3, 1, 6]
+    assert row.target.tolist() == [1, 2, 3, 4, 5]
+    assert row.sequence.tolist() == [0, 0, 0, 1, 2]
+    assert row.lengths.tolist() == [3, 1, 1]
+    assert row.kv_users.tolist() == [[0, 5], [1, 6], [2, 10], [3, 10], [4, 10], [7, 10], [8, 10], [9, 10]]
+    assert row.group_rows == (11, 12)
+    assert [(ids.tolist(), first) for ids, first in row.sequences()] == [([7, 8, 1, 2, 3], 2), ([7, 8, 4], 2), ([9, 5], 1)]
+
+
+def test_empty_row_scores_nothing():
+    row = pack([])
+    assert row.input_ids.shape == (2,) and row.num_responses == 0 and row.target.numel() == 0
+    assert list(row.sequences()) == [] and row.group_rows == ()
+
+
+def test_empty_response_is_refused_with_its_row():
+    with pytest.raises(ValueError, match="row 5: response 1 has no tokens"):
+        pack([Group((1,), ((2,), ()), row=5)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 400), max_size=40), st.integers(50, 900), st.integers(1, 5))
+def test_deal_keeps_every_group_once_and_rows_even(tokens, budget, world):
+    plan = deal(tokens, budget, world)
+    assert len(plan) == world
+    assert len({len(rows) for rows in plan}) == 1 and len(plan[0]) >= 1
+    assert sorted(i for rows in plan for row in rows for i in row) == list(range(len(tokens)))
+    for rows in plan:
+        for row in rows:
+            assert sum(tokens[i] for i in row) <= budget or len(row) == 1
+    assert plan == deal(tokens, budget, world)
+
+
+def test_deal_balances_what_ranks_run_at_the_same_time():
+    # 16 groups of 100 and 300 tokens, 2 ranks, rows of 1,000: 3,200 tokens need 4 rows, of 800 each
+    plan = deal([100, 300] * 8, 1000, 2)
+    loads = [[sum([100, 300][i % 2] for i in row) for row in rows] for rows in plan]
+    assert loads == [[800, 800], [800, 800]]
+
+
+def test_steps_are_the_same_groups_for_any_ranks_and_budget():
+    tokens = [10 + 7 * i % 50 for i in range(23)]
+    def groups(world, budget):
+        ranks = [list(steps(tokens, 5, budget, seed=3, total=10, rank=r, world=world)) for r in range(world)]
+        dealt = [sorted(i for rank in ranks for row in rank[s].rows for i in row) for s in range(10)]
+        assert dealt == [sorted(ranks[0][s].groups) for s in range(10)]
+        return [step.groups for step in ranks[0]]
+    expected = groups(1, 10_000)
+    assert groups(2, 60) == groups(4, 1) == groups(3, 200) == expected
+    # two epochs of 5 steps, the last of 3 groups; each group once an epoch; another order in the second
+    first, second = sum(expected[:5], ()), sum(expected[5:], ())
+    assert [len(g) for g in expected] == [5, 5, 5, 5, 3] * 2
+    assert sorted(first) == sorted(second) == list(range(23)) and first != second
+
+
+def test_steps_continue_anywhere():
+    tokens = [10] * 23
+    whole = list(steps(tokens, 5, 40, seed=3, total=12))
+    assert list(steps(tokens, 5, 40, seed=3, total=12, start=7)) == whole[7:]
+
+
+def test_order_is_pinned():
+    # numpy's Philox is specified; a change here would change every run's order
+    assert shuffled(6, 0, 0).tolist() != shuffled(6, 1, 0).tolist()
+    assert shuffled(8, 0, 0).tolist() == [5, 0, 6, 1, 7, 2, 4, 3]
+
+
+@pytest.mark.parametrize(
+    "count, batch, epochs, most, expected",
+    [(10, 4, 1, 0, 3), (10, 4, 2, 0, 6), (10, 4, 2, 5, 5), (8, 4, 0.5, 0, 1), (8, 4, 1.25, 0, 3), (3, 16, 1, 0, 1)],
+)
+def test_num_steps(count, batch, epochs, most, expected):
+    assert num_steps(count, batch, epochs, most) == expected
+
+
+def test_passes_plan_rows_whatever_the_ranks():
+    tokens = [30, 10, 20, 40, 50, 10, 20]
+    alone = passes(tokens, 60)
+    for world in (2, 3, 4):
+        dealt = [passes(tokens, 60, rank=r, world=world) for r in range(world)]
+        assert len({len(rows) for rows in dealt}) == 1
+        together = [row for rows in zip(*dealt, strict=True) for row in rows]
+        assert [row for row in together if row] == [row for row in alone if row]
+
+
+def test_sequences_are_views_of_the_prompt_and_one_response():
+    row = pack([Group((1, 2), ((3,), (4, 5), (6,)))])
+    assert [ids.tolist() for ids, _ in row.sequences()] == [[1, 2, 3], [1, 2, 4, 5], [1, 2, 6]]
+    assert torch.equal(row.lengths, torch.tensor([1, 2, 1]))

@@ -1,0 +1,59 @@
+"""Run by torchrun in test_invariance.py: one step's gradient under every ZeRO stage and token budget, written as one file.
+
+    torchrun --nproc_per_node N tests/engine/gradient_worker.py MODEL_DIR OUT [STAGE ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+
+from tests.engine.made_pairs import BETA, BUDGETS, made_pairs  # noqa: E402
+from train.data import order  # noqa: E402
+from train.engine import dist, quiet, scoring, zero  # noqa: E402
+from train.engine.reference import Live  # noqa: E402
+from train.losses.preference import sigmoid  # noqa: E402
+
+
+def one_step(model, data, device, stage, budget):
+    """The step's gradient as AdamW saw it, by parameter: after one update exp_avg is (1 - beta1) times it."""
+    resolved = zero.resolve(zero.read_config(ROOT / f"ds_configs/zero{stage}.json"), "fp32", 0.0)
+    policy = zero.Policy(zero.load_backbone(model, resolved, "fp32", stage, device), resolved, lr=1e-3, weight_decay=0.0,
+                         grad_clip=0.0, scheduler="constant", warmup_ratio=0.0, total_steps=1)  # fmt: skip
+    frozen = zero.frozen(zero.read_config(ROOT / "ds_configs/frozen_zero3.json") if stage == 3 else {}, resolved)
+    reference = Live(zero.load_backbone(f"{model}-ref", frozen, "fp32", stage, device), frozen)
+    steps = order.steps(data.lengths.sum(1), len(data), budget, seed=0, total=1, rank=dist.rank(), world=dist.world())
+    for step, rows in scoring.ahead(steps, data, device):
+        for row in rows:
+            losses = sigmoid(scoring.pairs_of(policy(row), reference(row), row), BETA)
+            policy.backward(losses.sum() * dist.world() / len(step.groups))
+    update = policy.step()
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    found = {}
+    for name, p in policy.module.lm.named_parameters():
+        moment = policy.optimizer.state[p]["exp_avg"] if stage == 0 else safe_get_full_optimizer_state(p, "exp_avg")
+        found[name] = moment.detach().cpu().clone() / 0.1
+    return found, update.grad_norm
+
+
+def main():
+    model, out, *stages = sys.argv[1:]
+    quiet.now()
+    device = dist.start()
+    data = made_pairs()
+    results, norms = {}, {}
+    for stage in map(int, stages or "0123"):
+        for budget in BUDGETS:
+            results[stage, budget], norms[f"{stage},{budget}"] = one_step(model, data, device, stage, budget)
+    if dist.first():
+        torch.save(results, out)
+        Path(out).with_suffix(".json").write_text(json.dumps(norms))
+    dist.stop()
+
+
+main()

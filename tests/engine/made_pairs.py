@@ -1,0 +1,29 @@
+"""Pairs of random tokens of very different lengths, as the engine's tests and their workers both make them."""
+
+import numpy as np
+
+from train.data.packing import Group
+
+BETA = 0.3
+BUDGETS = (1, 120, 4000)  # a row a pair; a few pairs a row; everything in one row a rank
+
+
+class MadePairs:
+    """What the engine asks of a tokenised data set."""
+
+    def __init__(self, groups):
+        self.groups = groups
+        self.lengths = np.array([[len(g.prompt), *map(len, g.responses)] for g in groups])
+
+    def __len__(self):
+        return len(self.groups)
+
+    def group(self, i):
+        return self.groups[i]
+
+
+def made_pairs(count=11, seed=0):
+    """`count` pairs; prompts of 1 to 30 tokens, responses of 1 to 40."""
+    random = np.random.default_rng(seed)
+    ids = lambda most: tuple(int(i) for i in random.integers(3, 1000, random.integers(1, most + 1)))
+    return MadePairs([Group(ids(30), (ids(40), ids(40)), row=i) for i in range(count)])

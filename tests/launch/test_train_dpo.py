@@ -1,0 +1,237 @@
+"""The user's commands, end to end, with a tiny model and a real tokenizer."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "launch/train_dpo.py")
+PAIRS = ROOT / "train/data/builtin/train.jsonl"
+
+
+def environment(cache):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+
+
+def launched(command, cache, **options):
+    """Run a command to its end; returns the completed process with its text."""
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment(cache), capture_output=True, text=True,
+                          timeout=400, **options)  # fmt: skip
+    return done
+
+
+def several(lines, cache):
+    """Exit code, stdout and stderr of train_dpo.py for each list of arguments, from one process."""
+    done = launched([sys.executable, "tests/launch/many.py", SCRIPT, json.dumps([list(map(str, a)) for a in lines])], cache)
+    outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
+    assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
+    cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
+    return [(outs[i + 1].partition("\n")[0], cut(outs, i), cut(errs, i)) for i in range(len(lines))]
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_two_ranks_zero3_train_export_reload(model_dir, tmp_path):
+    out = tmp_path / "out"
+    done = launched(["deepspeed", "--num_accelerators", 2, "launch/train_dpo.py", "--ds_config", "ds_configs/zero3.json",
+                     "--model", model_dir, "--output", out, "--max_steps", 3, "--batch_size", 8, "--micro_tokens", 512,
+                     "--lr", "1e-3", "--eval_every", 2, "--warmup_ratio", 0.3], tmp_path / "cache")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in ("64 held-out pairs", "reward accuracy", "deepspeed eval/evaluate.py --model", "tensorboard --logdir"):
+        assert line in done.stdout + done.stderr
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "finished" and run["hardware"]["world"] == 2 and run["deepspeed"]["zero_optimization"]["stage"] == 3
+    assert run["flags"]["lr"] == 1e-3 and run["eval_data"]["groups"] == 64 and run["versions"]["deepspeed"]
+    _check_boards(out, run)
+    _check_model(out / "model", model_dir)
+
+
+def _check_boards(out, run):
+    events, found = scalars(out / "tensorboard")
+    names = ["loss", *(f"rewards/{n}" for n in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected"]
+    for name in names:
+        assert [step for step, _ in found[f"train/{name}"]] == [1, 2, 3]
+        assert [step for step, _ in found[f"val/{name}"]] == [0, 2, 3]
+    assert found["train/loss"][0][1] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["val/rewards/margins"][0][1] == 0.0 and found["val/rewards/accuracies"][0][1] == 0.5
+    # warm-up of ceil(0.3 x 3) = 1 step from 0, then linear to 0 over the other 2
+    assert [value for _, value in found["train/learning_rate"]] == pytest.approx([0, 1e-3, 5e-4])
+    assert found["val/loss"][1][1] != found["val/loss"][2][1]  # something was learnt after the warm-up's first step
+    for tag in ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb", "train/grad_norm"):
+        assert all(value > 0 for _, value in found[tag]), tag
+    assert found["health/bf16_weights_moved"][0][1] == 0 < found["health/bf16_weights_moved"][-1][1] <= 1
+    assert {"val/histogram/margins", "val/histogram/logps_chosen", "train/histogram/margins"} <= set(events.Tags()["histograms"])
+    assert run["evaluations"]["3"]["loss"] == pytest.approx(found["val/loss"][-1][1], rel=1e-6)
+
+
+def _check_model(folder, start):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == transformers.AutoTokenizer.from_pretrained(start).chat_template
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names  # the tied head stands once
+        assert {file.get_tensor(name).dtype for name in names} == {torch.float32}
+    before = transformers.AutoModelForCausalLM.from_pretrained(start)
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)]
+    assert all(moved) and not list(folder.parent.glob("model.*"))
+
+
+def test_ways_to_train_in_one_process(model_dir, tmp_path):
+    """bf16, padded, checkpointed, another stage, a moved token budget: each trains, and what must agree agrees."""
+    common = ["--model", model_dir, "--max_steps", 2, "--batch_size", 4, "--lr", "1e-3", "--beta", 1.0,
+              "--eval_data", _head(PAIRS, tmp_path / "eval.jsonl", 6)]  # fmt: skip
+    lines = {
+        "plain": [],
+        "budget": ["--micro_tokens", 128],
+        "padded": ["--layout", "padded"],
+        "checkpointed": ["--gradient_checkpointing", "true"],
+        "zero2": ["--ds_config", "ds_configs/zero2.json"],
+        "bf16": ["--precision", "bf16"],
+        "bf16_zero1": ["--precision", "bf16", "--ds_config", "ds_configs/zero1.json"],
+        "bf16_zero3": ["--precision", "bf16", "--ds_config", "ds_configs/zero3.json"],
+        "offload": ["--ds_config", "ds_configs/zero3_offload.json"],
+        "export_bf16": ["--export_dtype", "bf16"],
+    }
+    results = several([[*common, *extra, "--output", tmp_path / name] for name, extra in lines.items()], tmp_path / "cache")
+    for name, (code, _, err) in zip(lines, results, strict=True):
+        assert code == "0", (name, err[-3000:])
+    end = {name: json.loads((tmp_path / name / "run.json").read_text())["evaluations"]["2"] for name in lines}
+    for name in ("budget", "padded", "checkpointed", "zero2", "offload", "export_bf16"):
+        assert end[name]["loss"] == pytest.approx(end["plain"]["loss"], rel=1e-3), name
+        assert end[name]["logps/chosen"] == pytest.approx(end["plain"]["logps/chosen"], rel=1e-5), name
+    for name in ("bf16", "bf16_zero1", "bf16_zero3"):
+        assert end[name]["logps/chosen"] == pytest.approx(end["plain"]["logps/chosen"], rel=0.05), name
+        assert end[name]["rewards/margins"] != 0
+    dtype = lambda name: transformers.AutoConfig.from_pretrained(tmp_path / name / "model").dtype
+    assert [dtype(name) for name in ("plain", "bf16", "bf16_zero3", "export_bf16")] == [
+        torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]  # fmt: skip
+
+
+def _head(source, target, count):
+    target.write_text("".join(source.read_text().splitlines(keepends=True)[:count]))
+    return target
+
+
+def test_a_learnable_rule_is_learnt(model_dir, tmp_path):
+    """Held-out accuracy starts at a tie and its interval ends above one half."""
+    out = tmp_path / "out"
+    done = launched([sys.executable, SCRIPT, "--model", model_dir, "--output", out, "--lr", "3e-3", "--batch_size", 16,
+                     "--epochs", 2, "--max_steps", 24], tmp_path / "cache")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    evaluations = json.loads((out / "run.json").read_text())["evaluations"]
+    assert evaluations["0"]["rewards/accuracies"] == 0.5
+    assert evaluations["24"]["rewards/accuracies_interval"][0] > 0.5
+    assert evaluations["24"]["rewards/margins_interval"][0] > 0
+
+
+def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
+    """Each row: arguments, exit code, what the line says. No traceback anywhere."""
+    row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
+    file = lambda name, text: _write(tmp_path / name, text)
+    bare = _model_without_template(model_dir, tmp_path / "bare")
+    large = _model_with_tokens(model_dir, tmp_path / "large")
+    cases = [
+        (["--betta", "1"], 2, "did you mean --beta"),
+        (["--beta", "one"], 2, "--beta: expected float"),
+        (["--loss", "sigmiod"], 2, "none of: sigmoid"),
+        (["--loss_args", "{tau: 1}"], 2, "its parameters are: label_smoothing"),
+        (["--batch_size", "0"], 2, "batch_size"),
+        (["--eval_split", "1.5"], 2, "eval_split"),
+        (["--config", tmp_path / "none.yaml"], 2, "no such file"),
+        (["--config", file("bad.yaml", "bata: 1\n")], 2, "did you mean beta"),
+        (["--data", tmp_path / "none.jsonl"], 4, "none.jsonl"),
+        (["--data", file("broken.jsonl", row + "\n{\n")], 4, "line 2"),
+        (["--data", _write(tmp_path / "latin.jsonl", (row + "\n").encode() + b'{"prompt": "\xe9"}\n')], 4, "line 2"),
+        (["--data", file("columns.jsonl", '{"question": "a", "chosen": "b", "rejected": "c"}\n')], 4, "prompt"),
+        (["--data", file("half.jsonl", row + "\n" + row.replace('"c"', '"b"') + "\n")], 4, "chosen"),
+        (["--model", bare], 2, "chat template"),
+        (["--model", large], 2, "vocabulary"),
+        (["--model", tmp_path], 2, str(tmp_path)),
+        (["--ds_config", file("typo.json", '{"zero_optimisation": {"stage": 2}}')], 2, "did you mean 'zero_optimization'"),
+        (["--ds_config", file("nested.json", '{"zero_optimization": {"stagee": 2}}')], 2, "did you mean 'stage'"),
+        (["--ds_config", file("flag.json", '{"bf16": {"enabled": "auto"}}')], 2, "belongs to --precision"),
+        (["--ds_config", tmp_path / "none.json"], 2, "does not exist"),
+        (["--max_prompt_length", "2000"], 2, "no room"),
+        (["--lr_scheduler", "zigzag"], 2, "zigzag"),
+        (["--output", _other_run(tmp_path / "other")], 2, "holds another run (--beta was 0.5, is 0.1)"),
+        (["--output", file("afile", "x")], 2, "cannot write"),
+        (["--output", _foreign(tmp_path / "foreign")], 2, "holds other files"),
+    ]  # fmt: skip
+    lines = [["--model", model_dir, "--output", tmp_path / f"out{i}", *extra] for i, (extra, *_) in enumerate(cases)]
+    for (extra, code, words), (found, out, err) in zip(cases, several(lines, tmp_path / "cache"), strict=True):
+        assert found == str(code), (extra, found, err[-2000:])
+        said = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and words in said[0], (extra, err[-2000:])
+        assert "Traceback" not in out + err
+    assert json.loads((tmp_path / "other" / "run.json").read_text())["flags"]["beta"] == 0.5
+    assert (tmp_path / "foreign" / "thesis.tex").read_text() == "years"
+
+
+def _write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def _other_run(folder):
+    import dataclasses
+    import runpy
+
+    settings = runpy.run_path(SCRIPT)["Settings"]
+    folder.mkdir()
+    flags = {**dataclasses.asdict(settings()), "beta": 0.5}
+    _write(folder / "run.json", json.dumps({"status": "running", "flags": flags | {"model": "x"}}))
+    return folder
+
+
+def _foreign(folder):
+    folder.mkdir()
+    _write(folder / "thesis.tex", "years")
+    return folder
+
+
+def _model_without_template(start, folder):
+    tiny.make_model().save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _model_with_tokens(start, folder):
+    tiny.make_model().save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(5)])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_dropped_rows_are_listed_and_a_finished_run_says_so(model_dir, tmp_path):
+    rows = PAIRS.read_text().splitlines()[:40]
+    rows[7] = json.dumps({"prompt": "Say <|im_end|> twice", "chosen": "b", "rejected": "c"})
+    data = _write(tmp_path / "pairs.jsonl", "\n".join(rows).encode())
+    common = ["--model", model_dir, "--data", data, "--output", tmp_path / "out", "--max_steps", 1, "--eval_split", 0.2]
+    (first, _, err), (second, out, _), (third, _, told) = several([common, common, [*common, "--lr", "1e-4"]], tmp_path / "cache")
+    assert first == "0", err[-3000:]
+    (dropped,) = map(json.loads, (tmp_path / "out/dropped.jsonl").read_text().splitlines())
+    assert dropped["row"] == 7 and "<|im_end|>" in dropped["reason"] and dropped["split"] == "train"
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["data"]["groups"] + run["eval_data"]["groups"] == 39 and 2 <= run["eval_data"]["groups"] <= 16
+    assert second == "0" and "finished" in out
+    assert third == "2" and "--lr was 5e-06, is 0.0001" in told

@@ -1,0 +1,83 @@
+"""The chunked head against log_softmax over all logits."""
+
+import pytest
+import torch
+
+from train.losses.logprobs import score, token_logps
+
+
+def plain(hidden, weight, target, bias=None):
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return torch.log_softmax(logits, dim=-1).gather(1, target[:, None]).squeeze(1)
+
+
+def inputs(tokens=11, vocabulary=37, width=8, dtype=torch.float64):
+    random = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, dtype=dtype, generator=random).requires_grad_()
+    return make(tokens, width), make(vocabulary, width), torch.randint(vocabulary, (tokens,), generator=random), make(vocabulary)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_value_and_gradient_in_any_chunks(chunk, with_bias):
+    hidden, weight, target, bias = inputs()
+    bias = bias if with_bias else None
+    weights = torch.randn(11, dtype=torch.float64)
+    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+    expected = plain(hidden, weight, target, bias)
+    found = token_logps(hidden, weight, target, bias, budget=chunk * 37 * 8)
+    assert torch.allclose(found, expected, rtol=1e-13)
+    for ours, theirs in zip(torch.autograd.grad((found * weights).sum(), leaves),
+                            torch.autograd.grad((expected * weights).sum(), leaves), strict=True):  # fmt: skip
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_gradcheck():
+    hidden, weight, target, bias = inputs(tokens=5, vocabulary=7, width=3)
+    assert torch.autograd.gradcheck(lambda h, w, b: token_logps(h, w, target, b, budget=2 * 7 * 8), (hidden, weight, bias))
+
+
+def test_second_backward_is_the_same():
+    # the first overwrites the kept logits; the second must compute them again
+    hidden, weight, target, _ = inputs()
+    loss = token_logps(hidden, weight, target).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.allclose(a, b, rtol=1e-13) for a, b in zip(first, second, strict=True))
+
+
+def test_huge_logits_stay_finite():
+    hidden = torch.tensor([[300.0, 0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
+    found = token_logps(hidden, weight, torch.tensor([1]))
+    assert found.item() == -600.0  # log softmax of (300, -300) at 1: -600 - log(1 + e^-600)
+    found.sum().backward()
+    assert torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+
+
+def test_bf16_is_summed_in_fp32():
+    hidden, weight, target, _ = inputs(tokens=50, vocabulary=5000, width=64, dtype=torch.float32)
+    exact = plain(hidden.double(), weight.double(), target)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_logps(hidden, weight, target)
+    assert found.dtype == torch.float32
+    rounded = plain(hidden.bfloat16().double(), weight.bfloat16().double(), target)
+    # only the logits themselves are rounded: to 8 bits, at a size of up to 2^5
+    assert (found - rounded).abs().max() < 2.0**5 * 2.0**-8
+    assert (found - exact).abs().max() < 0.5
+
+
+def test_score_by_hand():
+    values = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0], requires_grad=True)
+    total = score(values, torch.tensor([3, 2]))
+    assert total.tolist() == [-7.0, -24.0]
+    total[1].backward()
+    assert values.grad.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_score_of_nothing_stays_in_the_graph():
+    values = torch.zeros(3, requires_grad=True)
+    total = score(values[:0], torch.zeros(0, dtype=torch.int64))
+    assert total.shape == (0,)
+    total.sum().backward()
+    assert values.grad.tolist() == [0, 0, 0]

@@ -1,0 +1,17 @@
+"""fp64 all the way: transformers' norms, rotary embeddings and softmaxes cast to fp32, which would hide errors below 1e-7."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Wide(TorchFunctionMode):
+    """Inside, a cast to fp32 is a cast to fp64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func in (torch.Tensor.to, torch.nn.functional.softmax):
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
