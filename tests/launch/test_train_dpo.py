@@ -130,15 +130,22 @@ def _head(source, target, count):
 
 
 def test_a_learnable_rule_is_learnt(model_dir, tmp_path):
-    """Held-out accuracy starts at a tie and its interval ends above one half."""
+    """Answers of warm words against answers of cold ones: held-out accuracy starts at a tie, its interval ends above one half."""
+    import random
+
+    draw = random.Random(0)
+    warm, cold = "kitchen soup rain garden laugh".split(), "policy form report procedure item".split()
+    say = lambda words: " ".join(draw.choices(words, k=draw.randint(3, 8)))
+    rows = [json.dumps({"prompt": f"{i} {say(warm + cold)}?", "chosen": say(warm), "rejected": say(cold)}) for i in range(128)]
+    data = _write(tmp_path / "rule.jsonl", "\n".join(rows))
     out = tmp_path / "out"
-    done = launched([sys.executable, SCRIPT, "--model", model_dir, "--output", out, "--lr", "3e-3", "--batch_size", 16,
-                     "--epochs", 2, "--max_steps", 24], tmp_path / "cache")  # fmt: skip
+    done = launched([sys.executable, SCRIPT, "--model", model_dir, "--data", data, "--eval_split", 0.5, "--output", out,
+                     "--lr", "3e-3", "--batch_size", 8, "--epochs", 2], tmp_path / "cache")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     evaluations = json.loads((out / "run.json").read_text())["evaluations"]
-    assert evaluations["0"]["rewards/accuracies"] == 0.5
-    assert evaluations["24"]["rewards/accuracies_interval"][0] > 0.5
-    assert evaluations["24"]["rewards/margins_interval"][0] > 0
+    first, last = evaluations["0"], evaluations[max(evaluations, key=int)]
+    assert first["rewards/accuracies"] == 0.5 and first["rewards/margins"] == 0
+    assert last["rewards/accuracies_interval"][0] > 0.5 and last["rewards/margins_interval"][0] > 0
 
 
 def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
@@ -155,7 +162,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
         (["--batch_size", "0"], 2, "batch_size"),
         (["--eval_split", "1.5"], 2, "eval_split"),
         (["--config", tmp_path / "none.yaml"], 2, "no such file"),
-        (["--config", file("bad.yaml", "bata: 1\n")], 2, "did you mean beta"),
+        (["--config", file("bad.yaml", "lose: sigmoid\n")], 2, "did you mean loss"),
         (["--data", tmp_path / "none.jsonl"], 4, "none.jsonl"),
         (["--data", file("broken.jsonl", row + "\n{\n")], 4, "line 2"),
         (["--data", _write(tmp_path / "latin.jsonl", (row + "\n").encode() + b'{"prompt": "\xe9"}\n')], 4, "line 2"),
@@ -170,7 +177,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
         (["--ds_config", tmp_path / "none.json"], 2, "does not exist"),
         (["--max_prompt_length", "2000"], 2, "no room"),
         (["--lr_scheduler", "zigzag"], 2, "zigzag"),
-        (["--output", _other_run(tmp_path / "other")], 2, "holds another run (--beta was 0.5, is 0.1)"),
+        (["--output", _other_run(tmp_path / "other")], 2, "holds another run (--beta was 0.5, is 0.1;"),
         (["--output", file("afile", "x")], 2, "cannot write"),
         (["--output", _foreign(tmp_path / "foreign")], 2, "holds other files"),
     ]  # fmt: skip

@@ -144,7 +144,7 @@ def _parse(text: str, path: str, line: int) -> Any:
 def _read_lines(path: str) -> Iterator[Any]:
     for number, line in _open_lines(path):
         if line.strip():
-            yield _parse(line, path, number)
+            yield _parse(line.rstrip("\r\n"), path, number)
 
 
 def _read_json(path: str) -> Iterator[Any]:

@@ -74,11 +74,11 @@ class Board:
         if self.writer:
             self.writer.add_text(name, value, step)
 
-    def hparams(self, flags: dict, results: dict[str, float]):
-        """Write the run's flags and its results to the HPARAMS page, in the same run as the curves."""
+    def hparams(self, flags: dict, results: dict[str, float], step: int):
+        """Write the run's flags and its results after `step` to the HPARAMS page, in the same run as the curves."""
         if self.writer:
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flags.items()}
-            self.writer.add_hparams(plain, results, run_name=".")
+            self.writer.add_hparams(plain, results, run_name=".", global_step=step)
 
     def advance(self, shown: dict[str, str]):
         """One step on, with these figures beside the bar."""

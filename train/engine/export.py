@@ -29,8 +29,9 @@ def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto
     if dist.first():
         shutil.rmtree(beside, ignore_errors=True)
         saved_dtype = next(iter(state.values())).dtype
-        module.lm.config.dtype = saved_dtype
         module.lm.save_pretrained(beside, state_dict=state, max_shard_size="4GB")
+        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+        write_json(beside / "config.json", config | {"dtype": str(saved_dtype).removeprefix("torch.")})
         tokenizer.save_pretrained(beside)
         if write_card:
             write_card(beside)

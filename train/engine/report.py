@@ -87,8 +87,8 @@ class Training:
     def finish(self, gap: float):
         """Write results, and print what changed, where it lies and what to do next. `gap`: see export."""
         first, last = (self.evaluated[min(self.evaluated)], self.evaluated[max(self.evaluated)]) if self.evaluated else ({}, {})
-        results = {f"val/{name}": last[name] for _, name in ROWS_OF_TABLE if name in last} | {"train/loss": self.last["loss"]}
-        self.board.hparams(self.folder.record["flags"], results)
+        results = {name: last[name] for _, name in ROWS_OF_TABLE if name in last} or {"train_loss": self.last["loss"]}
+        self.board.hparams(self.folder.record["flags"], {f"final/{name}": value for name, value in results.items()}, self.plan.steps)
         self.board.close()
         moved = getattr(self, "moved", None)
         self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=moved,
