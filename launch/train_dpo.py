@@ -33,9 +33,9 @@ class Settings:
     model: str | None = None
     """The policy: a model directory or hub name. None: SmolLM2-135M-Instruct."""
     data: list[str] | None = None
-    """Pairs to train on: jsonl, json, csv, parquet files, save_to_disk folders or hub names. None: the built-in pairs."""
+    """Pairs to train on: jsonl, json, csv, parquet, save_to_disk folders or hub names. None: the built-in pairs."""
     eval_data: list[str] | None = None
-    """Pairs to evaluate on. None: the built-in held-out pairs beside built-in data, else what --eval_split sets apart."""
+    """Pairs to evaluate on. None: the built-in held-out pairs with built-in data, else what --eval_split sets apart."""
     eval_split: float = 0.0
     """Share of the training prompts (with all their rows) set apart for evaluation where --eval_data is not given."""
     data_split_seed: int = 0
@@ -81,12 +81,12 @@ class Settings:
     reference_model: str | None = None
     """The reference: a model directory or hub name. None: --model as it is at the start."""
     reference_ds_config: str | None = None
-    """DeepSpeed JSON for the reference. None: sharded by ds_configs/frozen_zero3.json beside a stage-3 policy, else whole on
-    each rank."""
+    """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy, else whole on each
+    rank."""
     ds_config: str = str(ROOT / "ds_configs" / "zero0.json")
     """DeepSpeed JSON: the ZeRO stage, offload, buckets."""
     layout: Literal["packed", "padded"] = "packed"
-    """packed: shared prompts without padding. padded: one padded sequence a response, for models that packing refuses."""
+    """packed: shared prompts without padding. padded: a padded sequence a response, for models that packing refuses."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -102,7 +102,8 @@ class Settings:
 
     def __post_init__(self):
         at_least = {"batch_size": 1, "micro_tokens": 1, "max_steps": 1, "log_every": 1, "eval_every": 0, "lr": 0,
-                    "weight_decay": 0, "grad_clip": 0, "warmup_ratio": 0, "eval_split": 0, "max_dropped": 0}  # fmt: skip
+                    "weight_decay": 0, "grad_clip": 0, "warmup_ratio": 0, "eval_split": 0,
+                    "max_dropped": 0}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"--{name} is at least {least}, not {getattr(self, name)}")
@@ -177,7 +178,9 @@ def open_data(settings, folder):
     folder.dropped({"train": data.dropped, "eval": held_out.dropped if held_out else []})
     if not eval_sources and settings.eval_split:
         data, held_out = tokens.split_by_prompt(data, settings.eval_split, settings.data_split_seed)
-    folder.note(data=run.describe(data, sources), eval_data=held_out and run.describe(held_out, eval_sources or sources))
+    folder.note(
+        data=run.describe(data, sources), eval_data=held_out and run.describe(held_out, eval_sources or sources)
+    )
     return tokenizer, data, held_out
 
 
@@ -185,7 +188,7 @@ def open_models(settings, folder, tokenizer, data, device):
     """The policy under DeepSpeed, the frozen reference, the loss, and the Plan."""
     from train.data import order
     from train.engine import memory, run, zero
-    from train.engine.reference import Live
+    from train.engine.reference import REFERENCES
     from train.losses import preference
 
     loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
@@ -206,9 +209,12 @@ def open_models(settings, folder, tokenizer, data, device):
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
     policy = zero.Policy(module, ds, lr=settings.lr, weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
-                         scheduler=settings.lr_scheduler, warmup_ratio=settings.warmup_ratio, total_steps=steps)  # fmt: skip
-    reference = Live(load(ref_path, ref_ds), ref_ds)
-    row_tokens = settings.micro_tokens or memory.row_tokens(module, device, settings.gradient_checkpointing, settings.max_length)
+                         scheduler=settings.lr_scheduler, warmup_ratio=settings.warmup_ratio,
+                         total_steps=steps)  # fmt: skip
+    reference = REFERENCES[settings.reference](load(ref_path, ref_ds), ref_ds)
+    row_tokens = settings.micro_tokens or memory.row_tokens(
+        module, device, settings.gradient_checkpointing, settings.max_length
+    )
     plan = Plan(precision, row_tokens, steps, path == ref_path)
     folder.note(model=path, reference_model=ref_path, deepspeed=ds, reference_deepspeed=ref_ds, **plan._asdict(),
                 hardware=run.hardware(device), versions=run.versions())  # fmt: skip

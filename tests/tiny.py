@@ -60,7 +60,9 @@ def make_model(family="llama", dtype=torch.float32, seed=0, **overrides):
                      pad_token_id=2, initializer_range=0.2)  # fmt: skip
     torch.manual_seed(seed)
     config = config_class(**{**sizes, **extra, **overrides})
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).eval()  # one draw for all dtypes
+    return (
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).eval()
+    )  # one draw for all dtypes
 
 
 def save_model(folder, family="llama", seed=0, **overrides):

@@ -278,10 +278,8 @@ def spawn(args, name, precision) -> dict:
 
 def _short(run) -> str:
     what = f"{run['contender']} {run['precision']}: "
-    if "failed" in run:
-        return what + f"failed: {run['failed']}"
-    if "peak" in run:
-        return what + f"{run['peak'] / 1e9:,.0f} GFLOP/s"
+    if "failed" in run or "peak" in run:
+        return what + (f"failed: {run['failed']}" if "failed" in run else f"{run['peak'] / 1e9:,.0f} GFLOP/s")
     steps = ", ".join(f"{seconds:.3f} s" for seconds in run["seconds"])
     return what + f"{steps} (the first warms up), {run['peak_gb']:.2f} GB, load {run['load_before']:.1f} before"
 

@@ -24,7 +24,11 @@ def test_row_by_hand():
     assert row.lengths.tolist() == [3, 1, 1]
     assert row.kv_users.tolist() == [[0, 5], [1, 6], [2, 10], [3, 10], [4, 10], [7, 10], [8, 10], [9, 10]]
     assert row.group_rows == (11, 12)
-    assert [(ids.tolist(), first) for ids, first in row.sequences()] == [([7, 8, 1, 2, 3], 2), ([7, 8, 4], 2), ([9, 5], 1)]
+    assert [(ids.tolist(), first) for ids, first in row.sequences()] == [
+        ([7, 8, 1, 2, 3], 2),
+        ([7, 8, 4], 2),
+        ([9, 5], 1),
+    ]
 
 
 def test_empty_row_scores_nothing():
@@ -60,11 +64,13 @@ def test_deal_balances_what_ranks_run_at_the_same_time():
 
 def test_steps_are_the_same_groups_for_any_ranks_and_budget():
     tokens = [10 + 7 * i % 50 for i in range(23)]
+
     def groups(world, budget):
         ranks = [list(steps(tokens, 5, budget, seed=3, total=10, rank=r, world=world)) for r in range(world)]
         dealt = [sorted(i for rank in ranks for row in rank[s].rows for i in row) for s in range(10)]
         assert dealt == [sorted(ranks[0][s].groups) for s in range(10)]
         return [step.groups for step in ranks[0]]
+
     expected = groups(1, 10_000)
     assert groups(2, 60) == groups(4, 1) == groups(3, 200) == expected
     # two epochs of 5 steps, the last of 3 groups; each group once an epoch; another order in the second

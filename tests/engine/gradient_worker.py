@@ -1,6 +1,6 @@
 """Run by torchrun in test_invariance.py: one step's gradient under every ZeRO stage and token budget, written as one file.
 
-    torchrun --nproc_per_node N tests/engine/gradient_worker.py MODEL_DIR OUT [STAGE ...]
+torchrun --nproc_per_node N tests/engine/gradient_worker.py MODEL_DIR OUT [STAGE ...]
 """
 
 import json

@@ -32,7 +32,9 @@ def launched(command, cache, **options):
 
 def several(lines, cache):
     """Exit code, stdout and stderr of train_dpo.py for each list of arguments, from one process."""
-    done = launched([sys.executable, "tests/launch/many.py", SCRIPT, json.dumps([list(map(str, a)) for a in lines])], cache)
+    done = launched(
+        [sys.executable, "tests/launch/many.py", SCRIPT, json.dumps([list(map(str, a)) for a in lines])], cache
+    )
     outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
     assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
     cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
@@ -54,7 +56,11 @@ def test_two_ranks_zero3_train_export_reload(model_dir, tmp_path):
     for line in ("64 held-out pairs", "reward accuracy", "deepspeed eval/evaluate.py --model", "tensorboard --logdir"):
         assert line in done.stdout + done.stderr
     run = json.loads((out / "run.json").read_text())
-    assert run["status"] == "finished" and run["hardware"]["world"] == 2 and run["deepspeed"]["zero_optimization"]["stage"] == 3
+    assert (
+        run["status"] == "finished"
+        and run["hardware"]["world"] == 2
+        and run["deepspeed"]["zero_optimization"]["stage"] == 3
+    )
     assert run["flags"]["lr"] == 1e-3 and run["eval_data"]["groups"] == 64 and run["versions"]["deepspeed"]
     _check_boards(out, run)
     _check_model(out / "model", model_dir)
@@ -62,7 +68,12 @@ def test_two_ranks_zero3_train_export_reload(model_dir, tmp_path):
 
 def _check_boards(out, run):
     events, found = scalars(out / "tensorboard")
-    names = ["loss", *(f"rewards/{n}" for n in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected"]
+    names = [
+        "loss",
+        *(f"rewards/{n}" for n in ("chosen", "rejected", "margins", "accuracies")),
+        "logps/chosen",
+        "logps/rejected",
+    ]
     for name in names:
         assert [step for step, _ in found[f"train/{name}"]] == [1, 2, 3]
         assert [step for step, _ in found[f"val/{name}"]] == [0, 2, 3]
@@ -74,7 +85,9 @@ def _check_boards(out, run):
     for tag in ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb", "train/grad_norm"):
         assert all(value > 0 for _, value in found[tag]), tag
     assert found["health/bf16_weights_moved"][0][1] == 0 < found["health/bf16_weights_moved"][-1][1] <= 1
-    assert {"val/histogram/margins", "val/histogram/logps_chosen", "train/histogram/margins"} <= set(events.Tags()["histograms"])
+    assert {"val/histogram/margins", "val/histogram/logps_chosen", "train/histogram/margins"} <= set(
+        events.Tags()["histograms"]
+    )
     assert run["evaluations"]["3"]["loss"] == pytest.approx(found["val/loss"][-1][1], rel=1e-6)
 
 
@@ -109,7 +122,9 @@ def test_ways_to_train_in_one_process(model_dir, tmp_path):
         "offload": ["--ds_config", "ds_configs/zero3_offload.json"],
         "export_bf16": ["--export_dtype", "bf16"],
     }
-    results = several([[*common, *extra, "--output", tmp_path / name] for name, extra in lines.items()], tmp_path / "cache")
+    results = several(
+        [[*common, *extra, "--output", tmp_path / name] for name, extra in lines.items()], tmp_path / "cache"
+    )
     for name, (code, _, err) in zip(lines, results, strict=True):
         assert code == "0", (name, err[-3000:])
     end = {name: json.loads((tmp_path / name / "run.json").read_text())["evaluations"]["2"] for name in lines}
@@ -136,7 +151,10 @@ def test_a_learnable_rule_is_learnt(model_dir, tmp_path):
     draw = random.Random(0)
     warm, cold = "kitchen soup rain garden laugh".split(), "policy form report procedure item".split()
     say = lambda words: " ".join(draw.choices(words, k=draw.randint(3, 8)))
-    rows = [json.dumps({"prompt": f"{i} {say(warm + cold)}?", "chosen": say(warm), "rejected": say(cold)}) for i in range(128)]
+    rows = [
+        json.dumps({"prompt": f"{i} {say(warm + cold)}?", "chosen": say(warm), "rejected": say(cold)})
+        for i in range(128)
+    ]
     data = _write(tmp_path / "rule.jsonl", "\n".join(rows))
     out = tmp_path / "out"
     done = launched([sys.executable, SCRIPT, "--model", model_dir, "--data", data, "--eval_split", 0.5, "--output", out,
@@ -234,7 +252,9 @@ def test_dropped_rows_are_listed_and_a_finished_run_says_so(model_dir, tmp_path)
     rows[7] = json.dumps({"prompt": "Say <|im_end|> twice", "chosen": "b", "rejected": "c"})
     data = _write(tmp_path / "pairs.jsonl", "\n".join(rows).encode())
     common = ["--model", model_dir, "--data", data, "--output", tmp_path / "out", "--max_steps", 1, "--eval_split", 0.2]
-    (first, _, err), (second, out, _), (third, _, told) = several([common, common, [*common, "--lr", "1e-4"]], tmp_path / "cache")
+    (first, _, err), (second, out, _), (third, _, told) = several(
+        [common, common, [*common, "--lr", "1e-4"]], tmp_path / "cache"
+    )
     assert first == "0", err[-3000:]
     (dropped,) = map(json.loads, (tmp_path / "out/dropped.jsonl").read_text().splitlines())
     assert dropped["row"] == 7 and "<|im_end|>" in dropped["reason"] and dropped["split"] == "train"

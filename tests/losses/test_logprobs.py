@@ -14,7 +14,12 @@ def plain(hidden, weight, target, bias=None):
 def inputs(tokens=11, vocabulary=37, width=8, dtype=torch.float64):
     random = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, dtype=dtype, generator=random).requires_grad_()
-    return make(tokens, width), make(vocabulary, width), torch.randint(vocabulary, (tokens,), generator=random), make(vocabulary)
+    return (
+        make(tokens, width),
+        make(vocabulary, width),
+        torch.randint(vocabulary, (tokens,), generator=random),
+        make(vocabulary),
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
@@ -34,7 +39,9 @@ def test_value_and_gradient_in_any_chunks(chunk, with_bias):
 
 def test_gradcheck():
     hidden, weight, target, bias = inputs(tokens=5, vocabulary=7, width=3)
-    assert torch.autograd.gradcheck(lambda h, w, b: token_logps(h, w, target, b, budget=2 * 7 * 8), (hidden, weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: token_logps(h, w, target, b, budget=2 * 7 * 8), (hidden, weight, bias)
+    )
 
 
 def test_second_backward_is_the_same():

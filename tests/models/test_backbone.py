@@ -69,13 +69,17 @@ def test_packed_equals_one_by_one_in_fp32(family):
 def test_small_logits_budget_changes_nothing():
     # 3 tokens of logits a chunk: most chunks are computed twice
     row = pack(groups())
-    (logps, gradients), (expected, expected_gradients) = packed_and_alone("llama", torch.float64, row, logits_bytes=3 * 1024 * 8)
+    (logps, gradients), (expected, expected_gradients) = packed_and_alone(
+        "llama", torch.float64, row, logits_bytes=3 * 1024 * 8
+    )
     assert (logps - expected).abs().max() < 1e-9
     assert max(relative(gradients[name], expected_gradients[name]) for name in gradients) < 1e-9
 
 
 def test_padded_layout_equals_one_by_one():
-    (logps, gradients), (expected, expected_gradients) = packed_and_alone("llama", torch.float64, pack(groups()), layout="padded")
+    (logps, gradients), (expected, expected_gradients) = packed_and_alone(
+        "llama", torch.float64, pack(groups()), layout="padded"
+    )
     assert (logps - expected).abs().max() < 1e-9
     assert max(relative(gradients[name], expected_gradients[name]) for name in gradients) < 1e-9
 

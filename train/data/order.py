@@ -39,7 +39,7 @@ def num_steps(count: int, batch_size: int, epochs: float, max_steps: int = 0) ->
 
 def steps(tokens: Sequence[int], batch_size: int, budget: int, *, seed: int, total: int, start: int = 0,
           rank: int = 0, world: int = 1) -> Iterator[Step]:  # fmt: skip
-    """Steps `start` to `total` for one rank. `tokens`: each group's size, (len(data),). Continues anywhere at no cost."""
+    """Steps `start` to `total` for one rank. `tokens`: each group's size, (len(data),). Starts anywhere at no cost."""
     count, per_epoch = len(tokens), -(-len(tokens) // batch_size)
     order, drawn = None, -1
     for number in range(start, total):

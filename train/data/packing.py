@@ -38,7 +38,9 @@ class Packed(NamedTuple):
     input_ids: torch.Tensor  # (L,) int64
     positions: torch.Tensor  # (L,) int64, from 0 in each prompt; a response continues at len(P)
     kv_index: torch.Tensor  # (K,) int64 into L: the keys and values of each segment, one after the other
-    kv_users: torch.Tensor  # (L, k_max) int64 into K, or K where there is no further user: where each token was gathered to
+    kv_users: (
+        torch.Tensor
+    )  # (L, k_max) int64 into K, or K where there is no further user: where each token was gathered to
     cu_q: torch.Tensor  # (S+1,) int32, query offsets of the segments
     cu_k: torch.Tensor  # (S+1,) int32, key offsets of the segments
     hidden_index: torch.Tensor  # (T,) int64 into L: the position whose hidden state predicts the scored token
@@ -62,7 +64,7 @@ class Packed(NamedTuple):
         return Packed(*(x.pin_memory() if torch.is_tensor(x) else x for x in self))
 
     def sequences(self):
-        """Every response alone, as the plain way sees it: yields (ids (P+R,), index of the first scored token in it)."""
+        """Every response alone, the plain way: yields (ids (P+R,), index of the first scored token in it)."""
         start = 0
         for prompt, *responses in self.shape if self.num_responses else ():
             offset = start + prompt

@@ -37,8 +37,13 @@ def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto
             write_card(beside)
         del state
         difference = _reload(beside, module, rows, ours)
-        if not difference <= TOLERANCE[torch.bfloat16 if module.autocast or saved_dtype == torch.bfloat16 else torch.float32]:
-            problem = f"{beside} loads with log-probabilities {difference:.2g} nats a token away from the trained model's"
+        if (
+            not difference
+            <= TOLERANCE[torch.bfloat16 if module.autocast or saved_dtype == torch.bfloat16 else torch.float32]
+        ):
+            problem = (
+                f"{beside} loads with log-probabilities {difference:.2g} nats a token away from the trained model's"
+            )
         else:
             replace(beside, folder)
     problem, difference = dist.share((problem, difference))

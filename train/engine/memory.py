@@ -9,7 +9,7 @@ import torch
 from train.config import fail
 from train.losses.logprobs import LOGITS_BYTES
 
-CPU_TOKENS = 2048  # larger rows gain nothing on a CPU and cost memory
+CPU_TOKENS = 768  # about two pairs: larger rows gain nothing on a CPU and cost memory
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
 
 
@@ -22,7 +22,9 @@ def row_tokens(backbone, device: torch.device, checkpointing: bool, max_length: 
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * width
     item = 2 if backbone.autocast or next(backbone.parameters()).dtype == torch.bfloat16 else 4
-    layer = (8 * width + 4 * inner) * item + (8 * width if backbone.autocast else 0)  # bytes a token: what autograd keeps
+    layer = (8 * width + 4 * inner) * item + (
+        8 * width if backbone.autocast else 0
+    )  # bytes a token: what autograd keeps
     a_token = width * item * layers + layer if checkpointing else layer * layers
     most = CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS
     fits = (free(device) // 2 - 2 * LOGITS_BYTES) // a_token

@@ -44,7 +44,11 @@ class Training:
         if number % self.settings.log_every == 0 or number == self.plan.steps:
             sums, perf = self.meter.read()
             mean = measures.means(sums)
-            self.last = {"loss": mean["loss"], "margin": mean["rewards/margins"], "accuracy": mean["rewards/accuracies"]} | perf
+            self.last = {
+                "loss": mean["loss"],
+                "margin": mean["rewards/margins"],
+                "accuracy": mean["rewards/accuracies"],
+            } | perf
             self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "train/")
             self.board.scalars({"train/grad_norm": update.grad_norm, "train/learning_rate": update.lr,
                                 "train/epoch": step.epoch, "health/skipped_steps": self.policy.skipped,
@@ -86,19 +90,24 @@ class Training:
 
     def finish(self, gap: float):
         """Write results, and print what changed, where it lies and what to do next. `gap`: see export."""
-        first, last = (self.evaluated[min(self.evaluated)], self.evaluated[max(self.evaluated)]) if self.evaluated else ({}, {})
+        first, last = (
+            (self.evaluated[min(self.evaluated)], self.evaluated[max(self.evaluated)]) if self.evaluated else ({}, {})
+        )
         results = {name: last[name] for _, name in ROWS_OF_TABLE if name in last} or {"train_loss": self.last["loss"]}
-        self.board.hparams(self.folder.record["flags"], {f"final/{name}": value for name, value in results.items()}, self.plan.steps)
+        self.board.hparams(
+            self.folder.record["flags"], {f"final/{name}": value for name, value in results.items()}, self.plan.steps
+        )
         self.board.close()
         moved = getattr(self, "moved", None)
         self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=moved,
-                           export_gap_nats_per_token=gap, perf={k: v for k, v in self.last.items() if k.startswith("perf/")})  # fmt: skip
+                           export_gap_nats_per_token=gap,
+                           perf={k: v for k, v in self.last.items() if k.startswith("perf/")})  # fmt: skip
         model = self.folder.path / "model"
         base = self.folder.record["model"]
         lines = [*(table(first, last) if last else ()), "",
                  f"model        {model}  (reloaded: {gap:.1g} nats a token from the trained one)",
                  f"run          {self.folder.path / 'run.json'}, logs/, tensorboard/", "", "next",
-                 f"  deepspeed eval/evaluate.py --model {model} --reference {base} --output {self.folder.path / 'eval'}",
+                 f"  deepspeed eval/evaluate.py --model {model} --reference {base} --output {self.folder.path}/eval",
                  f"  tensorboard --logdir {self.folder.path}"]  # fmt: skip
         for line in lines:
             self.folder.say(line)
@@ -109,7 +118,10 @@ def intervals(accuracy: float, margins: torch.Tensor) -> dict[str, list[float]]:
     n = len(margins)
     half = 1.959964 * float(margins.std()) / math.sqrt(n) if n > 1 else math.nan
     mean = float(margins.mean())
-    return {"rewards/accuracies_interval": list(measures.wilson(accuracy, n)), "rewards/margins_interval": [mean - half, mean + half]}
+    return {
+        "rewards/accuracies_interval": list(measures.wilson(accuracy, n)),
+        "rewards/margins_interval": [mean - half, mean + half],
+    }
 
 
 def table(first: dict, last: dict) -> list[str]:
@@ -135,6 +147,8 @@ def share_moved(module, start) -> float | None:
         mine, theirs = getattr(p, "ds_tensor", p), getattr(q, "ds_tensor", q)
         if mine.shape != theirs.shape or mine.device != theirs.device:
             return None
-        moved += torch.stack([(mine.bfloat16() != theirs.bfloat16()).sum(), torch.tensor(mine.numel(), device=mine.device)])
+        moved += torch.stack(
+            [(mine.bfloat16() != theirs.bfloat16()).sum(), torch.tensor(mine.numel(), device=mine.device)]
+        )
     changed, count = dist.total(moved).tolist()
     return changed / count

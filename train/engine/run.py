@@ -51,7 +51,11 @@ class Run:
         before = self.previous().get("flags")
         if before is None:
             foreign = [p.name for p in self.path.iterdir() if p.name != "logs"]
-            return f"{self.path} holds other files ({', '.join(sorted(foreign)[:3])}); choose another --output" if foreign else None
+            return (
+                f"{self.path} holds other files ({', '.join(sorted(foreign)[:3])}); choose another --output"
+                if foreign
+                else None
+            )
         other = [k for k in sorted({*before, *flags}) if before.get(k) != flags.get(k) and k not in MAY_DIFFER]
         if not other:
             return None
@@ -131,7 +135,9 @@ def check_vocabulary(backbone, tokenizer):
     """ValueError where the tokenizer has ids that the model has no embedding for."""
     rows = backbone.lm.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary only {rows:,}: they do not belong together")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary {rows:,}: they do not belong together"
+        )
 
 
 def describe(data, sources) -> dict:

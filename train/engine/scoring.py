@@ -73,7 +73,14 @@ class HeldOut:
             pairs = pairs_of(policy(row), self.reference_logps[number], row)
             losses = loss_of(pairs)
             sums = sums + of_pairs(pairs, losses, beta)
-            columns = (torch.tensor(row.group_rows), pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected, losses)
+            columns = (
+                torch.tensor(row.group_rows),
+                pairs.chosen,
+                pairs.rejected,
+                pairs.ref_chosen,
+                pairs.ref_rejected,
+                losses,
+            )
             values.append(torch.stack([column.detach().double().cpu() for column in columns], 1))
         everyone = torch.cat(dist.gather(torch.cat(values)))
         return Scored(dist.total(sums).cpu(), everyone[everyone[:, 0].argsort(stable=True)])

@@ -32,6 +32,7 @@ OWNED_BY_FLAGS = {
     "tensorboard": "--output", "activation_checkpointing": "--gradient_checkpointing",
     "zero_allow_untested_optimizer": "--lr",
 }  # fmt: skip
+BUCKET = 25_000_000  # gradient elements that stage 0 sends at a time
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
@@ -62,7 +63,9 @@ def read_config(path) -> dict:
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, not {zero['stage']!r}")
     if zero.get("overlap_comm") and zero.get("stage", 0) != 2:
-        raise ValueError(f"{path}: zero_optimization.overlap_comm works with stage 2 only, where rows are summed up here")
+        raise ValueError(
+            f"{path}: zero_optimization.overlap_comm works with stage 2 only, where rows are summed up here"
+        )
     return config
 
 
@@ -210,7 +213,8 @@ class Policy:
             if applied and not self._linked:
                 self._link_moments()
         else:
-            self.engine.buffered_allreduce_fallback()
+            if dist.world() > 1:  # alone there is nothing to add, and the buffer would be a second copy of the gradient
+                self.engine.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
             params = [p for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.clip_grad_norm_(params, self.grad_clip or math.inf))
             applied = math.isfinite(norm)
@@ -255,10 +259,10 @@ def whole_state(module, dtype=None) -> dict | None:
         seen.add(id(p))
         with gathered_one(p):
             if dist.first():
-                state[name] = p.detach().to("cpu", dtype or p.dtype, copy=True)
+                state[name] = p.detach().to("cpu", dtype or p.dtype, copy=hasattr(p, "ds_id"))
     for name, buffer in module.named_buffers():
         if dist.first() and _persistent(module, name):
-            state[name] = buffer.detach().to("cpu", copy=True)
+            state[name] = buffer.detach().to("cpu")
     return state if dist.first() else None
 
 

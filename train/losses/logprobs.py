@@ -1,8 +1,8 @@
 """Token log-probabilities from hidden states and the head's weight, without the (tokens x vocabulary) tensor.
 
-The head is worked off in chunks of tokens sized by a byte budget. Logits of the chunks that fit in the budget are
-kept for the backward pass, which overwrites them with their gradient; the others are computed a second time. The
-softmax, its logarithm and every sum run in fp32 (fp64 for fp64 weights), whatever the matrix product's type.
+The head is worked off in chunks of tokens sized by a byte budget. The last chunk is kept for the backward pass, which
+overwrites it with its gradient; the others are computed a second time. The softmax, its logarithm and every sum run in
+fp32 (fp64 for fp64 weights), whatever the matrix product's type.
 
 Legend: T scored tokens, V vocabulary, H hidden size, N responses.
 """
@@ -15,7 +15,7 @@ LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,73
 def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES):
     """log softmax(hidden @ weight.T + bias)[target]: (T, H), (V, H), (T,) -> (T,) nats in fp32 or wider.
 
-    Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of logits alive at a time.
+    Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of a chunk's logits; twice as many are alive for a moment.
     Under autocast the products run in the autocast type, like any linear layer's.
     """
     device = hidden.device.type
@@ -24,14 +24,14 @@ def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES):
         return _TokenLogps.apply(hidden, weight, target, bias, product, budget)
 
 
-def _logits(hidden, weight, bias):
-    """(t, H), (V, H) -> (t, V) in fp32 or wider, freshly allocated."""
+def _log_softmax(hidden, weight, bias):
+    """(t, H), (V, H) -> (t, V) nats in fp32 or wider, freshly allocated."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.is_cuda and hidden.dtype != wide:
         logits = torch.mm(hidden, weight.t(), out_dtype=wide)  # half-precision product, never rounded to half
     else:
         logits = torch.mm(hidden, weight.t()).to(wide)
-    return logits if bias is None else logits.add_(bias)
+    return torch.log_softmax(logits if bias is None else logits.add_(bias), dim=1)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -41,34 +41,31 @@ class _TokenLogps(torch.autograd.Function):
         h, w = hidden.to(product), weight.to(product)
         size = max(1, int(budget // (weight.shape[0] * wide.itemsize)))
         ctx.spans = [(t, min(t + size, h.shape[0])) for t in range(0, h.shape[0], size)]
-        keep = any(ctx.needs_input_grad)
-        logps, norm, ctx.kept = hidden.new_empty(h.shape[0], dtype=wide), [], {}
+        logps, ctx.kept = hidden.new_empty(h.shape[0], dtype=wide), {}
         for start, end in ctx.spans:
-            logits = _logits(h[start:end], w, bias)  # (t, V)
-            lse = torch.logsumexp(logits, dim=1)  # (t,)
-            logps[start:end] = logits.gather(1, target[start:end, None]).squeeze(1) - lse
-            norm.append(lse)
-            if keep and end == ctx.spans[-1][1]:
-                ctx.kept[start] = logits  # the last chunk's logits are alive anyway: the backward starts with them
-        ctx.save_for_backward(h, w, target, bias, torch.cat(norm) if norm else logps)
-        ctx.dtypes = hidden.dtype, weight.dtype
+            every = _log_softmax(h[start:end], w, bias)  # (t, V)
+            logps[start:end] = every.gather(1, target[start:end, None]).squeeze(1)
+        if ctx.spans and any(ctx.needs_input_grad):
+            ctx.kept[ctx.spans[-1]] = every  # alive anyway: the backward pass starts with it
+        ctx.save_for_backward(h, w, target, bias)
+        ctx.dtypes = wide, hidden.dtype, weight.dtype
         return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        h, w, target, bias, norm = ctx.saved_tensors
-        wants_weight, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        wide = norm.dtype
+        h, w, target, bias = ctx.saved_tensors
+        wide, hidden_type, weight_type = ctx.dtypes
+        _, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
         grad_h = torch.zeros_like(h)
-        grad_w = torch.zeros(w.shape, dtype=wide, device=w.device) if wants_weight and not ctx.spans else None
+        grad_w = torch.zeros_like(w, dtype=wide) if wants_weight and len(ctx.spans) != 1 else None
         grad_b = torch.zeros_like(bias, dtype=wide) if wants_bias else None
         for start, end in reversed(ctx.spans):
-            kept = ctx.kept.pop(start, None)
-            p = _logits(h[start:end], w, bias) if kept is None else kept  # (t, V)
-            kept = None
+            kept = ctx.kept.pop((start, end), None)
+            p = _log_softmax(h[start:end], w, bias) if kept is None else kept  # (t, V), overwritten
+            del kept
             # d logp / d logits = onehot(target) - softmax
-            p.sub_(norm[start:end, None]).exp_().mul_(-grad[start:end, None])
+            p.exp_().mul_(-grad[start:end, None])
             p.scatter_add_(1, target[start:end, None], grad[start:end, None].to(wide))
             if wants_bias:
                 grad_b += p.sum(0)
@@ -76,8 +73,7 @@ class _TokenLogps(torch.autograd.Function):
             torch.mm(p, w, out=grad_h[start:end])
             if wants_weight:
                 part = torch.mm(p.t(), h[start:end])  # (V, H)
-                grad_w = part.to(wide) if grad_w is None else grad_w.add_(part)
-        hidden_type, weight_type = ctx.dtypes
+                grad_w = part if grad_w is None else grad_w.add_(part)
         return (
             grad_h.to(hidden_type),
             grad_w.to(weight_type) if wants_weight else None,

@@ -20,8 +20,8 @@ def of_pairs(pairs: Pairs, losses: torch.Tensor, beta: float) -> torch.Tensor:
         chosen, rejected = pairs.rewards(beta)
         margin = chosen - rejected
         fell = pairs.chosen < pairs.ref_chosen  # likelihood displacement (Razin et al. 2024, arXiv 2410.08847)
-        columns = (torch.ones_like(margin), losses, chosen, rejected, margin, wins(margin), pairs.chosen, pairs.rejected,
-                   fell, pairs.chosen_len, pairs.rejected_len)  # fmt: skip
+        columns = (torch.ones_like(margin), losses, chosen, rejected, margin, wins(margin), pairs.chosen,
+                   pairs.rejected, fell, pairs.chosen_len, pairs.rejected_len)  # fmt: skip
         return torch.stack([column.detach().double() for column in columns]).sum(1)
 
 
@@ -48,3 +48,63 @@ def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, floa
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return (middle - half) / scale, (middle + half) / scale
+
+
+# The measures below compare samples. Weights (..., n) say how often each value counts, 1 each unless told; leading
+# dimensions are other weightings of the same values, such as bootstrap resamples, and come out again.
+
+
+def histogram(values: torch.Tensor, edges: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """(n,) values, (b + 1,) rising edges -> (..., b) weight in each bin; what lies outside counts in the end bins."""
+    place = (torch.bucketize(values, edges, right=True) - 1).clamp(0, len(edges) - 2)
+    counts = _weights(values, weights)
+    bins = counts.new_zeros(*counts.shape[:-1], len(edges) - 1)
+    return bins.index_add(-1, place, counts)
+
+
+def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The area that two histograms on the same bins share, (..., b) each -> (...): 0 apart, 1 the same shape."""
+    share = lambda counts: counts / counts.sum(-1, keepdim=True)
+    return torch.minimum(share(first), share(second)).sum(-1)
+
+
+def auroc(high: torch.Tensor, low: torch.Tensor, high_weights=None, low_weights=None) -> torch.Tensor:
+    """How likely a value drawn from `high` (n,) exceeds one from `low` (m,); a tie counts one half -> (...).
+
+    The Mann-Whitney statistic over n * m, the area under the ROC curve (Hanley and McNeil 1982).
+    """
+    a, b = _weights(high, high_weights), _weights(low, low_weights)
+    ordered, order = low.sort()
+    below = torch.nn.functional.pad(b[..., order].cumsum(-1), (1, 0))  # (..., m + 1): weight before each place
+    smaller = below[..., torch.searchsorted(ordered, high)]
+    not_larger = below[..., torch.searchsorted(ordered, high, right=True)]
+    return (a * (smaller + not_larger)).sum(-1) / (2 * a.sum(-1) * b.sum(-1))
+
+
+def wasserstein(first: torch.Tensor, second: torch.Tensor, first_weights=None, second_weights=None) -> torch.Tensor:
+    """How far one sample's mass must move to become the other's, in the unit of the values: (n,), (m,) -> (...).
+
+    In one dimension it is the area between the two distribution functions (Vallender 1974).
+    """
+    a, b = _weights(first, first_weights), _weights(second, second_weights)
+    ordered, order = torch.cat([first, second]).sort()
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    gap = torch.cat([a, -b], -1)[..., order].cumsum(-1)[..., :-1].abs()
+    return (gap * ordered.diff()).sum(-1)
+
+
+def calibration(probabilities: torch.Tensor, outcomes: torch.Tensor, edges: torch.Tensor, weights=None):
+    """The reliability table and the expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
+
+    probabilities (n,) of an outcome, outcomes (n,) in [0, 1], edges (b + 1,) -> (..., b, 3): weight, mean probability
+    and mean outcome of each bin (NaN where it is empty), and (...): the gap between the two means, over all bins.
+    """
+    counts = _weights(probabilities, weights)
+    sums = [histogram(probabilities, edges, counts * x) for x in (torch.ones_like(counts), probabilities, outcomes)]
+    mass, confidence, observed = sums
+    error = (confidence - observed).abs().sum(-1) / mass.sum(-1)
+    return torch.stack([mass, confidence / mass, observed / mass], -1), error
+
+
+def _weights(values, weights):
+    return torch.ones_like(values) if weights is None else weights.to(values.dtype)

@@ -35,7 +35,7 @@ def sigmoid(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch
     """DPO, (B,): -log sigmoid(beta * h) with h the difference of the two log-ratios to the reference.
 
     Rafailov et al. 2023 (arXiv 2305.18290), equation 7. With `label_smoothing` eps in [0, 0.5) it is cDPO (Mitchell
-    2023): -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), which assumes that a share eps of labels is flipped.
+    2023): -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), for labels of which a share eps is flipped.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing lies in [0, 0.5), not at {label_smoothing}")

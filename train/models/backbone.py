@@ -28,7 +28,7 @@ STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "chunked_attention
 
 
 class Backbone(nn.Module):
-    """Wraps a causal LM of transformers. `layout`: "packed" (shared prompts, no padding) or "padded" (the plain way)."""
+    """Wraps a causal LM of transformers. `layout`: "packed" (shared prompts, no padding) or "padded" (plain)."""
 
     def __init__(self, lm, layout="packed", logits_bytes=LOGITS_BYTES, autocast=None):
         """`autocast`: a dtype that the forward pass computes in over the module's own weights, or None.

