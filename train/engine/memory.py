@@ -7,6 +7,7 @@ import os
 import torch
 
 from train.config import fail
+from train.engine import dist
 from train.losses.logprobs import LOGITS_BYTES
 
 CPU_TOKENS = 768  # about two pairs: larger rows gain nothing on a CPU and cost memory
@@ -16,19 +17,20 @@ CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
 def row_tokens(backbone, device: torch.device, checkpointing: bool, max_length: int) -> int:
     """The default of --micro_tokens: half of the free memory over what a token's activations take.
 
-    At least one pair of `max_length` without its twice counted prompt; at most where larger rows stop being faster.
+    At least `max_length`, at most where larger rows stop being faster; the least of all ranks', which must plan alike.
+    Every rank calls this.
     """
     config = backbone.lm.config.get_text_config()
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * width
     item = 2 if backbone.autocast or next(backbone.parameters()).dtype == torch.bfloat16 else 4
-    layer = (8 * width + 4 * inner) * item + (
-        8 * width if backbone.autocast else 0
-    )  # bytes a token: what autograd keeps
+    layer = (8 * width + 4 * inner) * item  # bytes a token that autograd keeps
+    if backbone.autocast:
+        layer += 8 * width  # of the residual stream in fp32
     a_token = width * item * layers + layer if checkpointing else layer * layers
     most = CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS
     fits = (free(device) // 2 - 2 * LOGITS_BYTES) // a_token
-    return int(max(min(most, fits), min(max_length, most)))
+    return min(dist.gather(int(max(min(most, fits), min(max_length, most)))))
 
 
 def free(device: torch.device) -> int:

@@ -1,0 +1,38 @@
+"""The default size of a row, and what is said when a row was too large."""
+
+import pytest
+import tiny
+import torch
+
+from train.data.packing import Group, pack
+from train.engine import memory
+from train.models.backbone import Backbone
+
+
+def test_default_rows_shrink_with_memory_and_stay_large_enough(monkeypatch):
+    backbone, cpu = Backbone(tiny.make_model()), torch.device("cpu")
+    rows = lambda free, **options: _rows(monkeypatch, backbone, cpu, free, **options)
+    assert rows(64 << 30) == memory.CPU_TOKENS
+    # 2 layers of (8 x 64 + 4 x 96) floats a token: 7,168 bytes; half of the free memory less two chunks of logits
+    assert rows(2 * (2 * memory.LOGITS_BYTES + 7168 * 300), max_length=100) == 300
+    assert rows(0, max_length=100) == 100
+    assert rows(2 * (2 * memory.LOGITS_BYTES + 7168 * 300), max_length=100, checkpointing=True) > 300
+
+
+def _rows(monkeypatch, backbone, device, free, max_length=1024, checkpointing=False):
+    monkeypatch.setattr(memory, "free", lambda device: free)
+    return memory.row_tokens(backbone, device, checkpointing, max_length)
+
+
+def test_out_of_memory_names_the_row_and_a_smaller_budget(capsys):
+    row = pack([Group(tuple(range(500)), ((1,) * 500, (2,) * 500))])
+    with pytest.raises(SystemExit) as ended, memory.explained(row, 2048):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "a row of 1,500 tokens (--micro_tokens is 2,048): try --micro_tokens 768" in said and "Traceback" not in said
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(RuntimeError, match="shape"), memory.explained(pack([]), 2048):
+        raise RuntimeError("shape mismatch")
