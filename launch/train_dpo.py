@@ -145,7 +145,7 @@ def main():
             board.evaluate(step.number + 1, evaluation, policy, reference, loss_of)
     board.evaluate(plan.steps, evaluation, policy, reference, loss_of)
     gap = export.model_directory(policy.module, tokenizer, folder.path / "model", first_rows,
-                                 export_dtype=settings.export_dtype)  # fmt: skip
+                                 export_dtype=settings.export_dtype, write_card=board.card())  # fmt: skip
     board.finish(gap)
     dist.stop()
 

@@ -3,9 +3,9 @@
     export.model_directory(..., write_card=card.from_run(run.record))      # training
     card.update(model_dir, report, figures, record)                        # evaluation
 
-Nothing in it is guessed: a fact that run.json or report.json lacks is left out. Of a flag's local path its last component
-is shown, and flags are named here one by one, so that nothing else of a command line can slip in. What stands between the
-two EVALUATION marks is replaced by each evaluation; the rest of a README.md, edited by hand or not, is left alone.
+Nothing in it is guessed: a fact that run.json or report.json lacks is left out. Of a local path the last component is
+shown, and flags are named here one by one, so that nothing else of a command line can slip in. What stands between the
+two MARKS is replaced by each evaluation; the rest of a README.md, edited by hand or not, is left alone.
 """
 
 import math
@@ -29,7 +29,7 @@ LICENCE = "apache-2.0"  # of the built-in model and of the built-in pairs, which
 TASK = dict(task_type="text-generation", task_name="Preference alignment")
 # run.json's measures for the model-index: name there, name here
 TRAINED = (("rewards/accuracies", "reward_accuracy"), ("rewards/margins", "reward_margin"), ("loss", "loss"))
-# report.json's measures: title, name in the model-index ("" for the table alone), path of keys; SIDE is model or reference
+# report.json's measures: title, name in the model-index ("": not there), path of keys; SIDE is model or reference
 SIDE = "*"
 MEASURES = (
     ("reward accuracy", "reward_accuracy", ("preferences", SIDE, "rewards/accuracies")),
@@ -55,8 +55,8 @@ MEASURES = (
 HYPERPARAMETERS = (
     ("loss", "loss"), ("beta", "beta"), ("parameters of the loss", "loss_args"), ("learning rate (AdamW)", "lr"),
     ("schedule", "lr_scheduler"), ("warm-up, share of the steps", "warmup_ratio"), ("weight decay", "weight_decay"),
-    ("largest gradient norm", "grad_clip"), ("pairs a step", "batch_size"), ("most tokens of prompt and response", "max_length"),
-    ("most tokens of a prompt", "max_prompt_length"), ("seed of the data's order", "seed"),
+    ("largest gradient norm", "grad_clip"), ("pairs a step", "batch_size"), ("seed of the data's order", "seed"),
+    ("most tokens of prompt and response", "max_length"), ("most tokens of a prompt", "max_prompt_length"),
 )  # fmt: skip
 LOAD = """## How to load
 
@@ -98,7 +98,11 @@ def update(model_dir, report: dict, figures: Sequence[Path] = (), record: dict |
     else:
         metadata, body = card.data, card.text
     where = shown_sources(report.get("data"))
-    results = [_result(metric, title, found, where) for title, metric, keys in MEASURES if metric and (found := _at(report, keys))]
+    results = [
+        _result(metric, title, found, where)
+        for title, metric, keys in MEASURES
+        if metric and (found := _at(report, keys))
+    ]
     if results:
         metadata.model_name = metadata.model_name or folder.resolve().name
         metadata.eval_results = results
@@ -182,7 +186,11 @@ def _metadata(record: dict) -> ModelCardData:
 
 def _result(metric: str, title: str, measure: dict, dataset: str) -> EvalResult:
     args = {"n": measure.get("n"), "interval_95": measure.get("interval")}
-    args = {name: value for name, value in args.items() if value is not None and not (name == "interval_95" and _broken(value))}
+    args = {
+        name: value
+        for name, value in args.items()
+        if value is not None and not (name == "interval_95" and _broken(value))
+    }
     return EvalResult(**TASK, dataset_type=dataset, dataset_name=dataset, metric_type=metric, metric_name=title,
                       metric_value=measure["value"], metric_args=args or None)  # fmt: skip
 
@@ -228,10 +236,11 @@ def _body(record: dict) -> str:
     parts = [
         f"# {base.rpartition('/')[2]}-{method}\n",
         f"{link}, trained on preference pairs with the {how} by zeropref on DeepSpeed. The reference was "
-        f"{f'`{shown(reference)}`' if reference else 'the model as training began'}. Beyond what is written below nothing was "
-        "tested; what the base model's card says of its uses, limits and licence holds here too.\n",
+        f"{f'`{shown(reference)}`' if reference else 'the model as training began'}. Beyond what is written below "
+        "nothing was tested; what the base model's card says of its uses, limits and licence holds here too.\n",
         origin and f"The weights that training began with: {origin}.\n",
-        _results(record), f"{MARKS[0]}\n{MARKS[1]}\n", LOAD, "## Training\n", _data_table(record), _recipe(record), _machine(record),
+        _results(record), f"{MARKS[0]}\n{MARKS[1]}\n", LOAD,
+        "## Training\n", _data_table(record), _recipe(record), _machine(record),
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
@@ -260,15 +269,17 @@ def _data_table(record: dict) -> str:
     rows = []
     for title, name in (("training", "data"), ("held out", "eval_data")):
         if found := record.get(name):
-            rows.append((title, shown_sources(found), *(f"{found[key]:,}" for key in ("groups", "tokens", "dropped", "truncated")),
-                         f"`{found['fingerprint'][:16]}`"))  # fmt: skip
+            counts = (f"{found[key]:,}" for key in ("groups", "tokens", "dropped", "truncated"))
+            rows.append((title, shown_sources(found), *counts, f"`{found['fingerprint'][:16]}`"))
     return _table(("data", "source", "pairs", "tokens", "dropped", "truncated", "fingerprint"), rows) if rows else ""
 
 
 def _recipe(record: dict) -> str:
     flags = record["flags"]
     rows = [(title, _number(flags[name])) for title, name in HYPERPARAMETERS if flags.get(name) not in (None, {})]
-    rows += [(title, record[name]) for title, name in (("steps", "steps"), ("precision", "precision")) if name in record]
+    rows += [
+        (title, record[name]) for title, name in (("steps", "steps"), ("precision", "precision")) if name in record
+    ]
     if "deepspeed" in record:
         rows.append(("ZeRO stage", record["deepspeed"].get("zero_optimization", {}).get("stage", 0)))
     if record.get("skipped_steps"):
@@ -285,7 +296,8 @@ def _machine(record: dict) -> str:
     if "seconds" in record:
         lines.append(f"Time: {_duration(record['seconds'])}, evaluation included.")
     if perf := record.get("perf"):
-        lines.append(f"Speed at the end: {perf['perf/pairs_per_second']:.3g} pairs/s, {perf['perf/tokens_per_second']:.4g} tokens/s.")
+        pairs, tokens = perf["perf/pairs_per_second"], perf["perf/tokens_per_second"]
+        lines.append(f"Speed at the end: {pairs:.3g} pairs/s, {tokens:.4g} tokens/s.")
     if versions := record.get("versions"):
         lines.append(f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
     return "\n".join(f"{line}  " for line in lines) + "\n" if lines else ""
@@ -304,7 +316,11 @@ def _evaluation(report: dict, figures: Sequence[str]) -> str:
         if found:
             rows.append((title, _number(before["value"]) if before else "", _number(found["value"]),
                          _interval(found.get("interval")), found.get("n", "")))  # fmt: skip
-    before = "before is the reference, after this model" if report.get("reference") else "without a reference to compare with"
+    before = (
+        "before is the reference, after this model"
+        if report.get("reference")
+        else "without a reference to compare with"
+    )
     parts = [f"## Evaluation\n\nPairs of {shown_sources(report.get('data'))}; {before}.\n"]
     if rows:
         parts.append(_table(("", "before", "after", "95 % interval", "n"), rows))

@@ -5,7 +5,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from train.engine import dist
+from train.engine import card, dist
 from train.engine.board import Board, Meter, peak_flops
 from train.losses import measures
 from train.models.flops import Counter
@@ -88,6 +88,14 @@ class Training:
             if values.numel():
                 self.board.histogram(f"train/histogram/{name}", values[:, column], number)
 
+    def card(self):
+        """What writes the model card, from what run.json says by now."""
+        return card.from_run(self.folder.record, seconds=self.folder.seconds(), perf=self.perf())
+
+    def perf(self) -> dict[str, float]:
+        """The last reading of `perf/*`."""
+        return {name: value for name, value in self.last.items() if name.startswith("perf/")}
+
     def finish(self, gap: float):
         """Write results, and print what changed, where it lies and what to do next. `gap`: see export."""
         first, last = (
@@ -101,7 +109,7 @@ class Training:
         moved = getattr(self, "moved", None)
         self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=moved,
                            export_gap_nats_per_token=gap,
-                           perf={k: v for k, v in self.last.items() if k.startswith("perf/")})  # fmt: skip
+                           perf=self.perf())  # fmt: skip
         model = self.folder.path / "model"
         base = self.folder.record["model"]
         lines = [*(table(first, last) if last else ()), "",

@@ -108,7 +108,11 @@ class Run:
 
     def finish(self, **facts):
         """Say that the run is complete."""
-        self.note(status="finished", seconds=round(time.time() - self.began, 1), **facts)
+        self.note(status="finished", seconds=self.seconds(), **facts)
+
+    def seconds(self) -> float:
+        """Wall-clock time since the run began, data and models included."""
+        return round(time.time() - self.began, 1)
 
 
 @contextlib.contextmanager
