@@ -66,8 +66,10 @@ class Settings:
     """Most optimiser steps. None: no bound, but 6 steps for the built-in data on a CPU."""
     lr: float = 5e-6
     """Peak learning rate."""
-    lr_scheduler: str = "linear"
-    """Schedule after warm-up: a name that transformers' get_scheduler knows."""
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    """Schedule after warm-up, as transformers names it."""
     warmup_ratio: float = 0.0
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = 0.0
@@ -117,18 +119,24 @@ class Settings:
 
 def main():
     settings = config.parse(Settings)
-    from train.engine import quiet  # isort: skip  before the libraries that it quiets
-    from train.engine import checks, dist, export, memory, report, run, scoring
+    from train.engine import quiet
 
-    quiet.now()
+    quiet.now()  # before the libraries that it quiets
+    from train.engine import checks, dist, export, memory, report, run, scoring, zero
+    from train.losses import preference
+
     device = dist.start()
     with run.at_the_door():
         folder = run.Run(settings.output, config.as_dict(settings))
         if folder.finished:
-            return folder.say(f"{folder.path} holds this run, finished; another --output repeats it")
+            folder.say(f"{folder.path} holds this run, finished; another --output repeats it")
+            return dist.stop()
+        loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
+        zero.read_config(settings.ds_config)
         tokenizer, data, held_out = open_data(settings, folder)
-        policy, reference, loss_of, plan = open_models(settings, folder, tokenizer, data, device)
+        policy, reference, plan = open_models(settings, folder, tokenizer, data, device)
         first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
+    folder.start()
     evaluation = scoring.HeldOut(held_out, plan.row_tokens, device) if held_out else None
     board = report.Training(folder, settings, policy, device, plan)
     board.evaluate(0, evaluation, policy, reference, loss_of)
@@ -145,7 +153,8 @@ def main():
             board.evaluate(step.number + 1, evaluation, policy, reference, loss_of)
     board.evaluate(plan.steps, evaluation, policy, reference, loss_of)
     gap = export.model_directory(policy.module, tokenizer, folder.path / "model", first_rows,
-                                 export_dtype=settings.export_dtype, write_card=board.card())  # fmt: skip
+                                 export_dtype=settings.export_dtype, write_card=board.card(),
+                                 trust_remote_code=settings.trust_remote_code)  # fmt: skip
     board.finish(gap)
     dist.stop()
 
@@ -185,13 +194,11 @@ def open_data(settings, folder):
 
 
 def open_models(settings, folder, tokenizer, data, device):
-    """The policy under DeepSpeed, the frozen reference, the loss, and the Plan."""
+    """The policy under DeepSpeed, the frozen reference, and the Plan."""
     from train.data import order
     from train.engine import memory, run, zero
     from train.engine.reference import REFERENCES
-    from train.losses import preference
 
-    loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
     precision = zero.precision_of(settings.precision, device)
     ds = zero.resolve(zero.read_config(settings.ds_config), precision, settings.grad_clip)
     frozen = settings.reference_ds_config
@@ -205,7 +212,7 @@ def open_models(settings, folder, tokenizer, data, device):
         source, mode, precision, zero.stage_of(ds), device, settings.layout, settings.trust_remote_code
     )
     module = load(path, ds)
-    run.check_vocabulary(module, tokenizer)
+    run.check_fit(module, tokenizer, settings.max_length)
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
     policy = zero.Policy(module, ds, lr=settings.lr, weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
@@ -213,12 +220,12 @@ def open_models(settings, folder, tokenizer, data, device):
                          total_steps=steps)  # fmt: skip
     reference = REFERENCES[settings.reference](load(ref_path, ref_ds), ref_ds)
     row_tokens = settings.micro_tokens or memory.row_tokens(
-        module, device, settings.gradient_checkpointing, settings.max_length
+        module, device, zero.stage_of(ds), settings.gradient_checkpointing, settings.max_length
     )
     plan = Plan(precision, row_tokens, steps, path == ref_path)
     folder.note(model=path, reference_model=ref_path, deepspeed=ds, reference_deepspeed=ref_ds, **plan._asdict(),
                 hardware=run.hardware(device), versions=run.versions())  # fmt: skip
-    return policy, reference, loss_of, plan
+    return policy, reference, plan
 
 
 def steps_of(settings, data, plan):

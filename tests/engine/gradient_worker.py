@@ -12,7 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
-from tests.engine.made_pairs import BETA, BUDGETS, made_pairs  # noqa: E402
+from tests.engine.made_pairs import BETA, BUDGETS, CLIP, made_pairs  # noqa: E402
 from train.data import order  # noqa: E402
 from train.engine import dist, quiet, scoring, zero  # noqa: E402
 from train.engine.reference import Live  # noqa: E402
@@ -21,9 +21,11 @@ from train.losses.preference import sigmoid  # noqa: E402
 
 def one_step(model, data, device, stage, budget):
     """The step's gradient as AdamW saw it, by parameter: after one update exp_avg is (1 - beta1) times it."""
-    resolved = zero.resolve(zero.read_config(ROOT / f"ds_configs/zero{stage}.json"), "fp32", 0.0)
+    config = zero.read_config(ROOT / f"ds_configs/zero{stage}.json")
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else a model this small stays whole
+    resolved = zero.resolve(config, "fp32", CLIP)
     policy = zero.Policy(zero.load_backbone(model, resolved, "fp32", stage, device), resolved, lr=1e-3, weight_decay=0.0,
-                         grad_clip=0.0, scheduler="constant", warmup_ratio=0.0, total_steps=1)  # fmt: skip
+                         grad_clip=CLIP, scheduler="constant", warmup_ratio=0.0, total_steps=1)  # fmt: skip
     frozen = zero.frozen(zero.read_config(ROOT / "ds_configs/frozen_zero3.json") if stage == 3 else {}, resolved)
     reference = Live(zero.load_backbone(f"{model}-ref", frozen, "fp32", stage, device), frozen)
     steps = order.steps(data.lengths.sum(1), len(data), budget, seed=0, total=1, rank=dist.rank(), world=dist.world())

@@ -5,6 +5,7 @@ import numpy as np
 from train.data.packing import Group
 
 BETA = 0.3
+CLIP = 0.5  # well below the gradient's norm
 BUDGETS = (1, 120, 4000)  # a row a pair; a few pairs a row; everything in one row a rank
 
 

@@ -1,12 +1,11 @@
-"""Generation against transformers' own loop, against the softmax it samples from, and against itself in other batches."""
+"""Generation against transformers' own loop, the softmax that it samples from, and itself in other batches."""
 
-import tiny
-import torch
-import transformers
 import numpy as np
 import pytest
 import scipy.stats
-from wide import Wide
+import tiny
+import torch
+import transformers
 
 from train.engine.generate import Completion, _key, _mix, _signed, batches, decoding, draw, generate, gumbel
 from train.models import attention
@@ -29,13 +28,15 @@ def common_tokens(lm, asked, count):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_greedy_is_transformers_generate(family):
-    """Prompt by prompt, unpadded, through transformers' own loop; several end tokens, of which the likely ones are met."""
+    """Prompt by prompt, unpadded, through transformers' own loop, with end tokens that are met."""
     lm, asked = tiny.make_model(family, dtype=torch.float64), prompts()
     free = generate(lm, asked, ends=(), max_new_tokens=20, temperature=0)
     ends = [2, *sorted({completion.ids[n] for n, completion in zip((0, 3, 7, 12), free, strict=False)})]
     found = generate(lm, asked, ends=ends, max_new_tokens=20, temperature=0, batch_size=4)
     for prompt, completion in zip(asked, found, strict=True):
-        whole = lm.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=ends, pad_token_id=2)
+        whole = lm.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=ends, pad_token_id=2
+        )
         expected = tuple(whole[0, len(prompt) :].tolist())
         assert completion == Completion(expected, expected[-1] in ends)
     assert {len(c.ids) for c in found} >= {1, 20} and any(c.ended for c in found) and not all(c.ended for c in found)
@@ -66,23 +67,23 @@ def test_seed_prompt_number_and_sample_each_change_the_noise():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_tokens_follow_the_softmax(temperature):
-    """Second tokens, given the most frequent first one, as well as first ones: chi-square against the model's softmax."""
+    """First tokens, and second ones after the most frequent first one: chi-square against the model's softmax."""
     lm, prompt = tiny.make_model(vocab_size=64, bos_token_id=1, eos_token_id=2), (7, 40, 3)
-    drawn = np.array([c.ids for c in generate(lm, [prompt], ends=(), max_new_tokens=2, temperature=temperature,
-                                              samples_per_prompt=6000, batch_size=1500)])  # fmt: skip
+    options = dict(temperature=temperature, samples_per_prompt=6000, batch_size=1500)
+    drawn = np.array([c.ids for c in generate(lm, [prompt], ends=(), max_new_tokens=2, **options)])
     first = int(np.bincount(drawn[:, 0]).argmax())
     for tokens, context in ((drawn[:, 0], prompt), (drawn[drawn[:, 0] == first, 1], (*prompt, first))):
         with torch.no_grad():
             share = torch.softmax(lm(torch.tensor([context])).logits[0, -1].double() / temperature, 0).numpy()
         seen = np.bincount(tokens, minlength=64)
         common = share * len(tokens) >= 5
-        pool = lambda x: np.append(x[common], x[~common].sum())
         assert common.sum() > 5
-        assert scipy.stats.chisquare(pool(seen), pool(share) * len(tokens)).pvalue > 1e-3
+        seen, share = (np.append(x[common], x[~common].sum()) for x in (seen, share))
+        assert scipy.stats.chisquare(seen, share * len(tokens)).pvalue > 1e-3
 
 
 def test_noise_is_splitmix64_and_gumbel():
-    """The hash against Python's integers; its values against the Gumbel distribution, and uncorrelated with neighbours'."""
+    """The hash against Python's integers; its values against the Gumbel law; neighbours uncorrelated."""
 
     def mix(x):
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
@@ -144,7 +145,9 @@ def test_finished_sequences_leave_and_prompts_are_read_once():
     lm, asked = tiny.make_model(dtype=torch.float64), prompts()[:3]
     options = dict(ends=common_tokens(lm, asked, 10), max_new_tokens=24, samples_per_prompt=4)
     widths = []
-    hook = lm.register_forward_pre_hook(lambda m, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True)
+    hook = lm.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     found = generate(lm, asked, **options)
     hook.remove()
     running = [sum(len(c.ids) > position for c in found) for position in range(1, max(len(c.ids) for c in found))]
@@ -166,7 +169,10 @@ def test_refusals_name_what_is_wrong():
     ask = lambda lm=lm, prompts=((5, 6),), **more: generate(lm, prompts, **{"ends": [2], "max_new_tokens": 4, **more})
     for more, message in (
         (dict(prompts=((5,), ())), "prompt 1 has no tokens"),
-        (dict(prompts=((5,), tuple(range(13)))), "prompt 1 of 13 tokens and 4 new ones exceed the model's 16 positions"),
+        (
+            dict(prompts=((5,), tuple(range(13)))),
+            "prompt 1 of 13 tokens and 4 new ones exceed the model's 16 positions",
+        ),
         (dict(max_new_tokens=0), "max_new_tokens is at least 1"),
         (dict(samples_per_prompt=0), "samples_per_prompt is at least 1"),
         (dict(temperature=-1.0), "temperature is at least 0"),
@@ -184,10 +190,13 @@ def test_refusals_name_what_is_wrong():
         ask(lm=sharded)
 
 
-def test_greedy_in_fp32_with_autograd_on_leaves_no_graph():
+def test_greedy_in_fp32_builds_no_graph():
     lm, asked = tiny.make_model(), prompts()
+    graphs = []
+    hook = lm.register_forward_hook(lambda module, args, out: graphs.append(out.logits.requires_grad))
     found = generate(lm, asked, ends=[2], max_new_tokens=8, temperature=0)
+    hook.remove()
+    assert len(graphs) == 8 and not any(graphs)
     for prompt, completion in zip(asked, found, strict=True):
         whole = lm.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=[2], pad_token_id=2)
         assert completion.ids == tuple(whole[0, len(prompt) :].tolist())
-    assert all(p.grad is None for p in lm.parameters())

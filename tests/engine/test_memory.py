@@ -13,15 +13,17 @@ def test_default_rows_shrink_with_memory_and_stay_large_enough(monkeypatch):
     backbone, cpu = Backbone(tiny.make_model()), torch.device("cpu")
     rows = lambda free, **options: _rows(monkeypatch, backbone, cpu, free, **options)
     assert rows(64 << 30) == memory.CPU_TOKENS
-    # 2 layers of (8 x 64 + 4 x 96) floats a token: 7,168 bytes; half of the free memory less two chunks of logits
-    assert rows(2 * (2 * memory.LOGITS_BYTES + 7168 * 300), max_length=100) == 300
+    # 2 layers of (8 x 64 + 4 x 96) floats a token: 7,168 bytes; half of the free memory less two chunks of logits,
+    # where gradients and moments have taken their 12 bytes a parameter
+    enough = 2 * (2 * memory.LOGITS_BYTES + 7168 * 300) + 12 * sum(p.numel() for p in backbone.parameters())
+    assert rows(enough, max_length=100) == 300
     assert rows(0, max_length=100) == 100
-    assert rows(2 * (2 * memory.LOGITS_BYTES + 7168 * 300), max_length=100, checkpointing=True) > 300
+    assert rows(enough, max_length=100, checkpointing=True) > 300
 
 
 def _rows(monkeypatch, backbone, device, free, max_length=1024, checkpointing=False):
     monkeypatch.setattr(memory, "free", lambda device: free)
-    return memory.row_tokens(backbone, device, checkpointing, max_length)
+    return memory.row_tokens(backbone, device, 0, checkpointing, max_length)
 
 
 def test_out_of_memory_names_the_row_and_a_smaller_budget(capsys):

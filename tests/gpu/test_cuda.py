@@ -40,7 +40,11 @@ def test_flash_rows_are_near_fp64(family, mode):
     assert found.dtype == torch.float32
     assert (found.double().cpu() - exact).abs().mean() < 0.02
     found.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())
+    exact_backbone = Backbone(make(torch.float64))
+    exact_backbone(row).sum().backward()
+    for (name, p), q in zip(backbone.named_parameters(), exact_backbone.parameters(), strict=True):
+        gap = (p.grad.double().cpu() - q.grad).norm() / q.grad.norm()
+        assert gap < 0.1 or q.grad.norm() < 1e-6, (name, float(gap))  # a key bias has no gradient but rounding
 
 
 def test_gradients_repeat_bit_for_bit():
@@ -68,7 +72,7 @@ def test_half_precision_logits_are_never_rounded_to_half():
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_default_precision_trains_exports_and_reloads(model_dir, tmp_path, precision):
     command = [sys.executable, ROOT / "launch/train_dpo.py", "--model", model_dir, "--output", tmp_path / "out",
-               "--max_steps", 3, "--precision", precision]  # fmt: skip
+               "--max_length", 512, "--max_steps", 3, "--precision", precision]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads((tmp_path / "out/run.json").read_text())

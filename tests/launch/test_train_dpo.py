@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch/train_dpo.py")
+COMMON = ["--max_length", 512]  # the tiny model's positions
 PAIRS = ROOT / "train/data/builtin/train.jsonl"
 
 
@@ -50,7 +52,7 @@ def scalars(folder):
 def test_two_ranks_zero3_train_export_reload(model_dir, tmp_path):
     out = tmp_path / "out"
     done = launched(["deepspeed", "--num_accelerators", 2, "launch/train_dpo.py", "--ds_config", "ds_configs/zero3.json",
-                     "--model", model_dir, "--output", out, "--max_steps", 3, "--batch_size", 8, "--micro_tokens", 512,
+                     *COMMON, "--model", model_dir, "--output", out, "--max_steps", 3, "--batch_size", 8, "--micro_tokens", 512,
                      "--lr", "1e-3", "--eval_every", 2, "--warmup_ratio", 0.3], tmp_path / "cache")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for line in ("64 held-out pairs", "reward accuracy", "deepspeed eval/evaluate.py --model", "tensorboard --logdir"):
@@ -108,7 +110,7 @@ def _check_model(folder, start):
 
 def test_ways_to_train_in_one_process(model_dir, tmp_path):
     """bf16, padded, checkpointed, another stage, a moved token budget: each trains, and what must agree agrees."""
-    common = ["--model", model_dir, "--max_steps", 2, "--batch_size", 4, "--lr", "1e-3", "--beta", 1.0,
+    common = [*COMMON, "--model", model_dir, "--max_steps", 2, "--batch_size", 4, "--lr", "1e-3", "--beta", 1.0,
               "--eval_data", _head(PAIRS, tmp_path / "eval.jsonl", 6)]  # fmt: skip
     lines = {
         "plain": [],
@@ -139,6 +141,21 @@ def test_ways_to_train_in_one_process(model_dir, tmp_path):
         torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_torchrun_and_other_ranks_train_the_same(model_dir, tmp_path):
+    """The same run on one rank and on three, one short of pairs in every step: held-out numbers agree to fp32 rounding."""
+    common = [SCRIPT, *COMMON, "--model", model_dir, "--max_steps", 3, "--batch_size", 4, "--lr", "1e-3"]
+    common += ["--micro_tokens", 200]
+    for ranks in (1, 3):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+        done = launched([*launcher, *common, "--output", tmp_path / str(ranks)], tmp_path / "cache")
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, three = (json.loads((tmp_path / n / "run.json").read_text())["evaluations"]["3"] for n in ("1", "3"))
+    for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+        assert three[name] == pytest.approx(one[name], rel=1e-4), name
+    assert one["rewards/margins"] != 0
+
+
 def _head(source, target, count):
     target.write_text("".join(source.read_text().splitlines(keepends=True)[:count]))
     return target
@@ -157,7 +174,7 @@ def test_a_learnable_rule_is_learnt(model_dir, tmp_path):
     ]
     data = _write(tmp_path / "rule.jsonl", "\n".join(rows))
     out = tmp_path / "out"
-    done = launched([sys.executable, SCRIPT, "--model", model_dir, "--data", data, "--eval_split", 0.5, "--output", out,
+    done = launched([sys.executable, SCRIPT, *COMMON, "--model", model_dir, "--data", data, "--eval_split", 0.5, "--output", out,
                      "--lr", "3e-3", "--batch_size", 8, "--epochs", 2], tmp_path / "cache")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     evaluations = json.loads((out / "run.json").read_text())["evaluations"]
@@ -195,11 +212,16 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
         (["--ds_config", tmp_path / "none.json"], 2, "does not exist"),
         (["--max_prompt_length", "2000"], 2, "no room"),
         (["--lr_scheduler", "zigzag"], 2, "zigzag"),
+        (["--model", _model_without(model_dir, tmp_path / "holes", "model.layers.0.mlp.up_proj.weight")], 2, "no weights for"),
+        (["--model", _truncated(model_dir, tmp_path / "short")], 2, "cannot load a causal language model"),
+        (["--max_length", "1024"], 2, "512 positions"),
         (["--output", _other_run(tmp_path / "other")], 2, "holds another run (--beta was 0.5, is 0.1;"),
         (["--output", file("afile", "x")], 2, "cannot write"),
         (["--output", _foreign(tmp_path / "foreign")], 2, "holds other files"),
     ]  # fmt: skip
-    lines = [["--model", model_dir, "--output", tmp_path / f"out{i}", *extra] for i, (extra, *_) in enumerate(cases)]
+    cases.sort(key=lambda case: "--output" not in case[0])  # those first that end before a run has its log
+    fixed = [*COMMON, "--model", model_dir]
+    lines = [[*fixed, "--output", tmp_path / f"out{i}", *extra] for i, (extra, *_) in enumerate(cases)]
     for (extra, code, words), (found, out, err) in zip(cases, several(lines, tmp_path / "cache"), strict=True):
         assert found == str(code), (extra, found, err[-2000:])
         said = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -207,6 +229,23 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
         assert "Traceback" not in out + err
     assert json.loads((tmp_path / "other" / "run.json").read_text())["flags"]["beta"] == 0.5
     assert (tmp_path / "foreign" / "thesis.tex").read_text() == "years"
+
+
+def _model_without(start, folder, name):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(start, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _truncated(start, folder):
+    shutil.copytree(start, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    return folder
 
 
 def _write(path, content):
@@ -251,10 +290,13 @@ def test_dropped_rows_are_listed_and_a_finished_run_says_so(model_dir, tmp_path)
     rows = PAIRS.read_text().splitlines()[:40]
     rows[7] = json.dumps({"prompt": "Say <|im_end|> twice", "chosen": "b", "rejected": "c"})
     data = _write(tmp_path / "pairs.jsonl", "\n".join(rows).encode())
-    common = ["--model", model_dir, "--data", data, "--output", tmp_path / "out", "--max_steps", 1, "--eval_split", 0.2]
-    (first, _, err), (second, out, _), (third, _, told) = several(
-        [common, common, [*common, "--lr", "1e-4"]], tmp_path / "cache"
+    common = [*COMMON, "--model", model_dir, "--data", data, "--output", tmp_path / "out", "--max_steps", 1]
+    common += ["--eval_split", 0.2]
+    refused = [*common, "--loss", "sigmiod"]  # leaves nothing behind that the corrected command would stumble over
+    (zeroth, *_), (first, _, err), (second, out, _), (third, _, told) = several(
+        [refused, common, common, [*common, "--lr", "1e-4"]], tmp_path / "cache"
     )
+    assert zeroth == "2"
     assert first == "0", err[-3000:]
     (dropped,) = map(json.loads, (tmp_path / "out/dropped.jsonl").read_text().splitlines())
     assert dropped["row"] == 7 and "<|im_end|>" in dropped["reason"] and dropped["split"] == "train"

@@ -4,6 +4,7 @@ A step is drawn first and packed afterwards, so that neither the number of ranks
 a step is made of.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,11 +30,11 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 def num_steps(count: int, batch_size: int, epochs: float, max_steps: int = 0) -> int:
     """Steps in `epochs` passes over `count` groups; each pass ends with a smaller step where it must.
 
-    `max_steps` above 0 bounds them. A broken number of epochs rounds the last pass up to a whole step.
+    `max_steps` above 0 bounds them. A broken number of epochs rounds the last pass up to a whole pair and step.
     """
     per_epoch = -(-count // batch_size)
     whole, part = divmod(epochs, 1)
-    steps = int(whole) * per_epoch + -(-int(round(part * count)) // batch_size)
+    steps = int(whole) * per_epoch + -(-math.ceil(part * count - 1e-9) // batch_size)
     return min(steps, max_steps) if max_steps > 0 else steps
 
 

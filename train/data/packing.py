@@ -137,17 +137,18 @@ def deal(tokens: Sequence[int], budget: int, world: int = 1) -> list[list[list[i
 
     Every rank gets the same number of rows, rows hold at most `budget` tokens (a group that is larger has a row of its
     own), and the rows that ranks run at the same time are of about the same size. Some may be empty. A pure function,
-    the same on every rank: longest group first, into the emptiest row, with as few rows a rank as will do.
+    the same on every rank: longest group first, into the emptiest row, with few rows a rank.
     """
     if budget < 1:
         raise ValueError(f"a token budget is a positive number, not {budget}")
     order = sorted(range(len(tokens)), key=lambda i: (-tokens[i], i))
     alone = [[i] for i in order if tokens[i] > budget]
     shared = order[len(alone) :]
-    least = len(alone) + -(-sum(tokens[i] for i in shared) // budget)
+    halves = sum(2 * tokens[i] > budget for i in shared)  # no two of them share a row
+    least = len(alone) + max(halves, -(-sum(tokens[i] for i in shared) // budget))
     count = max(1, -(-least // world)) * world
     while (rows := _fill(shared, tokens, budget, count - len(alone))) is None:
-        count += world
+        count += world * max(1, count // (50 * world))  # by 2 %, not by one: large sets would try hundreds of times
     rows = alone + rows
     rows.sort(key=lambda row: -sum(tokens[i] for i in row))
     return [[sorted(row) for row in rows[rank::world]] for rank in range(world)]

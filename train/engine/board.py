@@ -1,5 +1,6 @@
 """What the user watches: the progress bar, TensorBoard, and the machine's share of its peak."""
 
+import re
 import time
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from tqdm import tqdm
 from train.engine import dist
 
 # Dense bf16 matrix throughput from the makers' data sheets, in FLOP/s; other machines are measured at the start.
-PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H20": 148e12, "B200": 2250e12,
-         "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12}  # fmt: skip
+PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+         "H20": 148e12, "B200": 2250e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12,
+         "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12}  # fmt: skip
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -18,7 +20,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAKS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return peak
     size = 4096 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
@@ -54,7 +56,7 @@ class Board:
         if dist.first():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder), purge_step=start if start else None)
+            self.writer = SummaryWriter(str(folder), purge_step=start)
         hidden = quiet or not dist.first()
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", disable=hidden, dynamic_ncols=True)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from train.data.rows import READERS
-from train.engine.report import ROWS_OF_TABLE
+from train.losses.measures import ROWS_OF_TABLE
 from train.losses.preference import LOSSES
 from train.models import builtin
 

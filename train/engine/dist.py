@@ -22,6 +22,8 @@ def start() -> torch.device:
     import deepspeed
 
     _environment()
+    if cuda:  # under srun --gpus-per-task=1 each task sees one GPU, whatever its number
+        os.environ["LOCAL_RANK"] = str(local_rank() % torch.cuda.device_count())
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

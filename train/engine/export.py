@@ -1,6 +1,8 @@
 """The result: a model directory that transformers loads, written beside its place, checked, and renamed into it."""
 
 import json
+import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +16,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # nats, mean a token
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto", write_card=None) -> float:
+def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto", write_card=None,
+                    trust_remote_code=False) -> float:  # fmt: skip
     """Write `module` (a Backbone) and the tokenizer to `folder` as safetensors; every rank calls this.
 
     The directory is loaded again before it takes its name, and its log-probabilities on `rows` (packed rows on this
@@ -24,41 +27,47 @@ def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto
     with torch.no_grad():
         ours = [module(row).cpu() for row in rows]
     state = zero.whole_state(module.lm, dtype)
-    beside = folder.with_name(folder.name + ".tmp")
     problem = difference = None
     if dist.first():
-        shutil.rmtree(beside, ignore_errors=True)
-        saved_dtype = next(iter(state.values())).dtype
-        module.lm.save_pretrained(beside, state_dict=state, max_shard_size="4GB")
-        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-        write_json(beside / "config.json", config | {"dtype": str(saved_dtype).removeprefix("torch.")})
-        tokenizer.save_pretrained(beside)
-        if write_card:
-            write_card(beside)
-        del state
-        difference = _reload(beside, module, rows, ours)
-        if (
-            not difference
-            <= TOLERANCE[torch.bfloat16 if module.autocast or saved_dtype == torch.bfloat16 else torch.float32]
-        ):
-            problem = (
-                f"{beside} loads with log-probabilities {difference:.2g} nats a token away from the trained model's"
-            )
-        else:
-            replace(beside, folder)
+        try:
+            difference = _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remote_code)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            logging.getLogger("zeropref").exception("export")
+            problem = f"{folder} was not written: {error}"
     problem, difference = dist.share((problem, difference))
     if problem:
         raise RuntimeError(problem)
     return difference
 
 
-def _reload(folder, module, rows, ours) -> float:
+def _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remote_code) -> float:
+    """Rank 0's part of it: beside, checked, renamed."""
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    saved = next(iter(state.values())).dtype
+    module.lm.save_pretrained(beside, state_dict=state, max_shard_size="4GB")
+    config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+    write_json(beside / "config.json", config | {"dtype": str(saved).removeprefix("torch.")})
+    tokenizer.save_pretrained(beside)
+    if write_card:
+        write_card(beside)
+    state.clear()
+    gap = _reload(beside, module, rows, ours, trust_remote_code)
+    if not gap <= TOLERANCE[torch.bfloat16 if module.autocast or saved == torch.bfloat16 else torch.float32]:
+        raise RuntimeError(f"loaded again, its log-probabilities are {gap:.2g} nats a token from the trained model's")
+    replace(beside, folder)
+    return gap
+
+
+def _reload(folder, module, rows, ours, trust_remote_code) -> float:
     """Mean absolute difference of log-probabilities, nats a token, between the directory's model and `ours`."""
-    device = rows[0].input_ids.device
-    lm = models.load(folder, next(module.parameters()).dtype).to(device)
+    first = next(module.parameters())
+    # a model that was sharded may not fit on one device a second time
+    device = torch.device("cpu") if hasattr(first, "ds_id") else rows[0].input_ids.device
+    lm = models.load(folder, first.dtype, trust_remote_code).to(device)
     loaded = models.Backbone(lm, module.layout, module.logits_bytes, module.autocast)
     with torch.no_grad():
-        theirs = [loaded(row).cpu() for row in rows]
+        theirs = [loaded(row.to(device)).cpu() for row in rows]
     return float((torch.cat(theirs) - torch.cat(ours)).abs().mean())
 
 
@@ -78,8 +87,17 @@ def write_json(path: Path, content):
     """Write JSON to a temporary name, flushed to disk, and rename it."""
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
+        json.dump(_plain(content), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.rename(beside, path)
+
+
+def _plain(value):
+    """The same with null for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -33,13 +33,14 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def generate(lm, prompts: Sequence[Sequence[int]], *, ends: Collection[int], max_new_tokens: int, temperature: float = 1.0,
-             seed: int = 0, samples_per_prompt: int = 1, numbers: Sequence[int] | None = None, batch_size: int = 32,
-             autocast: torch.dtype | None = None, watch: Callable[[int], None] = lambda done: None) -> list[Completion]:  # fmt: skip
-    """Completions of token-id prompts by a whole (not sharded) model: sample s of prompt i at i * samples_per_prompt + s.
+def generate(lm, prompts: Sequence[Sequence[int]], *, ends: Collection[int], max_new_tokens: int,
+             temperature: float = 1.0, seed: int = 0, samples_per_prompt: int = 1, numbers: Sequence[int] | None = None,
+             batch_size: int = 32, autocast: torch.dtype | None = None,
+             watch: Callable[[int], object] = lambda done: None) -> list[Completion]:  # fmt: skip
+    """Completions of prompts (token ids) by a whole model: sample s of prompt i at i * samples_per_prompt + s.
 
-    `ends`: token ids that end a completion. `temperature` 0 is greedy. `numbers`: what the noise knows the prompts by, by
-    default their places. `batch_size`: sequences decoded at once. `watch` is called with the number of sequences done.
+    `ends`: token ids that end a completion. `temperature` 0 is greedy. `numbers`: what the noise knows the prompts by,
+    by default their places. `batch_size`: sequences decoded at once. `watch` gets the number of sequences just done.
     ValueError for prompts that are empty or too long for the model, and for models that cannot be decoded here.
     """
     _check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt)
@@ -70,13 +71,19 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 def _check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt):
     config = lm.config.get_text_config()
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("samples_per_prompt", samples_per_prompt)):
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+        ("samples_per_prompt", samples_per_prompt),
+    ):
         if value < 1:
             raise ValueError(f"{name} is at least 1, not {value}")
     if not temperature >= 0:
         raise ValueError(f"temperature is at least 0, not {temperature}")
     if any(word in layer for layer in getattr(config, "layer_types", None) or () for word in STATEFUL):
-        raise ValueError(f"{type(lm).__name__} keeps a state that is no cache of keys and values: it cannot be decoded in batches here")
+        raise ValueError(
+            f"{type(lm).__name__} keeps a state that is no cache of keys and values: it cannot be decoded here"
+        )
     if any(hasattr(p, "ds_id") for p in lm.parameters()):
         raise ValueError("the model is sharded over ranks; generation needs a whole copy on each")
     most = getattr(config, "max_position_embeddings", None)
@@ -84,12 +91,14 @@ def _check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_pro
         if not len(prompt):
             raise ValueError(f"prompt {i} has no tokens")
         if most and len(prompt) + max_new_tokens > most:
-            raise ValueError(f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's {most} positions")
+            raise ValueError(
+                f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's {most} positions"
+            )
 
 
 @contextlib.contextmanager
 def decoding(lm, autocast: torch.dtype | None = None):
-    """Inside, `lm` runs transformers' own attention, in evaluation mode (which keeps a cache), under autocast if told."""
+    """Inside, `lm` runs transformers' own attention in evaluation mode, which keeps a cache, under autocast if told."""
     name, training = lm.config._attn_implementation, lm.training
     lm.set_attn_implementation("sdpa" if lm._supports_sdpa else "eager")
     lm.eval()
@@ -102,7 +111,7 @@ def decoding(lm, autocast: torch.dtype | None = None):
 
 
 def _decode(lm, prompts, owners, keys, ends, max_new_tokens, temperature) -> list[Completion]:
-    """N sequences together: `owners` (N) into P `prompts`, in order, `keys` (N) of their noise. Each prompt is read once."""
+    """N sequences together: `owners` (N) into P `prompts`, in order; `keys` (N) of the noise. A prompt is read once."""
     device = lm.device
     keys, ends, owners = (torch.tensor(x, dtype=torch.int64, device=device) for x in (keys, ends, owners))
     logits, cache, mask = _prefill(lm, prompts)  # (P, V), P, (P, longest)
@@ -144,7 +153,14 @@ def _prefill(lm, prompts):
         mask[i, longest - len(prompt) :] = 1
     cache = DynamicCache(config=lm.config.get_text_config())
     positions = (mask.cumsum(1) - 1).clamp_(min=0)
-    out = lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = lm(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     return out.logits[:, -1], cache, mask
 
 
@@ -155,7 +171,9 @@ def draw(logits: torch.Tensor, keys: torch.Tensor, position: int, temperature: f
     wide = torch.promote_types(logits.dtype, torch.float32)
     size = max(1, NOISE_BYTES.get(logits.device.type, 1 << 28) // (8 * logits.shape[1]))
     parts = zip(logits.split(size), keys.split(size), strict=True)
-    return torch.cat([(part.to(wide) / temperature + gumbel(key, position, part.shape[1], wide)).argmax(1) for part, key in parts])
+    return torch.cat(
+        [(part.to(wide) / temperature + gumbel(key, position, part.shape[1], wide)).argmax(1) for part, key in parts]
+    )
 
 
 def gumbel(keys: torch.Tensor, position: int, size: int, dtype: torch.dtype) -> torch.Tensor:

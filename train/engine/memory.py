@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 
 import torch
 
@@ -14,7 +15,7 @@ CPU_TOKENS = 768  # about two pairs: larger rows gain nothing on a CPU and cost 
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
 
 
-def row_tokens(backbone, device: torch.device, checkpointing: bool, max_length: int) -> int:
+def row_tokens(backbone, device: torch.device, stage: int, checkpointing: bool, max_length: int) -> int:
     """The default of --micro_tokens: half of the free memory over what a token's activations take.
 
     At least `max_length`, at most where larger rows stop being faster; the least of all ranks', which must plan alike.
@@ -29,7 +30,10 @@ def row_tokens(backbone, device: torch.device, checkpointing: bool, max_length: 
         layer += 8 * width  # of the residual stream in fp32
     a_token = width * item * layers + layer if checkpointing else layer * layers
     most = CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS
-    fits = (free(device) // 2 - 2 * LOGITS_BYTES) // a_token
+    # gradients and moments are not there yet: 12 bytes a parameter, shared out from stage 1 on
+    pending = 12 * sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters())
+    left = free(device) - pending // (dist.world() if stage else 1)
+    fits = (left // 2 - 2 * LOGITS_BYTES) // a_token
     return min(dist.gather(int(max(min(most, fits), min(max_length, most)))))
 
 
@@ -52,6 +56,8 @@ def explained(row, budget: int):
         smaller = 256 * (min(tokens, budget) * 2 // 3 // 256)
         advice = f"try --micro_tokens {smaller}" if smaller else "lower --max_length"
         logging.getLogger("zeropref").exception("out of memory")
+        if not dist.first():
+            print(f"error: rank {dist.rank()} ran out of memory in a row of {tokens:,} tokens", file=sys.stderr)
         fail(
             f"out of memory in a row of {tokens:,} tokens (--micro_tokens is {budget:,}): {advice}, "
             "--gradient_checkpointing true, or ds_configs/zero2.json or zero3.json over more GPUs",

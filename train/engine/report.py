@@ -12,8 +12,6 @@ from train.models.flops import Counter
 
 TRAIN_NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
                "logps/rejected", "logps/chosen_per_token", "logps/rejected_per_token")  # fmt: skip
-ROWS_OF_TABLE = (("loss", "loss"), ("reward accuracy", "rewards/accuracies"), ("reward margin", "rewards/margins"),
-                 ("log-prob of chosen", "logps/chosen"), ("log-prob of rejected", "logps/rejected"))  # fmt: skip
 
 
 class Training:
@@ -101,7 +99,8 @@ class Training:
         first, last = (
             (self.evaluated[min(self.evaluated)], self.evaluated[max(self.evaluated)]) if self.evaluated else ({}, {})
         )
-        results = {name: last[name] for _, name in ROWS_OF_TABLE if name in last} or {"train_loss": self.last["loss"]}
+        results = {name: last[name] for _, name in measures.ROWS_OF_TABLE if name in last}
+        results = results or {"train_loss": self.last["loss"]}
         self.board.hparams(
             self.folder.record["flags"], {f"final/{name}": value for name, value in results.items()}, self.plan.steps
         )
@@ -135,11 +134,11 @@ def intervals(accuracy: float, margins: torch.Tensor) -> dict[str, list[float]]:
 def table(first: dict, last: dict) -> list[str]:
     """What the held-out pairs say, before and after, as lines of text."""
     lines = ["", f"{last['pairs']} held-out pairs      before      after   95 % interval"]
-    for title, name in ROWS_OF_TABLE:
+    for title, name in measures.ROWS_OF_TABLE:
         interval = last.get(f"{name}_interval")
         shown = f"   [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         lines.append(f"{title:<22} {first[name]:>9.4f}  {last[name]:>9.4f}{shown}")
-    lines.append(f"{'chosen became likelier':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}")
+    lines.append(f"{'chosen not less likely':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}")
     return lines
 
 
@@ -155,8 +154,7 @@ def share_moved(module, start) -> float | None:
         mine, theirs = getattr(p, "ds_tensor", p), getattr(q, "ds_tensor", q)
         if mine.shape != theirs.shape or mine.device != theirs.device:
             return None
-        moved += torch.stack(
-            [(mine.bfloat16() != theirs.bfloat16()).sum(), torch.tensor(mine.numel(), device=mine.device)]
-        )
+        changed = (mine.bfloat16() != theirs.bfloat16()).sum().to(moved.device)
+        moved += torch.stack([changed.double(), moved.new_tensor(mine.numel())])
     changed, count = dist.total(moved).tolist()
     return changed / count

@@ -19,57 +19,56 @@ from train.engine.export import write_json
 from train.models import builtin
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
-# Flags that say where a run stops or what it shows, not what it computes: a run may be taken up with others.
-MAY_DIFFER = ("output", "resume", "keep", "save_every", "save_minutes")
+# Flags that say where a run writes, what it shows and how it fits the machine, not what it computes.
+MAY_DIFFER = ("output", "micro_tokens", "gradient_checkpointing", "log_every")
+logging.getLogger("zeropref").addHandler(logging.NullHandler())  # before a run has its file, nothing goes to stderr
 
 
 class Run:
-    """OUTPUT/ and its run.json. Every rank makes one; rank 0 writes."""
+    """OUTPUT/ and its run.json. Every rank makes one; rank 0 writes, from `start` on."""
 
     def __init__(self, folder, flags: dict):
         """ValueError where `folder` holds a run with other flags, or cannot be written."""
         self.path = Path(folder)
         self.record = {"status": "running", "flags": flags}
-        self.began, self._builtin = time.time(), None
-        problem = None
-        if dist.first():
-            problem = self._problem(flags)
-        problem = dist.share(problem)
+        self.began, self._builtin, self._started, self._dropped = time.time(), None, False, []
+        problem, finished = dist.share(self._look(flags) if dist.first() else None)
         if problem:
             raise ValueError(problem)
-        self.finished = dist.share(self.previous().get("status") == "finished")
+        self.finished = finished
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._log()
 
-    def _problem(self, flags):
+    def _look(self, flags):
+        """What speaks against writing here, or None; and whether this very run is complete."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".writable").touch()
             (self.path / ".writable").unlink()
-        except OSError as error:
-            return f"cannot write to {self.path}: {error}"
-        before = self.previous().get("flags")
-        if before is None:
             foreign = [p.name for p in self.path.iterdir() if p.name != "logs"]
-            return (
-                f"{self.path} holds other files ({', '.join(sorted(foreign)[:3])}); choose another --output"
-                if foreign
-                else None
-            )
-        other = [k for k in sorted({*before, *flags}) if before.get(k) != flags.get(k) and k not in MAY_DIFFER]
-        if not other:
-            return None
-        shown = "; ".join(f"--{k} was {before.get(k)!r}, is {flags.get(k)!r}" for k in other[:4])
-        return f"{self.path} holds another run ({shown}); nothing was overwritten, choose another --output"
-
-    def previous(self) -> dict:
-        """What run.json says, {} where there is none."""
-        try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            old = before["flags"].items()
         except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise ValueError(f"{self.path / 'run.json'} is damaged: {error}") from error
+            shown = ", ".join(sorted(foreign)[:3])
+            return f"{self.path} holds other files ({shown}); choose another --output" if foreign else None, False
+        except OSError as error:
+            return f"cannot write to {self.path}: {error}", False
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{self.path / 'run.json'} is damaged ({error}); remove it or choose another --output", False
+        old = dict(old)
+        other = [k for k in sorted({*old, *flags}) if old.get(k) != flags.get(k) and k not in MAY_DIFFER]
+        if not other:
+            return None, before.get("status") == "finished"
+        shown = "; ".join(f"--{k} was {old.get(k)!r}, is {flags.get(k)!r}" for k in other[:4])
+        return f"{self.path} holds another run ({shown}); nothing was overwritten, choose another --output", False
+
+    def start(self):
+        """All is settled: from here on this folder is this run's. What was refused before leaves only a log."""
+        self._started = True
+        self.note()
+        if dist.first():
+            lines = "".join(json.dumps(row) + "\n" for row in self._dropped)
+            (self.path / "dropped.jsonl").write_text(lines, encoding="utf-8")
 
     def _log(self):
         handler = logging.FileHandler(self.path / "logs" / f"rank-{dist.rank()}.log", encoding="utf-8")
@@ -82,14 +81,12 @@ class Run:
     def note(self, **facts):
         """Add to run.json, on rank 0."""
         self.record |= facts
-        if dist.first():
+        if dist.first() and self._started:
             write_json(self.path / "run.json", self.record)
 
     def dropped(self, rows: dict):
-        """Write dropped.jsonl: the rows left out of each split, with source, number and reason. On rank 0."""
-        if dist.first():
-            lines = [json.dumps({"split": split, **row._asdict()}) for split in rows for row in rows[split]]
-            (self.path / "dropped.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        """The rows left out of each split, with source, number and reason, for dropped.jsonl."""
+        self._dropped += [{"split": split, **row._asdict()} for split in rows for row in rows[split]]
 
     def say(self, line: str):
         """A line on the terminal and in the log, on rank 0."""
@@ -122,7 +119,7 @@ def at_the_door():
         yield
     except DataError as error:
         fail(str(error), Exit.DATA)
-    except (ValueError, builtin.ModelUnavailable) as error:
+    except (ValueError, OSError, builtin.ModelUnavailable) as error:
         logging.getLogger("zeropref").exception("refused")
         fail(str(error), Exit.FLAGS)
 
@@ -135,13 +132,17 @@ def load_tokenizer(path, trust_remote_code=False):
         raise ValueError(f"cannot load a tokenizer from {path}: {error}") from error
 
 
-def check_vocabulary(backbone, tokenizer):
-    """ValueError where the tokenizer has ids that the model has no embedding for."""
-    rows = backbone.lm.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
+def check_fit(backbone, tokenizer, max_length: int):
+    """ValueError where the tokenizer has ids that the model has no embedding for, or rows outrun its positions."""
+    config = backbone.lm.config.get_text_config()
+    if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary {rows:,}: they do not belong together"
+            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary {config.vocab_size:,}: "
+            "they do not belong together"
         )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise ValueError(f"--max_length {max_length} is more than the model's {positions} positions")
 
 
 def describe(data, sources) -> dict:

@@ -19,7 +19,7 @@ from train.models import backbone as models
 
 # Top-level keys of the JSON that DeepSpeed owns here. DeepSpeed itself accepts any key in silence.
 OWNED_BY_JSON = (
-    "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
+    "zero_optimization", "communication_data_type", "prescale_gradients",
     "gradient_predivide_factor", "disable_allgather", "aio", "comms_logger", "flops_profiler", "memory_breakdown",
     "wall_clock_breakdown", "steps_per_print", "dump_state",
 )  # fmt: skip
@@ -30,7 +30,7 @@ OWNED_BY_FLAGS = {
     "train_batch_size": "--batch_size", "train_micro_batch_size_per_gpu": "--micro_tokens",
     "gradient_accumulation_steps": "--batch_size and --micro_tokens", "managed_gradient_accumulation": "--batch_size",
     "tensorboard": "--output", "activation_checkpointing": "--gradient_checkpointing",
-    "zero_allow_untested_optimizer": "--lr",
+    "zero_allow_untested_optimizer": "--lr", "zero_force_ds_cpu_optimizer": "--lr",
 }  # fmt: skip
 BUCKET = 25_000_000  # gradient elements that stage 0 sends at a time
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -103,6 +103,7 @@ def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload works with our AdamW, and compiles nothing
         "steps_per_print": config.get("steps_per_print", 10**9),
         "gradient_clipping": grad_clip if stage > 0 else 0.0,  # where it is not said, DeepSpeed clips to 1
     }
@@ -250,13 +251,17 @@ def decay_groups(module, weight_decay: float) -> list[dict]:
 def whole_state(module, dtype=None) -> dict | None:
     """The module's state dict on rank 0's CPU, parameter by parameter, None on other ranks. Every rank calls this.
 
-    A tied weight stands once, under its first name. `dtype`: cast to it.
+    A tied weight stands once, under its first name. `dtype`: cast to it; fp32 of a bf16 weight is its master.
     """
     state, seen = {}, set()
     for name, p in module.named_parameters(remove_duplicate=False):
         if id(p) in seen:
             continue
         seen.add(id(p))
+        if dtype == torch.float32 and p.dtype != dtype and (master := _master(p)) is not None:
+            if dist.first():
+                state[name] = master.to("cpu", copy=True)
+            continue
         with gathered_one(p):
             if dist.first():
                 state[name] = p.detach().to("cpu", dtype or p.dtype, copy=hasattr(p, "ds_id"))
@@ -264,6 +269,13 @@ def whole_state(module, dtype=None) -> dict | None:
         if dist.first() and _persistent(module, name):
             state[name] = buffer.detach().to("cpu")
     return state if dist.first() else None
+
+
+def _master(p):
+    """The whole fp32 master of a trained bf16 weight; None where it has none. Every rank calls this."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(p)
 
 
 def gathered_one(p):

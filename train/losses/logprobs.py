@@ -15,7 +15,8 @@ LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,73
 def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES):
     """log softmax(hidden @ weight.T + bias)[target]: (T, H), (V, H), (T,) -> (T,) nats in fp32 or wider.
 
-    Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of a chunk's logits; twice as many are alive for a moment.
+    Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of a chunk's logits, of
+    which two are alive for a moment.
     Under autocast the products run in the autocast type, like any linear layer's.
     """
     device = hidden.device.type

@@ -13,6 +13,10 @@ from train.losses.preference import Pairs
 PAIR_SUMS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
              "logps/chosen", "logps/rejected", "chosen_fell", "tokens/chosen", "tokens/rejected")  # fmt: skip
 
+# What the closing table and the model card show of them, with titles.
+ROWS_OF_TABLE = (("loss", "loss"), ("reward accuracy", "rewards/accuracies"), ("reward margin", "rewards/margins"),
+                 ("log-prob of chosen", "logps/chosen"), ("log-prob of rejected", "logps/rejected"))  # fmt: skip
+
 
 def of_pairs(pairs: Pairs, losses: torch.Tensor, beta: float) -> torch.Tensor:
     """(1 + len(PAIR_SUMS),) fp64: the number of pairs and the sums of PAIR_SUMS over them. A tie counts one half."""

@@ -104,9 +104,10 @@ def packed_attention(
         dtype = torch.promote_types(dtype, torch.float32)
     query, key, value, given = query.to(dtype), key.to(dtype), value.to(dtype), value.dtype
     window = sliding_window or 0
-    if query.is_cuda and dtype in (torch.bfloat16, torch.float16):
+    alike = query.shape[-1] == value.shape[-1]
+    if query.is_cuda and alike and dtype in (torch.bfloat16, torch.float16):
         out = _flash(query[0], key[0], value[0], segments, scaling, window)
-    elif not query.is_cuda and query.shape[-1] == value.shape[-1]:
+    elif not query.is_cuda and alike:
         out = CpuAttention.apply(query, key, value, segments, scaling, window)
     else:
         out = _by_segment(query, key, value, segments, scaling, window)

@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from train.losses.logprobs import LOGITS_BYTES, token_logps
@@ -135,10 +136,17 @@ def refuse(lm):
 
 
 def load(path, dtype=torch.float32, trust_remote_code=False):
-    """A causal LM from a directory or hub name, safetensors only; raises ValueError that names the path."""
+    """A causal LM from a directory or hub name, safetensors only.
+
+    Raises ValueError that names the path where the model is not there, is damaged, or lacks weights, which
+    transformers would draw at random.
+    """
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        lm, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load a causal language model from {path}: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
+    return lm
