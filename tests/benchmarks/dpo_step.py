@@ -123,7 +123,7 @@ def _open_models(job, data, device, layout):
     policy = zero.Policy(module, ds, lr=LR, weight_decay=0.0, grad_clip=CLIP, scheduler="constant", warmup_ratio=0.0,
                          total_steps=steps)  # fmt: skip
     reference = Live(frozen, zero.frozen({}, ds))
-    budget = job["micro_tokens"] or memory.row_tokens(module, device, False, MAX_LENGTH)
+    budget = job["micro_tokens"] or memory.row_tokens(module, device, 0, False, MAX_LENGTH)
     if layout == "packed":
         checks.start(policy, reference, data, device, precision, True)
     plan = SimpleNamespace(precision=precision, steps=steps, same_weights=True, beta=BETA, log_every=1)

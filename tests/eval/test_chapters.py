@@ -1,0 +1,215 @@
+"""Preferences, distribution, baselines and verdict on cases small enough to work out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+
+from eval import baselines, distribution, preferences, report
+from eval.scores import Scores
+from train.losses import preference
+
+LOSS = preference.choose("sigmoid", 0.5, {})
+
+
+def scores(model, lengths, reference=None, prompts=None, tokens=None):
+    sums = np.array([model] + ([reference] if reference is not None else []), dtype=float)
+    n, size = sums.shape[1], int(np.sum(lengths))
+    tokens = np.zeros((len(sums), size), np.float32) if tokens is None else np.array(tokens, dtype=np.float32)
+    return Scores(np.arange(n), np.arange(n) if prompts is None else np.array(prompts), np.array(lengths), sums, tokens)
+
+
+FOUR = scores([[-10, -12], [-9, -9], [-8, -4], [-7, -7]], [[5, 10], [4, 4], [8, 2], [2, 2]],
+              [[-12, -12], [-9, -9], [-7, -5], [-7, -6]], prompts=[3, 3, 1, 2])  # fmt: skip
+
+
+def test_rewards_by_hand():
+    section, columns = preferences.measure(FOUR, 0.5, LOSS)
+    # rewards 0.5 x (2, 0, -1, 0) and 0.5 x (0, 0, 1, -1); margins 1, 0, -1, 0.5
+    value = {name: found["value"] for name, found in section["model"].items()}
+    assert columns["margin"].tolist() == [1, 0, -1, 0.5] and columns["correct"].tolist() == [1, 0.5, 0, 1]
+    assert value["rewards/accuracies"] == 2.5 / 4 and value["rewards/margins"] == 0.125
+    assert value["rewards/chosen"] == 0.125 and value["rewards/rejected"] == 0.0
+    assert value["chosen_fell"] == 0.25
+    softplus = lambda x: math.log1p(math.exp(-x))
+    assert value["loss"] == pytest.approx(np.mean([softplus(1), softplus(0), softplus(-1), softplus(0.5)]), rel=1e-12)
+    assert value["logps/chosen"] == -8.5 and value["logps/chosen_per_token"] == -34 / 19
+    assert value["logps/rejected_per_token"] == -32 / 18
+    assert value["logps/accuracies"] == (1 + 0.5 + 0 + 0.5) / 4
+    # a token: -2 against -1.2; equal; -1 against -2; equal
+    assert value["logps/accuracies_per_token"] == (0 + 0.5 + 1 + 0.5) / 4
+    assert section["reference"]["logps/margins"]["value"] == (0 + 0 - 2 - 1) / 4
+    assert section["prompts"] == 3 and section["model"]["loss"]["prompts"] == 3
+
+
+def test_displacement_counts_the_pairs_whose_chosen_answer_lost():
+    three = scores([[-5, -9], [-6, -9], [-4, -9]], [[2, 2]] * 3, [[-4, -9], [-5, -9], [-4, -9]])
+    section, _ = preferences.measure(three, 0.5, LOSS)
+    assert section["model"]["chosen_fell"]["value"] == 2 / 3  # -5 < -4, -6 < -5; -4 has not moved
+
+
+def test_by_length_and_its_correlation():
+    section, _ = preferences.measure(FOUR, 0.5, LOSS)
+    # (chosen - rejected) / longer: -.5, 0, .75, 0
+    assert [(row["from"], row["n"]) for row in section["by_length"]] == [
+        (-1, 0),
+        (-0.5, 1),
+        (-0.1, 2),
+        (0.1, 0),
+        (0.5, 1),
+    ]
+    assert [row["value"] for row in section["by_length"]][1:3] == [1, 0.75]
+    # ranks of length 1, 2.5, 4, 2.5 against ranks of margin 4, 2, 1, 3: Pearson's r of the ranks
+    assert section["length_correlation"]["value"] == pytest.approx(np.corrcoef([1, 2.5, 4, 2.5], [4, 2, 1, 3])[0, 1])
+
+
+def test_calibration_of_the_implied_probability():
+    section, _ = preferences.measure(FOUR, 0.5, LOSS)
+    found = section["calibration"]
+    sure = [1 / (1 + math.exp(-m)) for m in (1, 0, 1, 0.5)]  # .731 right, .5 a tie, .731 wrong, .622 right
+    assert found["confidence"]["value"] == pytest.approx(np.mean(sure))
+    assert [row["n"] for row in found["table"]] == [1, 0, 1, 0, 2, 0, 0, 0, 0, 0]
+    assert found["ece"]["value"] == pytest.approx((2 * (sure[0] - 0.5) + 0 + (1 - sure[3])) / 4)
+
+
+def test_a_calibrated_model_lies_within_what_chance_shows():
+    rng = np.random.default_rng(1)
+    margins = rng.normal(0, 1.5, 400)
+    right = rng.random(400) < 1 / (1 + np.exp(-np.abs(margins)))
+    honest = torch.from_numpy(np.where(right, np.abs(margins), -np.abs(margins)))
+    low, high = preferences.calibration(honest, np.arange(400))["ece_if_calibrated"]
+    assert low <= preferences.calibration(honest, np.arange(400))["ece"]["value"] <= high
+    boastful = preferences.calibration(4 * honest, np.arange(400))
+    assert boastful["ece"]["value"] > boastful["ece_if_calibrated"][1]
+
+
+def test_without_a_reference_margins_are_differences_of_log_probabilities():
+    alone = FOUR._replace(sums=FOUR.sums[:1], tokens=FOUR.tokens[:1])
+    section, columns = preferences.measure(alone, 0.5, LOSS)
+    assert columns["margin"].tolist() == [2, 0, -4, 0] and "nats" in section["margin"] and section["beta"] is None
+    assert not any(name.startswith("rewards/") or name in ("loss", "chosen_fell") for name in section["model"])
+    assert section["model"]["logps/margins"]["value"] == -0.5 and "calibration" not in section
+
+
+def test_distribution_by_hand_and_by_scikit_learn():
+    rng = np.random.default_rng(0)
+    lengths = np.array([[2, 3], [1, 1], [3, 2]])
+    tokens = rng.normal(-2, 1, (2, 12)).astype(np.float32)
+    chosen = [0, 1, 5, 7, 8, 9]  # of the 12 tokens: 2, skip 3, 1, skip 1, 3, skip 2
+    sums = [[[t[0:2].sum(), t[2:5].sum()], [t[5], t[6]], [t[7:10].sum(), t[10:].sum()]] for t in tokens.astype(float)]
+    pairs = scores(sums[0], lengths, sums[1], tokens=tokens)
+    out_tokens = rng.normal(-3, 1, (2, 5)).astype(np.float32)
+    texts = scores([[out_tokens[0, :4].sum()], [out_tokens[0, 4]]], [[4], [1]],
+                   [[out_tokens[1, :4].sum()], [out_tokens[1, 4]]], tokens=out_tokens)  # fmt: skip
+    section, columns = distribution.measure(pairs, texts, ["model", "reference"])
+    for number, name in enumerate(("model", "reference")):
+        inside = tokens[number, chosen].astype(float)
+        found = section[name]
+        assert found["in"]["perplexity"]["value"] == pytest.approx(math.exp(-inside.mean()), rel=1e-6)
+        assert found["out"]["logp_per_token"]["value"] == pytest.approx(out_tokens[number].mean(), rel=1e-6)
+        auroc = sklearn.metrics.roc_auc_score([1] * 6 + [0] * 5, np.concatenate([inside, out_tokens[number]]))
+        assert found["by_token"]["auroc"]["value"] == pytest.approx(auroc)
+        assert sum(found["by_token"]["histogram"]["in"]) == 6 and sum(found["by_text"]["histogram"]["out"]) == 2
+    edges = [section[name]["by_token"]["histogram"]["edges"] for name in ("model", "reference")]
+    assert edges[0] == edges[1]  # shared bins
+    change = section["change"]["out"]
+    expected = (texts.sums[0].sum() - texts.sums[1].sum()) / 5
+    assert change["logp_per_token"]["value"] == pytest.approx(expected)
+    assert change["perplexity_ratio"]["value"] == pytest.approx(math.exp(-expected))
+    low, high = section["model"]["in"]["perplexity"]["interval"]
+    assert low <= section["model"]["in"]["perplexity"]["value"] <= high
+    assert columns["logp"].tolist() == texts.sums[0, :, 0].tolist()
+
+
+def test_shared_edges_hold_all_and_do_not_follow_rounding():
+    values = np.random.default_rng(0).normal(-3, 1, (2, 500))
+    edges = distribution.shared_edges(values, values - 1)
+    assert edges[0] <= values.min() - 1 and edges[-1] > values.max()
+    assert np.array_equal(edges, distribution.shared_edges(values + 1e-7, values - 1 - 1e-7))
+
+
+def test_what_chance_shows_of_alike_samples():
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(rng.normal(0, 1, n)) for n in (60, 50))
+    bins = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    found = distribution.alike(a, b, bins)
+    draws = [
+        distribution.measures.overlap(
+            *(distribution.measures.histogram(torch.from_numpy(rng.normal(0, 1, n)), bins) for n in (60, 50))
+        )
+        for _ in range(300)
+    ]
+    inside = np.mean([found["overlap"][0] <= float(x) <= found["overlap"][1] for x in draws])
+    assert inside > 0.85
+
+
+def test_bag_of_words_learns_a_rule_and_no_noise():
+    rng = np.random.default_rng(0)
+    warm, cold = "kitchen soup rain garden laugh".split(), "policy form report item office".split()
+    say = lambda words: " ".join(rng.choice(words, 6))
+    chosen, rejected = [say(warm) for _ in range(80)], [say(cold) for _ in range(80)]
+    assert (baselines.bag_of_words(chosen, rejected, np.arange(80)) > 0).all()
+    flip = rng.random(80) < 0.5
+    mixed = [(b, a) if f else (a, b) for a, b, f in zip(chosen, rejected, flip, strict=True)]
+    wins = baselines.bag_of_words([a for a, _ in mixed], [b for _, b in mixed], np.arange(80)) > 0
+    assert 0.25 < wins.mean() < 0.75
+
+
+def test_bag_of_words_never_sees_the_prompt_that_it_is_scored_on():
+    """Every pair stands four times and its labels are noise: who saw a copy knows the answer, who did not guesses."""
+    rng = np.random.default_rng(0)
+    texts = [(f"word{i} other{i}", f"thing{i} else{i}") for i in range(60)]
+    pairs = [pair if rng.random() < 0.5 else pair[::-1] for pair in texts for _ in [0]]
+    chosen, rejected = ([pair[side] for pair in pairs for _ in range(4)] for side in (0, 1))
+    by_prompt = baselines.bag_of_words(chosen, rejected, np.repeat(np.arange(60), 4))
+    by_row = baselines.bag_of_words(chosen, rejected, np.arange(240))
+    assert (by_prompt == 0).all() and (by_row > 0).all()  # no known word in the other folds, or every word known
+
+
+def test_longer_wins_counts_ties_half_and_one_prompt_fits_nothing():
+    section, columns = baselines.measure(["aaa", "b", "cc"], ["a", "bb", "dd"], np.zeros(3, dtype=int), np.ones(3))
+    assert section["longer_wins"]["value"] == 0.5 and section["bag_of_words"]["value"] is None and columns == {}
+
+
+def test_model_against_bag_of_words():
+    texts = [(f"soup garden {i}", f"form office {i}") for i in range(10)]
+    section, _ = baselines.measure([a for a, _ in texts], [b for _, b in texts], np.arange(10), np.full(10, 0.5))
+    assert section["bag_of_words"]["value"] == 1 and section["model_minus_bag_of_words"]["value"] == -0.5
+
+
+def measure(value, low, high):
+    return {"value": value, "interval": [low, high], "n": 9, "method": "m"}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "margin", "ratio", "word"),
+    [
+        ((0.8, 0.7, 0.9), (1, 0.5, 1.5), (1.0, 0.99, 1.01), "better"),
+        ((0.8, 0.7, 0.9), (1, 0.5, 1.5), (0.9, 0.85, 0.95), "better"),
+        ((0.8, 0.7, 0.9), (1, 0.5, 1.5), (1.3, 1.2, 1.4), "different"),  # the gain has a price
+        ((0.8, 0.7, 0.9), (1, -0.5, 1.5), (1.0, 0.99, 1.01), "different"),  # the margin is not shown
+        ((0.3, 0.2, 0.4), (-1, -1.5, -0.5), (1.0, 0.99, 1.01), "worse"),
+        ((0.5, 0.4, 0.6), (0, -0.5, 0.5), (1.3, 1.2, 1.4), "worse"),
+    ],
+)
+def test_verdict(accuracy, margin, ratio, word):
+    model = {
+        "rewards/accuracies": measure(*accuracy),
+        "rewards/margins": measure(*margin),
+        "chosen_fell": measure(0.1, 0, 0.2),
+    }
+    trivial = {"bag_of_words": measure(1.0, 0.9, 1), "longer_wins": measure(0.5, 0.4, 0.6)}
+    text = {"change": {"out": {"perplexity_ratio": measure(*ratio)}}}
+    found = report.verdict({"model": model}, trivial, text, unchanged=False)
+    assert found["word"] == word and any("bag of words" in reason for reason in found["reasons"])
+    assert report.verdict({"model": model}, trivial, text, unchanged=True)["word"] == "unchanged"
+    assert report.verdict({"model": model}, trivial, {}, unchanged=False)["word"] == "not compared"
+
+
+def test_clean_has_no_nan_and_plain_numbers():
+    assert report.clean({"a": [np.float64(1.5), math.nan, (np.int64(2),)], "b": math.inf}) == {
+        "a": [1.5, None, [2]],
+        "b": None,
+    }

@@ -1,0 +1,439 @@
+"""The user's commands, end to end, with tiny models: any ranks and rows, files that open, bad input."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import tiny
+import torch
+import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "eval/evaluate.py")
+HELD_OUT = (ROOT / "train/data/builtin/held_out.jsonl").read_text(encoding="utf-8").splitlines()
+LENGTH = ["--max_length", 512]  # the tiny model's positions
+SMALL = ["--prompts", 3, "--max_new_tokens", 6]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model_dir):
+    """A folder with a trained model, its start, pairs with a broken row, texts with blank and one-token rows."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    rows = HELD_OUT[:24] + [json.dumps({"prompt": "Say <|im_end|>", "chosen": "a", "rejected": "b"})] + HELD_OUT[:6]
+    write(folder / "pairs.jsonl", "\n".join(rows))
+    texts = [
+        "",
+        "a",
+        "The river Ouse rises in the hills.",
+        "  ",
+        "Tin melts at 232 degrees. " * 20,
+        "Ash is a hard wood.",
+    ]
+    write(folder / "texts.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
+    line = [
+        "--model",
+        model_dir,
+        "--output",
+        folder / "run",
+        "--max_steps",
+        2,
+        "--batch_size",
+        8,
+        "--lr",
+        "1e-2",
+        "--beta",
+        0.4,
+        "--max_length",
+        200,
+        "--max_prompt_length",
+        100,
+    ]
+    ((code, _, err),) = several(ROOT / "launch/train_dpo.py", [line], folder / "cache")
+    assert code == "0", err[-3000:]
+    return folder
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def environment(cache):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+
+
+def launched(command, cache):
+    return subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=400
+    )
+
+
+def free_port():
+    """Two jobs on one machine must not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def several(script, lines, cache):
+    """(exit code, stdout, stderr) of the script for each list of arguments, from one process."""
+    done = launched(
+        [sys.executable, "tests/launch/many.py", script, json.dumps([list(map(str, a)) for a in lines])], cache
+    )
+    outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
+    assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
+    cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
+    return [(outs[i + 1].partition("\n")[0], cut(outs, i), cut(errs, i)) for i in range(len(lines))]
+
+
+def load(folder):
+    """report.json without what may differ: the machine and its clock."""
+    report = json.loads(
+        (folder / "report.json").read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(word)
+    )
+    assert report.pop("run")["seconds_scoring"] > 0
+    return report
+
+
+def differences(a, b, path=""):
+    """(place, value, value) of every leaf in which two reports differ."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [found for i, both in enumerate(zip(a, b, strict=True)) for found in differences(*both, f"{path}[{i}]")]
+    return [] if a == b else [(path, a, b)]
+
+
+@pytest.fixture(scope="module")
+def runs(place, model_dir):
+    """One evaluation by one rank and by two, in rows of other sizes, without a reference, of a model against itself."""
+    common = ["--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl", *SMALL]
+    pair = ["--model", place / "run/model", "--reference", model_dir, *common]
+    lines = {
+        "one": [*pair, "--micro_tokens", 700],
+        "512": [*pair, "--micro_tokens", 512],
+        "8192": [*pair, "--micro_tokens", 8192],
+        "padded": [*pair, "--layout", "padded"],
+        "alone": ["--model", model_dir, *common, *LENGTH, "--prompts", 0],
+        "itself": ["--model", model_dir, "--reference", model_dir, *common, *LENGTH, "--beta", 2],
+        "bf16": [*pair, "--precision", "bf16", "--max_rows", 5],
+    }
+    done = several(SCRIPT, [[*line, "--output", place / name] for name, line in lines.items()], place / "cache")
+    for name, (code, _, err) in zip(lines, done, strict=True):
+        assert code == "0", (name, err[-3000:])
+    two = launched(
+        [
+            "deepspeed",
+            "--master_port",
+            free_port(),
+            "--num_accelerators",
+            2,
+            "eval/evaluate.py",
+            *lines["one"],
+            "--output",
+            place / "two",
+        ],
+        place / "cache",
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    return place
+
+
+def test_two_ranks_write_the_same_digits(runs):
+    assert differences(load(runs / "one"), load(runs / "two")) == []
+    for name in ("pairs", "texts", "generations"):
+        one, two = (pyarrow.parquet.read_table(runs / ranks / f"{name}.parquet") for ranks in ("one", "two"))
+        assert one.equals(two) and one.num_rows > 0, name
+
+
+def test_other_token_budgets_change_no_more_than_rounding(runs):
+    small, large = load(runs / "512"), load(runs / "8192")
+    for where, a, b in differences(small, large):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7), where
+    rows = [pyarrow.parquet.read_table(runs / name / "pairs.parquet")["row"].to_pylist() for name in ("512", "8192")]
+    assert rows[0] == rows[1] == [*range(24), *range(25, 31)]  # every row once; 24 has a control token
+    padded = load(runs / "padded")
+    assert padded["preferences"]["model"]["loss"]["value"] == pytest.approx(
+        small["preferences"]["model"]["loss"]["value"], rel=1e-4
+    )
+
+
+def test_per_row_values_are_those_of_one_sequence_alone(runs):
+    """The plain way: transformers' own forward in fp64, full logits, each prompt and answer by itself."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(runs / "run/model").double()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(runs / "run/model")
+    rows = pyarrow.parquet.read_table(runs / "one/pairs.parquet").to_pylist()
+
+    def alone(prompt_ids, ids):
+        whole = torch.tensor([prompt_ids + ids])
+        with torch.no_grad():
+            logps = model(whole).logits.log_softmax(-1)[0, :-1]
+        return float(logps.gather(1, whole[0, 1:, None])[max(len(prompt_ids) - 1, 0) :].sum())
+
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    for row in rows[:3]:
+        pair = json.loads(HELD_OUT[row["row"]])
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": pair["prompt"]}], tokenize=False, add_generation_prompt=True
+        )
+        prompt_ids = encode(prompt)[-100:]
+        for side in ("chosen", "rejected"):
+            ids = encode(pair[side] + "<|im_end|>")[: 200 - len(prompt_ids)]
+            assert row[f"{side}_tokens"] == len(ids)
+            assert row[f"{side}_logp"] == pytest.approx(alone(prompt_ids, ids), rel=1e-5)
+    text = pyarrow.parquet.read_table(runs / "one/texts.parquet").to_pylist()[0]
+    ids = encode("The river Ouse rises in the hills.")
+    assert (
+        text["row"] == 2 and text["tokens"] == len(ids) - 1 and text["logp"] == pytest.approx(alone([], ids), rel=1e-5)
+    )
+
+
+def test_report_adds_up_from_its_rows(runs):
+    report, rows = load(runs / "one"), pyarrow.parquet.read_table(runs / "one/pairs.parquet").to_pandas()
+    model = report["preferences"]["model"]
+    margin = 0.4 * ((rows.chosen_logp - rows.ref_chosen_logp) - (rows.rejected_logp - rows.ref_rejected_logp))
+    assert model["rewards/margins"]["value"] == pytest.approx(margin.mean(), rel=1e-12)
+    assert model["rewards/accuracies"]["value"] == (margin > 0).mean()
+    assert model["loss"]["value"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-12)
+    assert model["rewards/margins"]["n"] == 30 and model["rewards/margins"]["prompts"] == 24  # six rows stand twice
+    low, high = model["rewards/margins"]["interval"]
+    assert low < model["rewards/margins"]["value"] < high
+    texts = pyarrow.parquet.read_table(runs / "one/texts.parquet").to_pandas()
+    perplexity = report["distribution"]["model"]["out"]["perplexity"]["value"]
+    assert perplexity == pytest.approx(np.exp(-texts.logp.sum() / texts.tokens.sum()), rel=1e-12)
+
+
+def test_settings_come_from_the_models_run_and_flags_override(runs):
+    report = load(runs / "one")
+    recipe = report["recipe"]
+    assert (recipe["beta"], recipe["max_length"], recipe["max_prompt_length"], recipe["layout"]) == (
+        0.4,
+        200,
+        100,
+        "packed",
+    )
+    assert recipe["from"] == str(runs / "run/run.json") and report["ood"]["truncated"] == 1
+    assert load(runs / "padded")["recipe"]["layout"] == "padded"
+    other = load(runs / "itself")["recipe"]
+    assert (other["beta"], other["max_length"], other["from"]) == (2, 512, None)
+
+
+def test_dropped_rows_are_listed(runs):
+    dropped = [json.loads(line) for line in (runs / "one/dropped.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["row"]) for row in dropped] == [("data", 24), ("ood", 0), ("ood", 3), ("ood", 1)]
+    assert "<|im_end|>" in dropped[0]["reason"] and "one token" in dropped[3]["reason"]
+    assert load(runs / "one")["ood"]["dropped"] == 3
+
+
+def test_a_model_against_itself_is_unchanged_and_alone_has_no_rewards(runs):
+    itself, alone = load(runs / "itself"), load(runs / "alone")
+    assert itself["verdict"]["word"] == "unchanged" and itself["preferences"]["model"]["rewards/margins"][
+        "interval"
+    ] == [0, 0]
+    assert itself["preferences"]["model"]["rewards/accuracies"]["value"] == 0.5
+    assert alone["verdict"]["word"] == "not compared" and alone["reference"] is None
+    assert "reference" not in alone["distribution"] and alone["generations"] == {"skipped": "--prompts is 0"}
+    assert "differences of log-probabilities" in (runs / "alone/report.md").read_text()
+    assert not (runs / "alone/generations.parquet").exists()
+
+
+def test_bf16_is_near_fp32(runs):
+    rough, exact = (pyarrow.parquet.read_table(runs / name / "pairs.parquet").to_pandas() for name in ("bf16", "one"))
+    assert len(rough) == 5 and rough.chosen_logp.tolist() != exact.chosen_logp[:5].tolist()
+    assert rough.chosen_logp.tolist() == pytest.approx(exact.chosen_logp[:5].tolist(), rel=0.02)
+
+
+def test_figures_are_opaque_and_have_both_inks(runs):
+    from PIL import Image
+
+    for name in ("preferences", "distribution"):
+        pixels = np.asarray(Image.open(runs / f"one/figures/{name}.png").convert("RGBA"))
+        assert pixels.shape[1] >= 900 and (pixels[..., 3] == 255).all()  # white ground of its own: legible on any page
+        assert (pixels[..., :3].mean(-1) > 250).mean() > 0.4 and (pixels[..., :3].mean(-1) < 60).mean() > 0.001
+        assert f"figures/{name}.png" in (runs / "one/report.md").read_text()
+
+
+def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
+    events = EventAccumulator(str(runs / "one/tensorboard"))
+    events.Reload()
+    tags, report = events.Tags(), load(runs / "one")
+    for name in ("rewards/margins", "rewards/accuracies", "loss", "logps/chosen_per_token"):
+        (event,) = events.Scalars(f"eval/{name}")
+        assert event.step == 2 and event.value == pytest.approx(report["preferences"]["model"][name]["value"], rel=1e-6)
+    assert {
+        "eval/distribution/model/out/perplexity",
+        "eval/baselines/bag_of_words",
+        "eval/reference/logps/chosen",
+    } <= set(tags["scalars"])
+    assert {
+        "eval/histogram/margins",
+        "eval/histogram/reference/logps_chosen",
+        "eval/histogram/model/logp_per_token_out",
+    } <= set(tags["histograms"])
+    assert {"eval/preferences", "eval/distribution"} <= set(tags["images"])
+    tensors = set(tags["tensors"])
+    assert {
+        "eval/pr/chosen_or_rejected",
+        "eval/pr/in_or_out/model",
+        "eval/generations/text_summary",
+        "eval/report/text_summary",
+    } <= tensors
+    (layout,) = (tensor for tag in tensors if tag.startswith("custom_scalars") for tensor in events.Tensors(tag))
+    text = layout.tensor_proto.string_val[0]
+    assert all(f"{split}/rewards/margins".encode() in text for split in ("train", "val", "eval"))
+
+
+def test_the_card_of_a_trained_model_has_the_results(runs):
+    card = (runs / "run/model/README.md").read_text(encoding="utf-8")
+    assert "reward accuracy" in card.lower() and "figures/preferences.png" in card
+    assert not (Path(load(runs / "itself")["model"]) / "README.md").exists()  # training did not write that directory
+
+
+def test_the_same_command_again_says_so(runs, model_dir):
+    line = ["--model", model_dir, "--data", runs / "pairs.jsonl", "--ood", runs / "texts.jsonl", *SMALL, *LENGTH,
+            "--prompts", 0, "--output", runs / "alone"]  # fmt: skip
+    (again, said, _), (other, _, err) = several(SCRIPT, [line, [*line, "--beta", 3]], runs / "cache")
+    assert again == "0" and "finished" in said
+    assert other == "2" and "holds another run" in err
+
+
+def test_bad_input_is_answered_in_one_line(place, model_dir):
+    """Each row: arguments, exit code, what the line says. No traceback anywhere."""
+    file = lambda name, text: write(place / name, text)
+    cases = [
+        (["--modell", "x"], 2, "did you mean --model"),
+        (["--beta", "0"], 2, "--beta is above 0"),
+        (["--temperature", "-1"], 2, "--temperature is at least 0"),
+        (["--model", without_weights(model_dir, place / "hollow")], 2, "cannot load a causal language model"),
+        (["--model", place / "nowhere"], 2, "nowhere"),
+        (["--reference", other_tokenizer(model_dir, place / "other", "<new>")], 2, "the tokenizer of --reference"),
+        (["--reference", other_merges(model_dir, place / "merges")], 2, "is split otherwise"),
+        (["--reference", place / "nowhere"], 2, "nowhere"),
+        (["--reward_model", model_dir], 2, "reward model"),
+        (["--data", file("empty.jsonl", "")], 4, "no rows in it"),
+        (["--data", place / "none.jsonl"], 4, "none.jsonl"),
+        (["--data", place / "texts.jsonl"], 4, "no column"),
+        (
+            ["--data", file("half.jsonl", HELD_OUT[0] + '\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n')],
+            4,
+            "chosen equals rejected",
+        ),
+        (["--ood", file("empty_texts.jsonl", "")], 4, "no rows in it"),
+        (["--ood", file("empty.txt", " \n\n")], 4, "no text in it"),
+        (["--ood", file("latin.txt", b"caf\xe9 noir")], 4, "not UTF-8 at byte 3"),
+        (["--ood", file("blank.jsonl", '{"text": "  "}\n{"text": ""}\n')], 4, "empty text"),
+        (["--ood", file("single.jsonl", '{"text": "a"}\n')], 4, "no text of two tokens or more"),
+        (["--ood", place / "none.txt"], 4, "none.txt"),
+        (["--model", damaged_run(model_dir, place / "damaged")], 2, "run.json is damaged"),
+        (["--loss", "sigmiod"], 2, "none of: sigmoid"),
+        (["--ds_config", place / "none.json"], 2, "does not exist"),
+    ]
+    common = ["--model", model_dir, *LENGTH, "--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl"]
+    lines = [[*common, "--output", place / f"bad{i}", *extra] for i, (extra, *_) in enumerate(cases)]
+    for (extra, code, words), (found, out, err) in zip(cases, several(SCRIPT, lines, place / "cache"), strict=True):
+        assert found == str(code), (extra, found, err[-2000:])
+        said = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and words in said[0], (extra, err[-2000:])
+        assert "Traceback" not in out + err
+    assert not list(place.glob("bad*/report.json"))
+
+
+def test_one_row_a_text_file_and_a_bound_on_tokens(place, model_dir):
+    paragraphs = write(place / "words.txt", "Iron rusts in wet air.\n\nLead does not, or hardly.\r\n\r\nGold never.\n")
+    one = [
+        "--data",
+        write(place / "one.jsonl", HELD_OUT[3]),
+        "--ood",
+        write(place / "one_text.jsonl", '{"text": "Snow is ice."}'),
+    ]
+    few = ["--data", place / "pairs.jsonl", "--max_rows", 2, "--ood", paragraphs]
+    lines = {
+        "single": [*one, *SMALL, "--reference", model_dir],
+        "paragraphs": [*few, "--prompts", 0],
+        "tokens": [*few, "--prompts", 0, "--ood_tokens", 15, "--max_rows", 9],
+    }
+    done = several(
+        SCRIPT,
+        [["--model", model_dir, *LENGTH, *line, "--output", place / f"few_{name}"] for name, line in lines.items()],
+        place / "cache",
+    )
+    for name, (code, _, err) in zip(lines, done, strict=True):
+        assert code == "0", (name, err[-3000:])
+    single = load(place / "few_single")
+    assert single["preferences"]["pairs"] == 1 and single["preferences"]["model"]["loss"]["interval"] is None
+    assert (
+        single["baselines"]["bag_of_words"]["value"] is None
+        and single["distribution"]["model"]["by_text"]["auroc"]["interval"] is None
+    )
+    assert load(place / "few_paragraphs")["ood"]["groups"] == 2  # the first two, as of the pairs
+    lengths = pyarrow.parquet.read_table(place / "few_tokens/texts.parquet")["tokens"].to_pylist()
+    assert sum(lengths) + len(lengths) == 15  # scored tokens, and one a text that is not
+
+
+def test_sharded_models_are_scored_alike_and_write_nothing(place, model_dir, runs):
+    line = [
+        "--model",
+        place / "run/model",
+        "--reference",
+        model_dir,
+        "--data",
+        place / "pairs.jsonl",
+        "--ood",
+        place / "texts.jsonl",
+        "--ds_config",
+        "ds_configs/frozen_zero3.json",
+        "--micro_tokens",
+        700,
+        *SMALL,
+        "--output",
+        place / "sharded",
+    ]
+    done = launched(
+        ["deepspeed", "--master_port", free_port(), "--num_accelerators", 2, "eval/evaluate.py", *line], place / "cache"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    sharded, whole = load(place / "sharded"), load(runs / "one")
+    assert "sharded" in sharded["generations"]["skipped"]
+    assert sharded["preferences"]["model"]["loss"]["value"] == pytest.approx(
+        whole["preferences"]["model"]["loss"]["value"], rel=1e-5
+    )
+
+
+def without_weights(start, folder):
+    transformers.AutoTokenizer.from_pretrained(start).save_pretrained(folder)
+    transformers.AutoConfig.from_pretrained(start).save_pretrained(folder)
+    return folder
+
+
+def other_tokenizer(start, folder, token):
+    tiny.make_model(vocab_size=tiny.VOCAB + 8).save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start)
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def other_merges(start, folder):
+    """The same vocabulary, but words are put together in the opposite order."""
+    tiny.make_model().save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(start).save_pretrained(folder)
+    core = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    core["model"]["merges"].reverse()
+    write(folder / "tokenizer.json", json.dumps(core))
+    return folder
+
+
+def damaged_run(start, folder):
+    folder.mkdir()
+    for file in Path(start).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    write(folder / "run.json", '{"flags": ')
+    return folder
