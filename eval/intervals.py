@@ -90,7 +90,7 @@ def resampled(statistic, *units: np.ndarray, measures: dict, what: tuple, resamp
     `statistic` takes None for unweighted, or (R, N) weights, and returns scalars or (R,). `measures`: their names, and
     for each None, or the bounds of a measure that noise moves one way (an overlap shrinks, a distance grows). The
     former get percentile intervals; the latter basic ones, which turn the resamples' bias round, cut to the bounds.
-    Those keep some 85 to 90 % rather than 95 of their coverage at 60 texts (simulated), and lose it where the truth
+    Those cover the truth in some 85 to 90 % of cases rather than 95 at 60 texts (simulated), and in fewer where it
     lies on a bound: beside them stands what chance alone would show. `what`: the number of values of each sample.
     """
     values = [float(value) for value in statistic(*[None] * len(units))]
