@@ -1,6 +1,6 @@
 """What one DPO step costs, ours against others': seconds, pairs a second and peak memory on the same pairs.
 
-    python tests/benchmarks/dpo_step.py --data /work/shared/data/human_like_dpo_train.jsonl
+    python tests/benchmarks/dpo_step.py --data PAIRS.jsonl
     python tests/benchmarks/dpo_step.py --data PAIRS.jsonl --pairs 16 --rounds 1 --contenders ours trl --json OUT.json
 
 (TRL comes with the extra: pip install -e '.[peers]'.) A step is policy forward, reference forward, backward, clipping
