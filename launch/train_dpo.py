@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from train import config  # noqa: E402
+from train.engine import preempt  # noqa: E402
 
 CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
 
@@ -95,6 +96,16 @@ class Settings:
     """Type of the weights in OUTPUT/model: fp32, bf16, or auto, the type that they were trained in."""
     eval_every: int = 0
     """Steps between evaluations; 0: at the start and at the end only."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: by --save_minutes alone."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints; 0: by --save_every alone. Being told to stop saves in any case."""
+    keep: int = 2
+    """Checkpoints to keep, the newest ones."""
+    resume: str = "auto"
+    """auto: continue from the newest sound checkpoint in --output. never: start over. Else a checkpoint's path."""
+    max_skipped: int = 5
+    """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     log_every: int = 1
     """Steps between readings of the training measures."""
     trust_remote_code: bool = False
@@ -104,7 +115,7 @@ class Settings:
 
     def __post_init__(self):
         at_least = {"batch_size": 1, "micro_tokens": 1, "max_steps": 1, "log_every": 1, "eval_every": 0, "lr": 0,
-                    "weight_decay": 0, "grad_clip": 0, "warmup_ratio": 0, "eval_split": 0,
+                    "save_every": 0, "save_minutes": 0, "keep": 1, "max_skipped": 0, "weight_decay": 0, "grad_clip": 0, "warmup_ratio": 0, "eval_split": 0,
                     "max_dropped": 0}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
@@ -118,14 +129,16 @@ class Settings:
 
 
 def main():
+    preempt.install()  # before anything that takes its time
     settings = config.parse(Settings)
     from train.engine import quiet
 
     quiet.now()  # before the libraries that it quiets
-    from train.engine import checks, dist, export, memory, report, run, scoring, zero
+    from train.engine import checkpoint, checks, dist, export, memory, report, run, scoring, zero
     from train.losses import preference
 
     device = dist.start()
+    preempt.start()
     with run.at_the_door():
         folder = run.Run(settings.output, config.as_dict(settings))
         if folder.finished:
@@ -136,27 +149,43 @@ def main():
         tokenizer, data, held_out = open_data(settings, folder)
         policy, reference, plan = open_models(settings, folder, tokenizer, data, device)
         first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
+        saves = checkpoint.Saves(folder, settings, policy, tokenizer, data)
+        plan = saves.resume(plan)
     folder.start()
     evaluation = scoring.HeldOut(held_out, plan.row_tokens, device) if held_out else None
     board = report.Training(folder, settings, policy, device, plan)
-    board.evaluate(0, evaluation, policy, reference, loss_of)
-    for step, rows in scoring.ahead(steps_of(settings, data, plan), data, device):
-        for row in rows:  # as many on every rank; one that is short of pairs runs an empty row
-            with memory.explained(row, plan.row_tokens):
-                pairs = scoring.pairs_of(policy(row), reference(row), row)
-                losses = loss_of(pairs)  # (B,)
-                # the engine averages over ranks; the mean wanted is over all pairs of the step
-                policy.backward(losses.sum() * dist.world() / len(step.groups))
-            board.add(row, pairs, losses)
-        board.stepped(step, policy.step())
-        if settings.eval_every and (step.number + 1) % settings.eval_every == 0 and step.number + 1 < plan.steps:
-            board.evaluate(step.number + 1, evaluation, policy, reference, loss_of)
-    board.evaluate(plan.steps, evaluation, policy, reference, loss_of)
-    gap = export.model_directory(policy.module, tokenizer, folder.path / "model", first_rows,
-                                 export_dtype=settings.export_dtype, write_card=board.card(),
-                                 trust_remote_code=settings.trust_remote_code)  # fmt: skip
+    saves.attach(board)
+    evaluate = lambda number: board.evaluate(number, evaluation, policy, reference, loss_of)
+    with saves.guard():
+        if due(settings, plan.begun):
+            evaluate(plan.begun)
+        for step, rows in scoring.ahead(steps_of(settings, data, plan), data, device):
+            for row in rows:  # as many on every rank; one that is short of pairs runs an empty row
+                with memory.explained(row, plan.row_tokens):
+                    pairs = scoring.pairs_of(policy(row), reference(row), row)
+                    losses = loss_of(pairs)  # (B,)
+                    # the engine averages over ranks; the mean wanted is over all pairs of the step
+                    policy.backward(losses.sum() * dist.world() / len(step.groups))
+                board.add(row, pairs, losses)
+            update = policy.step()
+            board.stepped(step, update)
+            saves.count(step, update)
+            if due(settings, step.number + 1):
+                evaluate(step.number + 1)
+            saves.settle(step)
+        evaluate(plan.steps)
+        preempt.check()
+        gap = export.model_directory(policy.module, tokenizer, folder.path / "model", first_rows,
+                                     export_dtype=settings.export_dtype, write_card=board.card(),
+                                     trust_remote_code=settings.trust_remote_code)  # fmt: skip
     board.finish(gap)
+    preempt.stop()
     dist.stop()
+
+
+def due(settings, number: int) -> bool:
+    """Whether the held-out pairs are scored after `number` steps: at the start, then every --eval_every."""
+    return number % settings.eval_every == 0 if settings.eval_every else number == 0
 
 
 class Plan(NamedTuple):
@@ -166,6 +195,7 @@ class Plan(NamedTuple):
     row_tokens: int  # the budget of a packed row
     steps: int  # optimiser steps of the whole run
     same_weights: bool  # the reference is the policy as it starts
+    begun: int = 0  # steps that an interrupted run has done already
 
 
 def open_data(settings, folder):
@@ -234,7 +264,7 @@ def steps_of(settings, data, plan):
     from train.engine import dist
 
     return order.steps(data.lengths.sum(1), settings.batch_size, plan.row_tokens, seed=settings.seed, total=plan.steps,
-                       rank=dist.rank(), world=dist.world())  # fmt: skip
+                       start=plan.begun, rank=dist.rank(), world=dist.world())  # fmt: skip
 
 
 if __name__ == "__main__":

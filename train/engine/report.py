@@ -23,9 +23,9 @@ class Training:
         self.policy = policy
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         self.meter = Meter(1 + len(measures.PAIR_SUMS), device, peak_flops(device, dtype))
-        self.board = Board(folder.path / "tensorboard", plan.steps)
-        self.evaluated, self.last = {}, {}
-        self.started = False
+        self.board = Board(folder.path / "tensorboard", plan.steps, plan.begun)
+        self.evaluated, self.last, self.moved = {}, {}, None
+        self.looked = -1  # the last step after which `evaluate` ran
 
     def add(self, row, pairs, losses):
         """A row is done. No value leaves the device here."""
@@ -59,13 +59,16 @@ class Training:
         self.board.advance(shown)
 
     def evaluate(self, number, held_out, policy, reference, loss_of):
-        """Score the held-out pairs after `number` steps, and look at the run's health. Every rank calls this."""
+        """Score the held-out pairs after `number` steps, and look at the run's health; once. Every rank calls this."""
+        if number <= self.looked:
+            return
         with self.meter.pause():
             self._training_histograms(number)
             if self.plan.same_weights and (moved := share_moved(policy.module, reference.module)) is not None:
                 self.board.scalars({"health/bf16_weights_moved": moved}, number)
                 self.moved = moved
             if held_out is None:
+                self.looked = number
                 return
             watch = lambda rows: tqdm(rows, total=len(held_out.plan), desc=f"evaluate at step {number}", unit="row",
                                       leave=False, disable=not dist.first(), dynamic_ncols=True)  # fmt: skip
@@ -78,6 +81,7 @@ class Training:
             for name, values in (("margins", margins), ("logps_chosen", chosen), ("logps_rejected", rejected)):
                 self.board.histogram(f"val/histogram/{name}", values, number)
             self.evaluated[number] = mean | {"pairs": len(margins)} | intervals(mean["rewards/accuracies"], margins)
+            self.looked = number
             self.folder.note(evaluations=self.evaluated)
 
     def _training_histograms(self, number):
@@ -85,6 +89,27 @@ class Training:
         for column, name in enumerate(("margins", "logps_chosen", "logps_rejected")):
             if values.numel():
                 self.board.histogram(f"train/histogram/{name}", values[:, column], number)
+
+    def state(self):
+        """What a resumed run needs to report on: a record for JSON, and what makes this rank's tensors."""
+        meter, tensors = self.meter.state()
+        record = {"looked": self.looked, "evaluated": dict(self.evaluated), "last": self.last, "moved": self.moved}
+        return record | {"meter": meter}, tensors
+
+    def load(self, record, parts):
+        """Continue from `state`: the record, and the tensors of the ranks whose sums continue here."""
+        self.looked, self.last, self.moved = record["looked"], record["last"], record["moved"]
+        self.evaluated = {int(number): values for number, values in record["evaluated"].items()}
+        self.meter.load(record["meter"], parts)
+        self.folder.note(evaluations=self.evaluated)
+
+    def flush(self):
+        """Bring what was shown so far to the disk."""
+        self.board.flush()
+
+    def close(self):
+        """End the bar and TensorBoard's file."""
+        self.board.close()
 
     def card(self):
         """What writes the model card, from what run.json says by now."""
@@ -105,8 +130,7 @@ class Training:
             self.folder.record["flags"], {f"final/{name}": value for name, value in results.items()}, self.plan.steps
         )
         self.board.close()
-        moved = getattr(self, "moved", None)
-        self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=moved,
+        self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=self.moved,
                            export_gap_nats_per_token=gap,
                            perf=self.perf())  # fmt: skip
         model = self.folder.path / "model"

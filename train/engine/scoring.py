@@ -9,7 +9,7 @@ import torch
 
 from train.data.order import passes
 from train.data.packing import Packed, pack
-from train.engine import dist
+from train.engine import dist, preempt
 from train.losses.logprobs import score
 from train.losses.measures import of_pairs
 from train.losses.preference import Pairs
@@ -20,7 +20,8 @@ PAIR_VALUES = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected", "loss"
 def ahead(plans: Iterable, data, device: torch.device, rows_of: Callable = attrgetter("rows")) -> Iterator[tuple]:
     """For each plan (a step, say): the plan, and its rows (`rows_of(plan)`, tuples of groups) packed on `device`.
 
-    The next plan's rows are packed by a thread while this one's are computed.
+    The next plan's rows are packed by a thread while this one's are computed. Before each row the ranks agree on
+    whether they have been told to stop, and raise Preempted if so.
     """
 
     def prepare(plan):
@@ -39,7 +40,16 @@ def ahead(plans: Iterable, data, device: torch.device, rows_of: Callable = attrg
 
 
 def _on(device, plan, rows):
-    return plan, [row.to(device) for row in rows] if device.type != "cpu" else rows
+    return plan, _Watched(rows if device.type == "cpu" else [row.to(device) for row in rows])
+
+
+class _Watched(list):
+    """Rows that can be gone through as often as one likes, each after a look at the signals."""
+
+    def __iter__(self):
+        for row in super().__iter__():
+            preempt.check()
+            yield row
 
 
 def pairs_of(logps: torch.Tensor, ref_logps: torch.Tensor, row: Packed) -> Pairs:

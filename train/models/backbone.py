@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from train.losses.logprobs import LOGITS_BYTES, token_logps
-from train.models import attention
+from train.models import attention, linear
 
 LAYOUTS = ("packed", "padded")
 
@@ -41,6 +41,7 @@ class Backbone(nn.Module):
             raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
         self.lm, self.layout, self.logits_bytes, self.autocast = lm, layout, logits_bytes, autocast
         no_dropout(lm)
+        linear.swap(lm)
         if layout == "packed":
             refuse(lm)
             attention.register()
@@ -91,14 +92,16 @@ class Backbone(nn.Module):
 
 @contextlib.contextmanager
 def plain(backbone):
-    """The same weights the plain way: transformers' own attention, one sequence a response. For checks."""
+    """The same weights the plain way: transformers' own layers, one padded sequence a response. For checks."""
     layout, backbone.layout = backbone.layout, "padded"
+    linear.swap_back(backbone.lm)
     name = backbone.lm.config._attn_implementation
     backbone.lm.set_attn_implementation("sdpa" if backbone.lm._supports_sdpa else "eager")
     try:
         yield backbone
     finally:
         backbone.layout = layout
+        linear.swap(backbone.lm)
         backbone.lm.set_attn_implementation(name)
 
 
