@@ -30,7 +30,7 @@ class Counted:
     """A live reference that counts its rows."""
 
     def __init__(self, inner):
-        self.inner, self.module, self.rows = inner, inner.module, 0
+        self.inner, self.module, self.device, self.rows = inner, inner.module, inner.device, 0
 
     def __call__(self, row):
         self.rows += 1

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.launch.compare import at_checkpoint, flags, same_run, straight, weights
 
 

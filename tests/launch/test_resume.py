@@ -157,7 +157,9 @@ def test_damaged_checkpoints_and_export(warm, model_dir, few, tmp_path):
     for path in (out / "checkpoints").glob("step-*"):
         (path / "manifest.json").write_text("{")
     codes, text = warm.run(flags(model_dir, few, out))
-    assert codes == [3] and "error: no sound checkpoint" in text and "--resume never" in text and "Traceback" not in text
+    assert (
+        codes == [3] and "error: no sound checkpoint" in text and "--resume never" in text and "Traceback" not in text
+    )
     codes, text = warm.run(flags(model_dir, few, out, 0, "--resume", tmp_path / "nowhere"))
     assert codes == [3] and "nowhere has no manifest.json" in text
     codes, text = warm.run(flags(model_dir, few, out, 0, "--resume", "never", "--keep", 1))

@@ -87,7 +87,9 @@ def test_swap_leaves_other_layers_and_shared_weights_alone():
     class Special(nn.Linear):
         pass
 
-    model = nn.Sequential(nn.Embedding(7, 8), Special(8, 8), nn.Linear(8, 7, bias=False), nn.Embedding(7, 8, max_norm=1))
+    model = nn.Sequential(
+        nn.Embedding(7, 8), Special(8, 8), nn.Linear(8, 7, bias=False), nn.Embedding(7, 8, max_norm=1)
+    )
     model[2].weight = model[0].weight
     linear.swap(model)
     assert type(model[1]) is Special and type(model[2]) is linear.Linear and type(model[3]) is nn.Embedding

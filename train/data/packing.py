@@ -29,6 +29,7 @@ class Group(NamedTuple):
     prompt: Sequence[int]  # (P,) token ids; empty for plain text
     responses: tuple[Sequence[int], ...]  # k x (R_i,) token ids, each R_i >= 1
     row: int = -1
+    label: bool | None = None  # of a single response that was judged on its own: whether it is desirable
 
     @property
     def tokens(self) -> int:
@@ -50,6 +51,7 @@ class Packed(NamedTuple):
     hidden_index: torch.Tensor  # (T,) int64 into L: the position whose hidden state predicts the scored token
     target: torch.Tensor  # (T,) int64 token ids
     lengths: torch.Tensor  # (N,) int64, scored tokens of each response
+    labels: torch.Tensor | None  # (G,) bool where responses were judged one by one
     digests: tuple[bytes, ...]  # N names of what was scored: a hash of the prompt's and the response's ids
     group_rows: tuple[int, ...]  # G numbers of data rows
     shape: tuple[tuple[int, ...], ...]  # G x (P, R_1, .. R_k) tokens; the dummy of an empty row included
@@ -121,10 +123,18 @@ def pack(groups: Sequence[Group]) -> Packed:
         hidden_index=long(hidden),
         target=long(target),
         lengths=long(lengths),
+        labels=_labels(groups),
         digests=tuple(digests),
         group_rows=tuple(group.row for group in groups) if scored else (),
         shape=tuple((len(group.prompt), *map(len, group.responses)) for group in groups),
     )
+
+
+def _labels(groups):
+    """(G,) bool where each group's response was judged on its own; None for pairs and plain text."""
+    if groups[0].label is None:
+        return None
+    return torch.tensor([group.label for group in groups], dtype=torch.bool)
 
 
 def digest(prompt: Sequence[int], response: Sequence[int]) -> bytes:

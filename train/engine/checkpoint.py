@@ -6,6 +6,7 @@ under another ZeRO stage, it takes the same groups in the same order and differs
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import random
@@ -42,11 +43,15 @@ class Mark(NamedTuple):
 class Saves:
     """The checkpoints of one run."""
 
-    def __init__(self, folder, settings, policy, tokenizer, data):
-        """`policy`: an engine's Policy; `data`: what its steps are drawn from. Every rank makes one."""
+    def __init__(self, folder, settings, policy, tokenizer, data, moving=None):
+        """`policy`: an engine's Policy; `data`: what its steps are drawn from; `moving`: a reference that follows it.
+
+        Every rank makes one.
+        """
         self.folder, self.settings, self.policy, self.tokenizer, self.data = folder, settings, policy, tokenizer, data
+        self.moving = moving
         self.path = folder.path / "checkpoints"
-        self.board, self.mark, self.plan, self._restored = None, None, None, None
+        self.board, self.mark, self.plan, self._restored, self.parts = None, None, None, None, {}
         self.streak, self.saved, self.at = 0, 0, time.monotonic()
 
     # Before the first step.
@@ -115,13 +120,15 @@ class Saves:
         reader = files.Reader(path, told)
         problem = None
         try:
-            if strange := sorted(set(state.shapes(policy)) - set(reader.keys())):
+            if strange := sorted(set(self._shapes(told["updates"])) - set(reader.keys())):
                 raise files.Damaged(f"{path} has no {strange[0]}: it is another model's")
         except files.Damaged as error:
             problem = str(error)
         if problem := next((other for other in dist.gather(problem) if other), None):
             fail(problem, Exit.CHECKPOINT)
         state.restore(policy, reader, told["updates"])
+        if self.moving:
+            self.moving.restore(reader)
         policy.skipped = told["skipped"]
         policy.schedule.load_state_dict(told["schedule"])
         for group, lr in zip(policy.adamw.param_groups, told["schedule"]["_last_lr"], strict=True):
@@ -133,14 +140,17 @@ class Saves:
             _set_random(parts[0])
         elif not dist.first():
             parts = []  # sums of all ranks continue on the first
-        self._restored = told["board"], parts
+        self._restored = told["board"], parts, told["parts"]
         self.folder.began = time.time() - told["seconds"]
 
-    def attach(self, board):
-        """The run's reporter, which continues its record. Every rank calls this."""
-        self.board = board
+    def attach(self, board, **parts):
+        """The run's reporter, and what else has a `state_dict` for JSON, go on where they were. Every rank calls this."""
+        self.board, self.parts = board, parts
         if self._restored:
-            board.load(*self._restored)
+            record, tensors, states = self._restored
+            board.load(record, tensors)
+            for name, part in parts.items():
+                part.load_state_dict(states[name])
         self._set_mark(self.plan.begun)
 
     # At every step.
@@ -170,7 +180,8 @@ class Saves:
         record, tensors = self.board.state()
         states = _random_states()
         told = {"step": number, "updates": self.policy.updates, "skipped": self.policy.skipped,
-                "schedule": {name: schedule[name] for name in SCHEDULE}, "board": record}  # fmt: skip
+                "schedule": {name: schedule[name] for name in SCHEDULE}, "board": record,
+                "parts": {name: part.state_dict() for name, part in self.parts.items()}}  # fmt: skip
         self.mark = Mark(number, told, lambda: _as_tensors(*states) | tensors())
 
     # Saving.
@@ -217,12 +228,12 @@ class Saves:
 
     def _write(self, beside, mark):
         """This rank's files: its share of the weights and moments, what is its own, on rank 0 the model's outline."""
-        rank, shapes, loads, owner = dist.rank(), state.shapes(self.policy), [0] * dist.world(), {}
+        rank, shapes, loads, owner = dist.rank(), self._shapes(), [0] * dist.world(), {}
         for key, shape in shapes.items():
             owner[key] = loads.index(min(loads))
             loads[owner[key]] += torch.Size(shape).numel()
         mine = {key: shape for key, shape in shapes.items() if owner[key] == rank}
-        whole = state.tensors(self.policy)
+        whole = itertools.chain(state.tensors(self.policy), self._moved().values())
         name = f"state-{rank:05d}.safetensors"
         given = (tensor if key in mine else None for key, tensor in zip(shapes, whole, strict=True))
         entries = {name: files.write(beside / name, mine, given)}
@@ -236,6 +247,12 @@ class Saves:
             self.tokenizer.save_pretrained(beside / "model")
             others += [f"model/{path.name}" for path in sorted((beside / "model").iterdir())]
         return entries | {other: files.entry(beside / other) for other in others}
+
+    def _shapes(self, updates=None):
+        return state.shapes(self.policy, updates) | {key: tuple(value.shape) for key, value in self._moved().items()}
+
+    def _moved(self):
+        return self.moving.moved() if self.moving else {}
 
     def _told(self, mark):
         return mark.told | {"world": dist.world(), "stage": self.policy.stage, "row_tokens": self.plan.row_tokens,
@@ -251,7 +268,7 @@ class Saves:
 
     def _failed(self, problem, beside):
         free = shutil.disk_usage(self.path if self.path.exists() else self.folder.path).free if dist.first() else 0
-        need = 4 * sum(torch.Size(shape).numel() for shape in state.shapes(self.policy).values())
+        need = 4 * sum(torch.Size(shape).numel() for shape in self._shapes().values())
         if dist.first():
             shutil.rmtree(beside, ignore_errors=True)
         last = f"the last good one is step-{self.saved}" if self.saved else "there is none yet"

@@ -9,7 +9,8 @@ import torch
 
 from train.data.order import passes
 from train.data.packing import digest, pack
-from train.engine import checks, dist, scoring, shelf, zero
+from train.engine import checks, dist, scoring, shelf, state, zero
+from train.models import adapters
 
 SPOT_CHECKS = 4  # sequences that are computed again each time a shelf is used
 
@@ -19,13 +20,22 @@ class Live:
 
     forwards = 1  # forward passes that a row costs
 
-    def __init__(self, module, config: dict):
+    def __init__(self, module, config: dict, moves: bool = False):
         """`config`: with stage 3 the weights stay sharded (ds_configs/frozen_zero3.json), else each rank has them all.
 
-        Every rank calls this.
+        `moves`: it will `follow` the policy; ValueError where it is sharded. Every rank calls this.
         """
         module.requires_grad_(False)
-        if module.autocast and zero.stage_of(config) < 3:
+        self.device = next(module.parameters()).device
+        self.version, self._wide = 0, {}  # version: how often it has moved
+        if moves and zero.stage_of(config) == 3:
+            raise ValueError(
+                "a reference that moves stands whole on each rank: --reference_ds_config ds_configs/zero0.json"
+            )
+        if moves:
+            self._wide = {name: p.detach().float().clone() if p.dtype != torch.float32 else p.detach()
+                          for name, p in module.named_parameters()}  # fmt: skip
+        elif module.autocast and zero.stage_of(config) < 3:
             _cast_matrices(module)
         self.module = self._forward = module
         if zero.stage_of(config) == 3:
@@ -39,11 +49,33 @@ class Live:
         """(T,) nats, without gradient."""
         return self._forward(row)
 
+    @torch.no_grad()
+    def follow(self, policy, share: float):
+        """Move towards the policy: share * policy + (1 - share) * reference, in fp32. Every rank calls this.
+
+        TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), equation 5; with a share of 1 it is equation 6, the hard
+        update.
+        """
+        for (name, p), theirs in zip(self.module.named_parameters(), state.weights(policy), strict=True):
+            p.copy_(self._wide[name].lerp_(theirs.to(p.device), share))
+        self.version += 1
+
+    def moved(self) -> dict[str, torch.Tensor]:
+        """The weights in fp32 by their keys in a checkpoint; none where it stands still."""
+        return {f"reference/{name}": value for name, value in self._wide.items()}
+
+    @torch.no_grad()
+    def restore(self, read):
+        """Put back what `moved` gave. `read`: the tensor of a key."""
+        for name, p in self.module.named_parameters() if self._wide else ():
+            p.copy_(self._wide[name].copy_(read(f"reference/{name}")))
+        self.version += 1
+
 
 class Cached:
-    """A frozen model's log-probabilities, looked up: a run pays for them once, and later runs on the same texts never."""
+    """A frozen model's log-probabilities, looked up: paid for once, and never again by later runs on the same texts."""
 
-    forwards, module = 0, None
+    forwards, module, version = 0, None, 0
 
     def __init__(self, live: Live, datasets: list, budget: int, precision: str, say=print):
         """Find the records of every response in `datasets`, and let all ranks make those that are missing.
@@ -51,7 +83,7 @@ class Cached:
         `live` is needed for that, and for computing a few again; nothing here keeps it. `budget`: tokens of a row.
         ValueError where a record is not what the model gives. Every rank calls this.
         """
-        self.device = next(live.module.parameters()).device
+        self.device = live.device
         place = shelf.folder(dist.share(_identity(live)))
         wanted = {}
         for data in datasets:
@@ -91,10 +123,25 @@ class Cached:
         return torch.cat(parts) if parts else self.values.new_zeros(0)
 
 
+class Base:
+    """The policy with its adapters switched off: no second model."""
+
+    forwards, module, version = 1, None, 0
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    @torch.no_grad()
+    def __call__(self, row) -> torch.Tensor:
+        """(T,) nats, without gradient."""
+        with adapters.switched_off(self.policy.module.lm):
+            return self.policy(row)
+
+
 class Absent:
     """No reference, for losses that need none: every log-ratio is the policy's own log-probability."""
 
-    forwards, module = 0, None
+    forwards, module, version = 0, None, 0
 
     def __call__(self, row) -> torch.Tensor:
         """(T,) zeros."""
@@ -129,14 +176,14 @@ def _spot_check(live, wanted, records, precision):
     for name in dist.share(random.Random().sample(names, min(SPOT_CHECKS, len(names)))):
         data, i, j = wanted[name]
         group = data.group(i)
-        row = pack([group._replace(responses=(group.responses[j],))]).to(next(live.module.parameters()).device)
+        row = pack([group._replace(responses=(group.responses[j],))]).to(live.device)
         difference = float((live(row).float().cpu() - torch.from_numpy(records[name])).abs().mean())
         if not difference <= checks.TOLERANCE[precision]:
             raise ValueError(f"row {group.row}: the cached reference is off by {difference:.2g} nats a token")
 
 
 def _identity(live) -> str | None:
-    """What a record depends on beside its tokens: the weights, their type and mode, and the kernels. Every rank calls this."""
+    """What a record depends on beside its tokens: weights, their type and mode, kernels. Every rank calls this."""
     module, total = live.module, hashlib.sha256()
     for name, p in module.named_parameters():
         with zero.gathered_one(p):

@@ -1,7 +1,7 @@
 """Token log-probabilities of a frozen model on disk, a record a sequence, found by what the sequence says.
 
-A shelf is a directory for one model in one way of computing. Each job that lacks records adds one safetensors file under
-a name of its own, so two jobs can write at once. Records hold for any order, epoch, batch or truncation that leads to
+A shelf is a directory for one model in one way of computing. Each job that lacks records adds one safetensors file
+under a name of its own, so two jobs can write at once. Records hold for any order, epoch, batch or truncation that leads to
 the same token ids.
 """
 
@@ -38,7 +38,9 @@ def read(shelf: Path, wanted: set[bytes]) -> dict[bytes, np.ndarray]:
         try:
             digests, lengths, values = _read_one(path)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            logging.getLogger("zeropref").warning("%s is damaged (%s): removed, its records are made again", path, error)
+            logging.getLogger("zeropref").warning(
+                "%s is damaged (%s): removed, its records are made again", path, error
+            )
             path.unlink(missing_ok=True)
             continue
         ends = np.cumsum(lengths)

@@ -21,10 +21,16 @@ WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # moments as AdamW names 
 FLATS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 
 
-def shapes(policy) -> dict[str, tuple]:
-    """The keys that `tensors` yields, in its order, and their shapes; all are fp32."""
-    kinds = (WEIGHT, *MOMENTS) if policy.updates else (WEIGHT,)
+def shapes(policy, updates: int | None = None) -> dict[str, tuple]:
+    """The keys that `tensors` yields, in its order, and their shapes, all fp32. `updates`: if not those it has had."""
+    kinds = (WEIGHT, *MOMENTS) if (policy.updates if updates is None else updates) else (WEIGHT,)
     return {f"{name}/{kind}": tuple(getattr(p, "ds_shape", p.shape)) for name, p in _trained(policy) for kind in kinds}
+
+
+def weights(policy) -> Iterator[torch.Tensor]:
+    """The whole weights alone, in fp32. Every rank calls this and goes through to the end."""
+    for _, p in _trained(policy):
+        yield p.detach() if policy.stage == 0 else safe_get_full_fp32_param(p)
 
 
 def tensors(policy) -> Iterator[torch.Tensor]:

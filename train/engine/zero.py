@@ -152,13 +152,17 @@ def sharded_load(config: dict):
         unset_hf_deepspeed_config()
 
 
-def load_backbone(path, config: dict, precision: str, policy_stage: int, device, layout="packed", trust=False):
+def load_backbone(path, config: dict, precision: str, policy_stage: int, device, layout="packed", trust=False,
+                  change=None):  # fmt: skip
     """A Backbone from a model directory or hub name, on `device` or in `config`'s ZeRO-3 shards. Every rank calls this.
 
     `policy_stage` decides the mode that policy and reference share: autocast over fp32 weights, or bf16 weights.
+    `change`: called with the causal LM before it is wrapped, to add adapters, say.
     """
     with sharded_load(config):
         lm = models.load(path, weights_of(policy_stage, precision), trust)
+    if change:
+        change(lm)
     if stage_of(config) < 3:
         lm.to(device)
     return models.Backbone(lm, layout, autocast=autocast_of(policy_stage, precision))
@@ -200,8 +204,9 @@ class Policy:
         """The Backbone inside."""
         return self.engine.module
 
-    def __call__(self, row):
-        return self.engine(row)
+    def __call__(self, row, log_p2=False):
+        """As Backbone.forward."""
+        return self.engine(row, log_p2)
 
     def backward(self, loss):
         """Add d loss to the step's gradient. Every rank calls this for each of its rows, empty ones too."""
