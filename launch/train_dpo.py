@@ -80,8 +80,8 @@ class Settings:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. Master weights and sums are fp32 in any case."""
     reference: Literal["live", "cached", "none"] = "live"
-    """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the same, scored once, kept on
-    disk. none: nowhere, for losses that need none."""
+    """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the same, scored once and
+    kept on disk. none: nowhere, for losses that need none."""
     reference_model: str | None = None
     """The reference: a model directory or hub name. None: --model as it is at the start."""
     reference_every: int = 0

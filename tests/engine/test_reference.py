@@ -144,3 +144,29 @@ def test_old_shelves_go_when_the_bound_is_reached(cache):
     os.utime(cache / "c")
     shelf.bound(cache / "a", most=1)
     assert sorted(p.name for p in cache.iterdir()) == ["a", "c"]  # somebody may be using c right now
+
+
+def test_a_reference_that_moves(tmp_path):
+    """TR-DPO's updates in fp32, whatever type the weights are held in, and back from a checkpoint."""
+
+    class Policy:
+        stage = 0
+
+    policy = Policy()
+    policy.module = Backbone(tiny.make_model("llama", seed=5))
+    for dtype in (torch.float32, torch.bfloat16):
+        moving = reference.Live(Backbone(tiny.make_model("llama", dtype=dtype)), {}, moves=True)
+        expected = [p.detach().double() for p in moving.module.parameters()]
+        for share in (0.3, 1e-4, 1e-4):
+            moving.follow(policy, share)
+            expected = [(1 - share) * old + share * new.detach().double()
+                        for old, new in zip(expected, policy.module.parameters(), strict=True)]  # fmt: skip
+        for (_, mine), p, true in zip(moving.moved().items(), moving.module.parameters(), expected, strict=True):
+            assert (mine - true).abs().max() < 1e-6 and torch.equal(p, mine.to(dtype))
+        kept = {key: value.clone() for key, value in moving.moved().items()}
+        again = reference.Live(Backbone(tiny.make_model("llama", dtype=dtype)), {}, moves=True)
+        again.restore(kept.__getitem__)
+        for one, other in zip(again.module.parameters(), moving.module.parameters(), strict=True):
+            assert torch.equal(one, other)
+        moving.follow(policy, 1.0)
+        assert all(torch.equal(a, b) for a, b in zip(moving.moved().values(), policy.module.parameters(), strict=True))

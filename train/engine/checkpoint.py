@@ -144,7 +144,7 @@ class Saves:
         self.folder.began = time.time() - told["seconds"]
 
     def attach(self, board, **parts):
-        """The run's reporter, and what else has a `state_dict` for JSON, go on where they were. Every rank calls this."""
+        """The run's reporter, and what else has a `state_dict` for JSON, go on. Every rank calls this."""
         self.board, self.parts = board, parts
         if self._restored:
             record, tensors, states = self._restored

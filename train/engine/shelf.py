@@ -1,8 +1,8 @@
 """Token log-probabilities of a frozen model on disk, a record a sequence, found by what the sequence says.
 
 A shelf is a directory for one model in one way of computing. Each job that lacks records adds one safetensors file
-under a name of its own, so two jobs can write at once. Records hold for any order, epoch, batch or truncation that leads to
-the same token ids.
+under a name of its own, so two jobs can write at once. Records hold for any order, epoch, batch or
+truncation that leads to the same token ids.
 """
 
 import hashlib

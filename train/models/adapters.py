@@ -12,7 +12,7 @@ DEFAULT = "default"  # peft's name for the one adapter there is
 def add(lm, rank: int, alpha: float, targets: list[str] | None):
     """Freeze `lm` and put adapters of `rank` beside its linear layers, scaled by alpha / rank; B begins at 0.
 
-    `targets`: ends of the layers' names, None for all but the head. ValueError where peft is not installed or finds none.
+    `targets`: ends of the layers' names, None for all but the head. ValueError without peft or a layer.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
