@@ -270,9 +270,7 @@ def folders(tmp_path, *names):
 @pytest.mark.slow
 def test_ranks_codes_and_restarts(cluster, stand_in, tmp_path):
     """What the wrapper makes of allocations and exit codes; the jobs run side by side."""
-    gpus, done, capped, stale, wrong, cancelled = folders(
-        tmp_path, "gpus", "done", "capped", "stale", "wrong", "cancelled"
-    )
+    gpus, capped, stale, wrong, cancelled = folders(tmp_path, "gpus", "capped", "stale", "wrong", "cancelled")
     wrapper, out = SLURM / "train.sbatch", lambda folder: f"--output={folder}"
     (stale / "status").write_text("preempted\n")
     submit(cluster, tmp_path, "--gpus-per-node=1", "--nodes=2", "--wrap=sleep 300")  # holds the first GPU of each node
@@ -298,9 +296,8 @@ def test_ranks_codes_and_restarts(cluster, stand_in, tmp_path):
     assert cluster.job(jobs[capped])["ExitCode"] == "85:0" and len(seen(capped)) == 2
     assert seen(capped)[0]["CUDA_VISIBLE_DEVICES"] == "-1" and "no GPU allocated" in cluster.log(jobs[capped])
     log = cluster.log(jobs[capped])
-    assert (
-        re.findall(r"start (\d)", log) == ["1", "2"] and "preempted (exit 7): requeued, restart 1 of at most 1" in log
-    )
+    assert re.findall(r": start (\d+)", log) == ["1", "2"]
+    assert "preempted (exit 7): requeued, restart 1 of at most 1" in log
     assert "preempted (exit 7), not requeued after 1 restarts" in log
 
     cluster.until_job(jobs[stale], "FAILED", 0, 60)
@@ -394,7 +391,7 @@ def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
     assert logged()[-1] < steps and cluster.job(evaluate)["JobState"] == "PENDING"
     cluster.until_job(train, "COMPLETED", 2, 180)
     assert "finished" in (out / "status").read_text()
-    assert re.findall(r"start (\d):", tell()) == ["1", "2", "3"] and tell().count(": requeued, restart") == 2
+    assert re.findall(r": start (\d+)", tell()) == ["1", "2", "3"] and tell().count(": requeued, restart") == 2
     assert logged() == list(range(1, steps + 1))
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
