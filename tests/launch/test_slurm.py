@@ -349,47 +349,56 @@ def ranks_of(output):
     return found
 
 
-def usr1_pending(process):
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) >> (signal.SIGUSR1 - 1) & 1
+def told(process):
+    """Whether USR1 waits for a process that was stopped, or, for SLURM wakes what it signals, has woken it."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return True
+    pending = int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) >> (signal.SIGUSR1 - 1) & 1
+    return pending or not re.search(r"State:\s*T", status)
 
 
 @pytest.mark.slow
 def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
     """Two nodes: USR1 ahead of the limit, saved, requeued; TERM, saved, requeued; finished; then the evaluation."""
     out, steps = tmp_path / "run", 40
-    told = cluster(
-        SLURM / "pipeline.sh", f"--output={tmp_path}/%j.log", "--nodes=2", "--time=1", "--signal=USR1@5",
+    submitted = cluster(
+        SLURM / "pipeline.sh", f"--output={tmp_path}/%j.log", "--nodes=2", "--time=60", "--signal=USR1@5",
         "launch/train_dpo.py", "--model", model_dir, "--output", out, "--max_length", 512, "--batch_size", 16, "--lr",
         "1e-3", "--epochs", 9, "--max_steps", steps, "--micro_tokens", 512, "--ds_config", "ds_configs/zero1.json",
         "then", f"--output={tmp_path}/%j.log", "eval/evaluate.py", "--model", out / "model", "--reference", model_dir,
         "--max_rows", 8, "--prompts", 0, "--output", out / "eval",
     )  # fmt: skip
-    train, evaluate = re.findall(r"^job (\d+): ", told, re.MULTILINE)
+    train, evaluate = re.findall(r"^job (\d+): ", submitted, re.MULTILINE)
     logged = lambda: [int(n) for n in re.findall(r" step (\d+) ", (out / "logs/rank-0.log").read_text())]
     tell = lambda: cluster.log(train)
     reached = lambda step: (out / "logs/rank-0.log").exists() and logged()[-1:] >= [step]
 
-    # SLURM looks at limits every half minute: the ranks are stopped meanwhile, or fast machines would be done by then
-    cluster.until(lambda: reached(4), 120, tell)
+    # SLURM counts limits in minutes and looks at them twice a minute: the limit comes near when some steps are done, and
+    # until the signal is there the ranks are stopped, or a fast machine would be finished by then.
+    cluster.until(lambda: reached(4), 300, tell)
     ranks = ranks_of(out)
     assert len(ranks) == 2
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
-    cluster.until(lambda: all(map(usr1_pending, ranks)), 100, tell)
-    for rank in ranks:
+    minutes = int(cluster("squeue", "-h", "-O", "TimeUsed", "-j", train).split(":")[0]) + 1
+    cluster("scontrol", "update", f"job={train}", f"TimeLimit={minutes}")
+    cluster.until(lambda: all(map(told, ranks)), 120, tell)
+    for rank in filter(psutil.Process.is_running, ranks):
         rank.send_signal(signal.SIGCONT)
-    cluster.until_job(train, "RUNNING", 1, 60)
+    cluster.until_job(train, "RUNNING", 1, 120)
     cluster("scontrol", "update", f"job={train}", "TimeLimit=60")
-    assert "preempted (exit 85): requeued" in tell()
+    # of two launchers that end with 85, the step's code may be that of the slower one, which SLURM then terminates
+    assert "exits with return code = 85" in tell() and re.search(r"preempted \(exit (85|143)\): requeued", tell())
     before = logged()[-1]
     assert before < steps - 10
 
-    cluster.until(lambda: reached(before + 3), 120, tell)
+    cluster.until(lambda: reached(before + 3), 300, tell)
     cluster("scancel", "--signal=TERM", train)
-    cluster.until_job(train, "RUNNING", 2, 90)
+    cluster.until_job(train, "RUNNING", 2, 120)
     assert logged()[-1] < steps and cluster.job(evaluate)["JobState"] == "PENDING"
-    cluster.until_job(train, "COMPLETED", 2, 180)
+    cluster.until_job(train, "COMPLETED", 2, 400)
     assert "finished" in (out / "status").read_text()
     assert re.findall(r": start (\d+)", tell()) == ["1", "2", "3"] and tell().count(": requeued, restart") == 2
     assert logged() == list(range(1, steps + 1))
@@ -398,5 +407,5 @@ def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, steps + 1))
     assert json.loads((out / "run.json").read_text())["hardware"]["world"] == 2
 
-    cluster.until_job(evaluate, "COMPLETED", 0, 120)
+    cluster.until_job(evaluate, "COMPLETED", 0, 300)
     assert json.loads((out / "eval/report.json").read_text())["preferences"]
