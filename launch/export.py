@@ -31,6 +31,8 @@ def main():
         files.check(args.checkpoint, told["files"], told)
     except files.Damaged as error:
         fail(str(error), Exit.CHECKPOINT)
+    if told["flags"].get("lora_rank"):
+        fail(f"{args.checkpoint} holds adapters alone: the run itself exports them with the base model", Exit.FLAGS)
     beside = args.folder.with_name(args.folder.name + ".tmp")
     count = write(args.checkpoint, told, beside, args.export_dtype)
     if args.folder.exists():

@@ -32,6 +32,7 @@ class Warm:
     def __init__(self, cache, script="launch/train_dpo.py"):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+        self.cache = cache
         self.process = subprocess.Popen([sys.executable, __file__, str(ROOT / script)], cwd=ROOT, env=env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 

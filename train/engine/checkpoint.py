@@ -130,7 +130,8 @@ class Saves:
         if self.moving:
             self.moving.restore(reader)
         policy.skipped = told["skipped"]
-        policy.schedule.load_state_dict(told["schedule"])
+        for name, value in told["schedule"].items():  # its functions are made anew from the flags
+            setattr(policy.schedule, name, value)
         for group, lr in zip(policy.adamw.param_groups, told["schedule"]["_last_lr"], strict=True):
             group["lr"] = lr
         policy.engine.global_steps, policy.engine.skipped_steps = told["step"], told["skipped"]
