@@ -96,7 +96,7 @@ def test_two_hosts_train_over_tcp(hosts, way, model_dir, tmp_path):
             words = list(map(str, [*command, ROOT / "launch/train_dpo.py", *flags]))
             processes.append(subprocess.Popen(words, cwd=folder, env=env, stdout=log, stderr=log))
     try:
-        codes = [process.wait(240) for process in processes]
+        codes = [process.wait(400) for process in processes]
     finally:
         for process in processes:
             process.kill()
