@@ -381,8 +381,8 @@ def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
         assert cluster.job(train)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), tell()
         return (out / "logs/rank-0.log").exists() and logged()[-1:] >= [step]
 
-    # SLURM counts limits in minutes and looks at them twice a minute: the limit comes near when some steps are done, and
-    # until the signal is there the ranks are stopped, or a fast machine would be finished by then.
+    # SLURM counts limits in minutes and looks at them twice a minute: the limit comes near when some steps are done,
+    # and until the signal is there the ranks are stopped, or a fast machine would be finished by then.
     cluster.until(lambda: reached(4), 300, tell)
     ranks = ranks_of(out)
     assert len(ranks) == 2
