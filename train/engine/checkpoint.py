@@ -118,14 +118,9 @@ class Saves:
     def _load(self, told, path):
         policy = self.policy
         reader = files.Reader(path, told)
-        problem = None
-        try:
-            if strange := sorted(set(self._shapes(told["updates"])) - set(reader.keys())):
-                raise files.Damaged(f"{path} has no {strange[0]}: it is another model's")
-        except files.Damaged as error:
-            problem = str(error)
-        if problem := next((other for other in dist.gather(problem) if other), None):
-            fail(problem, Exit.CHECKPOINT)
+        kept, wanted = reader.shapes(), self._shapes(told["updates"])
+        if strange := sorted(key for key in wanted if kept.get(key) != wanted[key]):
+            fail(f"{path} has no {strange[0]} of shape {wanted[strange[0]]}: it is another model's", Exit.CHECKPOINT)
         state.restore(policy, reader, told["updates"])
         if self.moving:
             self.moving.restore(reader)
