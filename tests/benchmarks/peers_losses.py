@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 
 from train.losses.family import Labelled, Pairs, kto, orpo  # noqa: E402
-from train.losses.logprobs import damped, score, weights  # noqa: E402
+from train.losses.logprobs import damped, score, wpo_weights  # noqa: E402
 from train.losses.preference import choose  # noqa: E402
 
 BETA = 0.3
@@ -34,7 +34,12 @@ class Case(NamedTuple):
     theirs: dict  # of DPOConfig
     why: str = ""
     lengths: str = "mixed"
-    dtype: torch.dtype = torch.float64
+    fp32: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """fp32 where TRL computes, or keeps a constant, in fp32."""
+        return torch.float32 if self.fp32 or "exo_pair" in self.loss else torch.float64
 
 
 F_NAMES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
@@ -47,7 +52,7 @@ def divergences():
         for kind in ("forward_kl", "js_divergence"):
             yield Case(name, smooth | {"f_divergence_type": kind}, smooth | {"f_divergence_type": kind})
         alpha = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7}
-        yield Case(name, smooth | alpha, smooth | alpha, dtype=torch.float32)
+        yield Case(name, smooth | alpha, smooth | alpha, fp32=True)
 
 
 PLAIN = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -149,7 +154,7 @@ def of_ours(case: Case, tokens: Made) -> torch.Tensor:
     logps, ref_logps, lengths = tokens.logps, tokens.ref_logps, tokens.lengths
     of_pair = None
     if loss.across.use_weighting:
-        each = weights(logps, tokens.log_p2, lengths)
+        each = wpo_weights(logps, tokens.log_p2, lengths)
         of_pair = each[0::2] * each[1::2]
     values = (damped(x, lengths, loss.across.ld_alpha) for x in (logps, ref_logps))
     return loss(Pairs.of(*(score(x, lengths) for x in values), lengths), of_pair).mean()
@@ -207,7 +212,7 @@ def reference_free_rows():
         return -ORPOTrainer.odds_ratio_loss(stand_in(), *p.per_token(p.chosen, p.rejected))[0].mean()
 
     simpo, cpo_case = Case("simpo", {"gamma": 0.9}, {}), Case("cpo", {"nll_weight": 0.0}, {})
-    odds_case = Case("orpo", {}, {}, dtype=torch.float32)  # TRL computes it in fp32
+    odds_case = Case("orpo", {}, {}, fp32=True)  # TRL computes it in fp32
     for case, theirs in ((simpo, lambda logps, t: cpo_trainer("simpo", logps, t)),
                          (cpo_case, lambda logps, t: cpo_trainer("sigmoid", logps, t)), (odds_case, odds)):  # fmt: skip
         tokens = made(case)
