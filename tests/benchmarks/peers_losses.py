@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 
 from train.losses.family import Labelled, Pairs, kto, orpo  # noqa: E402
-from train.losses.logprobs import damped, score, wpo_weights  # noqa: E402
+from train.losses.logprobs import damped, score, weights  # noqa: E402
 from train.losses.preference import choose  # noqa: E402
 
 BETA = 0.3
@@ -159,7 +159,7 @@ def of_ours(case: Case, tokens: Made) -> torch.Tensor:
     logps, ref_logps, lengths = tokens.logps, tokens.ref_logps, tokens.lengths
     of_pair = None
     if loss.across.use_weighting:
-        each = wpo_weights(logps, tokens.log_p2, lengths)
+        each = weights(logps, tokens.log_p2, lengths)
         of_pair = each[0::2] * each[1::2]
     values = (damped(x, lengths, loss.across.ld_alpha) for x in (logps, ref_logps))
     return loss(Pairs.of(*(score(x, lengths) for x in values), lengths), of_pair).mean()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from train.losses.logprobs import damped, score, token_logps, wpo_weights
+from train.losses.logprobs import damped, score, token_logps, weights
 
 
 def plain(hidden, weight, target, bias=None):
@@ -129,9 +129,9 @@ def test_weights_by_hand():
     logps = torch.tensor([0.5, 0.25, 0.1]).log().requires_grad_()
     squares = torch.tensor([0.5, 0.5, 0.2]).log()
     # token ratios 1, 1/2 and 1/2: geometric means a response
-    found = wpo_weights(logps, squares, torch.tensor([2, 1]))
+    found = weights(logps, squares, torch.tensor([2, 1]))
     assert torch.allclose(found, torch.tensor([0.5**0.5, 0.5])) and not found.requires_grad
-    assert wpo_weights(logps[:0], squares[:0], torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert weights(logps[:0], squares[:0], torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
 def test_score_by_hand():

@@ -125,7 +125,7 @@ def damped(values, lengths, alpha):
     return torch.where(place < shared, values, alpha * values)
 
 
-def wpo_weights(logps, log_p2, lengths):
+def weights(logps, log_p2, lengths):
     """WPO's weight of each response, without gradient: (T,) nats, (T,), (N,) lengths -> (N,).
 
     Zhou et al. 2024 (arXiv 2406.11827), equation 2 with its sampled alignment: the mean over tokens of log p - log

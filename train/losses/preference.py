@@ -117,7 +117,7 @@ class Across(NamedTuple):
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     ld_alpha: float = 1.0  # of LD-DPO (logprobs.damped); 1 damps nothing
-    use_weighting: bool = False  # WPO (logprobs.wpo_weights)
+    use_weighting: bool = False  # WPO (logprobs.weights)
 
     def check(self, rows: dict[str, Row], given: dict):
         """ValueError where they are out of range, or not for one of these losses."""
