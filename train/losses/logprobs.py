@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from train.losses.products import times_transposed, weight_gradient
+
 LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,730 tokens
 
 
@@ -35,7 +37,7 @@ def _log_softmax(hidden, weight, bias):
     if hidden.is_cuda and hidden.dtype != wide:
         logits = torch.mm(hidden, weight.t(), out_dtype=wide)  # half-precision product, never rounded to half
     else:
-        logits = torch.mm(hidden, weight.t()).to(wide)
+        logits = times_transposed(hidden, weight).to(wide)
     return torch.log_softmax(logits if bias is None else logits.add_(bias), dim=1)
 
 
@@ -52,6 +54,7 @@ class _TokenLogps(torch.autograd.Function):
         h, w = hidden.to(product), weight.to(product)
         size = max(1, int(budget // (weight.shape[0] * wide.itemsize)))
         ctx.spans = [(t, min(t + size, h.shape[0])) for t in range(0, h.shape[0], size)]
+        ctx.weight = weight
         logps, ctx.kept = hidden.new_empty(h.shape[0], dtype=wide), {}
         squares = torch.empty_like(logps) if log_p2 else None
         for start, end in ctx.spans:
@@ -88,13 +91,13 @@ class _TokenLogps(torch.autograd.Function):
             if wants_bias:
                 grad_b += p.sum(0)
             p = p.to(h.dtype)
-            torch.mm(p, w, out=grad_h[start:end])
+            grad_h[start:end] = times_transposed(p, w.t())
             if wants_weight:
-                part = torch.mm(p.t(), h[start:end])  # (V, H)
-                grad_w = part if grad_w is None else grad_w.add_(part)
+                part = weight_gradient(ctx.weight, p, h[start:end])  # (V, H)
+                grad_w = part if grad_w is None or part is None else grad_w.add_(part)  # None once it is elsewhere
         return (
             grad_h.to(hidden_type),
-            grad_w.to(weight_type) if wants_weight else None,
+            None if grad_w is None else grad_w.to(weight_type),
             None,
             grad_b.to(bias.dtype) if wants_bias else None,
             None,

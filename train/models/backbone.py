@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from train.losses.logprobs import LOGITS_BYTES, token_logps
-from train.models import attention
+from train.models import attention, linear
 
 LAYOUTS = ("packed", "padded")
 
@@ -41,6 +41,7 @@ class Backbone(nn.Module):
             raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
         self.lm, self.layout, self.logits_bytes, self.autocast = lm, layout, logits_bytes, autocast
         no_dropout(lm)
+        linear.swap(lm)
         if layout == "packed":
             refuse(lm)
             attention.register()
@@ -56,13 +57,16 @@ class Backbone(nn.Module):
         self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.lm.train()  # transformers recomputes in training mode only; dropout is 0 either way
 
-    def forward(self, row):
-        """Log-probabilities of the row's scored tokens, (T,) nats in fp32 (fp64 for fp64 weights)."""
+    def forward(self, row, log_p2=False):
+        """Log-probabilities of the row's scored tokens, (T,) nats in fp32 (fp64 for fp64 weights).
+
+        With `log_p2` a second (T,) beside them, without gradient: log sum_v p_v^2 of each token's distribution.
+        """
         kind = row.input_ids.device.type
         with torch.autocast(kind, self.autocast) if self.autocast else contextlib.nullcontext():
-            return self._packed(row) if self.layout == "packed" else self._padded(row)
+            return self._packed(row, log_p2) if self.layout == "packed" else self._padded(row, log_p2)
 
-    def _packed(self, row):
+    def _packed(self, row, log_p2):
         hidden = self.body(
             input_ids=row.input_ids[None],
             position_ids=row.positions[None],
@@ -71,9 +75,9 @@ class Backbone(nn.Module):
         ).last_hidden_state[0]  # (L, H)
         head = self.lm.get_output_embeddings()
         scored = hidden.index_select(0, row.hidden_index)  # (T, H): prompts never reach the head
-        return token_logps(scored, head.weight, row.target, getattr(head, "bias", None), self.logits_bytes)
+        return token_logps(scored, head.weight, row.target, getattr(head, "bias", None), self.logits_bytes, log_p2)
 
-    def _padded(self, row):
+    def _padded(self, row, log_p2):
         """One padded sequence a response, all logits: what the other layout is measured against."""
         alone = list(row.sequences()) or [(row.input_ids, len(row.input_ids))]
         longest = max(len(ids) for ids, _ in alone)
@@ -86,19 +90,22 @@ class Backbone(nn.Module):
             scored[i, first : len(sequence)] = True
         logits = self.lm(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (N, P+R, V)
         logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-        return logps[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)[scored[:, 1:]]
+        found = logps[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)[scored[:, 1:]]
+        return (found, logps[:, :-1][scored[:, 1:]].detach().mul(2).logsumexp(1)) if log_p2 else found
 
 
 @contextlib.contextmanager
 def plain(backbone):
-    """The same weights the plain way: transformers' own attention, one sequence a response. For checks."""
+    """The same weights the plain way: transformers' own layers, one padded sequence a response. For checks."""
     layout, backbone.layout = backbone.layout, "padded"
+    linear.swap_back(backbone.lm)
     name = backbone.lm.config._attn_implementation
     backbone.lm.set_attn_implementation("sdpa" if backbone.lm._supports_sdpa else "eager")
     try:
         yield backbone
     finally:
         backbone.layout = layout
+        linear.swap(backbone.lm)
         backbone.lm.set_attn_implementation(name)
 
 
