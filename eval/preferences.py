@@ -107,28 +107,17 @@ def calibration(margins: torch.Tensor, units) -> dict:
     correct = measures.wins(margins).double()
     edges = torch.tensor(CONFIDENCE_EDGES, dtype=torch.float64)
     table, _ = measures.calibration(confidence, correct, edges)
-    rows = [
-        {
-            "from": low,
-            "to": high,
-            "n": int(n),
-            "confidence": sure if n else None,
-            "accuracy": right if n else None,
-            "interval": list(measures.wilson(right, n)) if n else None,
-        }
-        for low, high, (n, sure, right) in zip(CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:], table.tolist(), strict=False)
-    ]
+    rows = [{"from": low, "to": high, "n": int(n), "confidence": sure if n else None, "accuracy": right if n else None,
+             "interval": list(measures.wilson(right, n)) if n else None}
+            for low, high, (n, sure, right) in zip(CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:], table.tolist(),
+                                                   strict=False)]  # fmt: skip
     error = lambda weights: (measures.calibration(confidence, correct, edges, weights)[1],)
     found = intervals.resampled(error, units, measures={"ece": (0, 1)}, what=(len(margins),))
     draws = torch.from_numpy(np.random.default_rng(0).random((SIMULATIONS, len(margins))))  # (S, N)
     simulated = [measures.calibration(confidence, (draw < confidence).double(), edges)[1] for draw in draws]
     chance = torch.quantile(torch.stack(simulated), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {
-        "confidence": intervals.ratio(confidence.numpy(), units),
-        **found,
-        "ece_if_calibrated": chance,
-        "table": rows,
-    }
+    return {"confidence": intervals.ratio(confidence.numpy(), units), **found, "ece_if_calibrated": chance,
+            "table": rows}  # fmt: skip
 
 
 def by_length(margins: torch.Tensor, pairs: Pairs, units) -> list[dict]:
