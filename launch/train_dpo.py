@@ -159,7 +159,7 @@ def main():
         loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
         refuse(settings, loss_of)
         zero.read_config(settings.ds_config)
-        tokenizer, data, held_out = open_data(settings, folder)
+        tokenizer, data, held_out = open_data(settings, folder, loss_of)
         policy, reference, plan = open_models(settings, folder, tokenizer, data, held_out, device)
         first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
         moving = reference if settings.reference_every else None
@@ -238,7 +238,7 @@ class Plan(NamedTuple):
     begun: int = 0  # steps that an interrupted run has done already
 
 
-def open_data(settings, folder):
+def open_data(settings, folder, loss_of):
     """The tokenizer, the training pairs and the held-out pairs (None where there are none), tokenised."""
     from train.data import tokens
     from train.engine import dist, run
@@ -252,8 +252,12 @@ def open_data(settings, folder):
     options = dict(max_length=settings.max_length, max_prompt_length=settings.max_prompt_length,
                    allow_control_tokens=settings.allow_control_tokens, max_dropped=settings.max_dropped)  # fmt: skip
     with dist.one_at_a_time():  # rank 0 tokenises, the others find it in the cache
+        options |= {"kind": tokens.kind_of(sources)}  # the held-out data are of the same kind
         data = tokens.prepare(sources, tokenizer, **options)
         held_out = tokens.prepare(eval_sources, tokenizer, **options) if eval_sources else None
+    if data.labels is not None and not loss_of.takes_labelled:
+        raise ValueError(f"--loss {settings.loss} compares pairs, and the data has single answers with labels: kto, "
+                         "bco_pair and aot_unpaired take those")  # fmt: skip
     folder.dropped({"train": data.dropped, "eval": held_out.dropped if held_out else []})
     if not eval_sources and settings.eval_split:
         data, held_out = tokens.split_by_prompt(data, settings.eval_split, settings.data_split_seed)
