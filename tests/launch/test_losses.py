@@ -35,7 +35,7 @@ def made(path, count, seed, labelled=False):
 
 
 def line(model_dir, data, held_out, out, loss, *extra):
-    return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128,
+    return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128, "--max_prompt_length", 64,
             "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3", "--batch_size", 16, "--max_steps", 24,
             "--epochs", 4, "--micro_tokens", 600, *extra]  # fmt: skip
 
@@ -130,7 +130,9 @@ def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
     same_run(tmp_path / "killed", tmp_path / "straight")
     kept = moments(tmp_path / "straight")
     moved = [name for name in kept if name.startswith("reference/")]
-    assert moved and any(not torch.equal(kept[name], kept[f"{name.removeprefix('reference/')}/weight"]) for name in moved)
+    assert moved and any(
+        not torch.equal(kept[name], kept[f"{name.removeprefix('reference/')}/weight"]) for name in moved
+    )
     straight(warm, model_dir, few, tmp_path / "still", 2, 2)
     assert scalars(tmp_path / "still")["train/loss"] != scalars(tmp_path / "straight")["train/loss"]
 
