@@ -321,6 +321,8 @@ def open_reference(settings, ds, path, load, budget, sets, folder):
     if frozen is None and zero.stage_of(ds) == 3:
         frozen = str(ROOT / "ds_configs/frozen_zero3.json")
     config = zero.frozen(zero.read_config(frozen) if frozen else {}, ds)
+    if zero.stage_of(config) in (1, 2):
+        raise ValueError(f"{frozen}: stages 1 and 2 shard gradients, which a reference has not; take stage 0 or 3")
     live = Live(load(path, config), config, bool(settings.reference_every))
     if settings.reference == "live":
         return config, live

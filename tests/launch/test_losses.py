@@ -98,7 +98,16 @@ def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(warm, model
     from train.models import backbone
 
     pairs = ROOT / "train/data/builtin/train.jsonl"
-    ends = ["--max_steps", 20, "--log_every", 1, "--save_every", 20, "--eval_every", 0]  # in the first epoch of 24 steps
+    ends = [
+        "--max_steps",
+        20,
+        "--log_every",
+        1,
+        "--save_every",
+        20,
+        "--eval_every",
+        0,
+    ]  # in the first epoch of 24 steps
     assert warm.run(flags(model_dir, pairs, tmp_path / "live", 0, *ends))[0] == [0]
     monkeypatch.setenv("ZEROPREF_CACHE", str(warm.cache))
     data = tokens.prepare([str(pairs)], run.load_tokenizer(str(model_dir)), max_length=512, max_prompt_length=256)
