@@ -207,6 +207,10 @@ def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
     codes, text = warm.run(flags(model_dir, few, tmp_path / "two", 0, "--resume", path))
     assert codes == [0] and "continues after step 7" in text
     same_bits(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    told = json.loads((tmp_path / "two/run.json").read_text())
+    (tmp_path / "two/run.json").write_text(json.dumps(told | {"status": "running"}))
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "two", 0, "--resume", path))
+    assert codes == [0] and "continues after step 8" in text  # by now it has one of its own
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(few.read_text().splitlines(keepends=True)[:-1]))
     codes, text = warm.run(flags(model_dir, fewer, tmp_path / "three", 0, "--resume", path))
