@@ -362,7 +362,7 @@ LIGHT = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_bas
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("examples", [60, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
 def test_no_row_is_lost_and_none_is_a_traceback(letters, tmp_path, name, examples):
     seen = collections.Counter()
 
