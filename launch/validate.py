@@ -119,7 +119,7 @@ def model_config(path, trust_remote_code):
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a dozen types, and the cure is the same
-        raise ValueError(f"cannot load the configuration of {path}: {error}") from error
+        raise ValueError(f"cannot load the configuration of {path}: {' '.join(str(error).split())}") from error
 
 
 def described(data, sources) -> dict:

@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import json
 import os
-import pickle
 import runpy
 import shutil
 import subprocess
@@ -69,7 +68,7 @@ def test_a_pickle_that_runs_code_does_not_run_even_when_allowed(model_dir, tmp_p
         with pytest.raises(ValueError, match="cannot load a causal language model"):
             load(folder, allow_pickle=allow)
         assert not marker.exists()
-    pickle.loads(pickle.dumps(Mine(marker))).close()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)["model.norm.weight"].close()
     assert marker.exists()  # or the test shows nothing
 
 

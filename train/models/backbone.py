@@ -163,7 +163,8 @@ def load(path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False)
         )  # fmt: skip
     except Exception as error:  # configuration, code and weights raise a dozen types, and the cure is the same
         advice = "" if allow_pickle or "use_safetensors" not in str(error) else f"; {NO_PICKLE}"
-        raise ValueError(f"cannot load a causal language model from {path}: {error}{advice}") from error
+        found = " ".join(str(error).split())
+        raise ValueError(f"cannot load a causal language model from {path}: {found}{advice}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
     return lm
