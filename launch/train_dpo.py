@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from train import config  # noqa: E402
+from train.engine import preempt  # noqa: E402
 
 CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
 
@@ -43,11 +44,11 @@ class Settings:
     output: str = "runs/dpo"
     """Folder for the model, TensorBoard, logs and run.json."""
     loss: str = "sigmoid"
-    """The loss, a row of train/losses/preference.py's LOSSES."""
+    """The loss, a row of train/losses/preference.py's LOSSES, or a weighted sum: sigmoid:0.8,sft:0.2."""
     beta: float = 0.1
     """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
     loss_args: dict = dataclasses.field(default_factory=dict)
-    """The loss's own parameters, say '{label_smoothing: 0.1}'."""
+    """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha: 0.5}'."""
     max_length: int = 1024
     """Most tokens of a prompt and a response together; responses are cut at their end."""
     max_prompt_length: int | None = 256
@@ -78,10 +79,15 @@ class Settings:
     """Largest 2-norm of a step's gradient; 0 does not clip."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. Master weights and sums are fp32 in any case."""
-    reference: Literal["live"] = "live"
-    """Where log pi_ref comes from. live: a frozen model, scored beside the policy."""
+    reference: Literal["live", "cached", "none"] = "live"
+    """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the same, scored once and
+    kept on disk. none: nowhere, for losses that need none."""
     reference_model: str | None = None
     """The reference: a model directory or hub name. None: --model as it is at the start."""
+    reference_every: int = 0
+    """Steps after which a live reference moves towards the policy (TR-DPO); 0: it stands still."""
+    reference_mixup: float = 0.6
+    """The policy's share in a reference that moves; 1 replaces it."""
     reference_ds_config: str | None = None
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy, else whole on each
     rank."""
@@ -89,12 +95,28 @@ class Settings:
     """DeepSpeed JSON: the ZeRO stage, offload, buckets."""
     layout: Literal["packed", "padded"] = "packed"
     """packed: shared prompts without padding. padded: a padded sequence a response, for models that packing refuses."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters, which are trained in place of the weights; 0: the weights are. Needs peft."""
+    lora_alpha: float = 16.0
+    """LoRA's scale: adapters count alpha / rank times."""
+    lora_targets: list[str] | None = None
+    """Layers that get adapters, by the end of their names. None: all linear ones but the head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the weights in OUTPUT/model: fp32, bf16, or auto, the type that they were trained in."""
     eval_every: int = 0
     """Steps between evaluations; 0: at the start and at the end only."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: by --save_minutes alone."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints; 0: by --save_every alone. Being told to stop saves in any case."""
+    keep: int = 2
+    """Checkpoints to keep, the newest ones."""
+    resume: str = "auto"
+    """auto: continue from the newest sound checkpoint in --output. never: start over. Else a checkpoint's path."""
+    max_skipped: int = 5
+    """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     log_every: int = 1
     """Steps between readings of the training measures."""
     trust_remote_code: bool = False
@@ -103,7 +125,8 @@ class Settings:
     """Seed of the data's order."""
 
     def __post_init__(self):
-        at_least = {"batch_size": 1, "micro_tokens": 1, "max_steps": 1, "log_every": 1, "eval_every": 0, "lr": 0,
+        at_least = {"batch_size": 1, "micro_tokens": 1, "max_steps": 1, "log_every": 1, "keep": 1, "eval_every": 0,
+                    "lr": 0, "save_every": 0, "save_minutes": 0, "max_skipped": 0, "reference_every": 0, "lora_rank": 0,
                     "weight_decay": 0, "grad_clip": 0, "warmup_ratio": 0, "eval_split": 0,
                     "max_dropped": 0}  # fmt: skip
         for name, least in at_least.items():
@@ -118,45 +141,91 @@ class Settings:
 
 
 def main():
+    preempt.install()  # before anything that takes its time
     settings = config.parse(Settings)
     from train.engine import quiet
 
     quiet.now()  # before the libraries that it quiets
-    from train.engine import checks, dist, export, memory, report, run, scoring, zero
+    from train.engine import checkpoint, checks, dist, export, memory, objective, report, run, scoring, zero
     from train.losses import preference
 
     device = dist.start()
+    preempt.start()
     with run.at_the_door():
         folder = run.Run(settings.output, config.as_dict(settings))
         if folder.finished:
             folder.say(f"{folder.path} holds this run, finished; another --output repeats it")
             return dist.stop()
         loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
+        refuse(settings, loss_of)
         zero.read_config(settings.ds_config)
         tokenizer, data, held_out = open_data(settings, folder)
-        policy, reference, plan = open_models(settings, folder, tokenizer, data, device)
+        policy, reference, plan = open_models(settings, folder, tokenizer, data, held_out, device)
         first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
+        moving = reference if settings.reference_every else None
+        saves = checkpoint.Saves(folder, settings, policy, tokenizer, data, moving)
+        plan = saves.resume(plan)
     folder.start()
-    evaluation = scoring.HeldOut(held_out, plan.row_tokens, device) if held_out else None
-    board = report.Training(folder, settings, policy, device, plan)
-    board.evaluate(0, evaluation, policy, reference, loss_of)
-    for step, rows in scoring.ahead(steps_of(settings, data, plan), data, device):
-        for row in rows:  # as many on every rank; one that is short of pairs runs an empty row
-            with memory.explained(row, plan.row_tokens):
-                pairs = scoring.pairs_of(policy(row), reference(row), row)
-                losses = loss_of(pairs)  # (B,)
-                # the engine averages over ranks; the mean wanted is over all pairs of the step
-                policy.backward(losses.sum() * dist.world() / len(step.groups))
-            board.add(row, pairs, losses)
-        board.stepped(step, policy.step())
-        if settings.eval_every and (step.number + 1) % settings.eval_every == 0 and step.number + 1 < plan.steps:
-            board.evaluate(step.number + 1, evaluation, policy, reference, loss_of)
-    board.evaluate(plan.steps, evaluation, policy, reference, loss_of)
-    gap = export.model_directory(policy.module, tokenizer, folder.path / "model", first_rows,
-                                 export_dtype=settings.export_dtype, write_card=board.card(),
-                                 trust_remote_code=settings.trust_remote_code)  # fmt: skip
+    running = preference.Running()  # statistics that some losses keep
+    evaluation = (
+        objective.HeldOut(held_out, plan.row_tokens, device, loss_of, settings.max_length) if held_out else None
+    )
+    board = report.Training(folder, settings, policy, device, plan, reference.forwards)
+    saves.attach(board, running=running)
+    evaluate = lambda number: board.evaluate(number, evaluation, policy, reference, running)
+    with saves.guard():
+        if due(settings, plan.begun):
+            evaluate(plan.begun)
+        for step, rows in scoring.ahead(steps_of(settings, data, plan), data, device):
+            shares = [None] * len(rows)
+            if loss_of.couples:  # an example's loss depends on the others of its step: score them all first
+                shares = objective.whole_step(policy, reference, data, step, loss_of, running, plan.row_tokens,
+                                              settings.max_length, device)  # fmt: skip
+            for row, share in zip(rows, shares, strict=True):  # as many on every rank; the last ones may be empty
+                with memory.explained(row, plan.row_tokens):
+                    examples, losses, total = objective.of_row(policy, reference, row, loss_of, share)
+                    # the engine averages over ranks; the mean wanted is over all examples of the step
+                    policy.backward(total * dist.world() / len(step.groups))
+                board.add(row, examples, losses)
+            update = policy.step()
+            if moving and update.applied and (step.number + 1) % settings.reference_every == 0:
+                moving.follow(policy, settings.reference_mixup)
+            board.stepped(step, update)
+            saves.count(step, update)
+            if due(settings, step.number + 1):
+                evaluate(step.number + 1)
+            saves.settle(step)
+        evaluate(plan.steps)
+        preempt.check()
+        gap = export.model_directory(policy.module, tokenizer, folder.path / "model", first_rows,
+                                     export_dtype=settings.export_dtype, write_card=board.card(),
+                                     trust_remote_code=settings.trust_remote_code)  # fmt: skip
     board.finish(gap)
+    preempt.stop()
     dist.stop()
+
+
+def due(settings, number: int) -> bool:
+    """Whether the held-out pairs are scored after `number` steps: at the start, then every --eval_every."""
+    return number % settings.eval_every == 0 if settings.eval_every else number == 0
+
+
+def refuse(settings, loss_of):
+    """ValueError where the loss and the reference do not go together."""
+    if settings.reference == "none" and loss_of.needs_reference:
+        raise ValueError(f"--loss {settings.loss} needs a reference: --reference live or cached")
+    if settings.reference == "cached" and loss_of.wants_mismatched:
+        raise ValueError(
+            f"--loss {settings.loss} scores responses to other prompts, drawn anew at each step: --reference live"
+        )
+    if settings.reference_every and settings.reference != "live":
+        raise ValueError(f"a reference that moves is --reference live, not {settings.reference}")
+    if settings.reference_every and settings.lora_rank:
+        raise ValueError("--reference_every moves weights towards the policy's, and with --lora_rank those stand still")
+    if not 0 < settings.reference_mixup <= 1:
+        raise ValueError(f"--reference_mixup lies in (0, 1], not at {settings.reference_mixup}")
+    if settings.reference == "none" and settings.reference_model:
+        raise ValueError("--reference none and --reference_model contradict each other")
 
 
 class Plan(NamedTuple):
@@ -166,6 +235,7 @@ class Plan(NamedTuple):
     row_tokens: int  # the budget of a packed row
     steps: int  # optimiser steps of the whole run
     same_weights: bool  # the reference is the policy as it starts
+    begun: int = 0  # steps that an interrupted run has done already
 
 
 def open_data(settings, folder):
@@ -193,39 +263,65 @@ def open_data(settings, folder):
     return tokenizer, data, held_out
 
 
-def open_models(settings, folder, tokenizer, data, device):
-    """The policy under DeepSpeed, the frozen reference, and the Plan."""
+def open_models(settings, folder, tokenizer, data, held_out, device):
+    """The policy under DeepSpeed, the reference, and the Plan."""
     from train.data import order
     from train.engine import memory, run, zero
-    from train.engine.reference import REFERENCES
+    from train.engine.reference import Base
+    from train.models import adapters
 
     precision = zero.precision_of(settings.precision, device)
     ds = zero.resolve(zero.read_config(settings.ds_config), precision, settings.grad_clip)
-    frozen = settings.reference_ds_config
-    if frozen is None and zero.stage_of(ds) == 3:
-        frozen = str(ROOT / "ds_configs/frozen_zero3.json")
-    ref_ds = zero.frozen(zero.read_config(frozen) if frozen else {}, ds)
+    stage = zero.stage_of(ds)
     most = settings.max_steps or (CPU_STEPS if not settings.data and device.type == "cpu" else 0)
     steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
     path, ref_path = folder.model_path(settings.model), folder.model_path(settings.reference_model or settings.model)
-    load = lambda source, mode: zero.load_backbone(
-        source, mode, precision, zero.stage_of(ds), device, settings.layout, settings.trust_remote_code
+    load = lambda source, mode, change=None: zero.load_backbone(
+        source, mode, precision, stage, device, settings.layout, settings.trust_remote_code, change
     )
-    module = load(path, ds)
+    adapt = lambda lm: adapters.add(lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+    budget = lambda module: (
+        settings.micro_tokens
+        or memory.row_tokens(module, device, stage, settings.gradient_checkpointing, settings.max_length)
+    )
+    sets = [each for each in (data, held_out) if each is not None]
+    looked_up = settings.reference != "live"  # then no second model is in memory when the policy is there
+    ref_ds, reference = (
+        open_reference(settings, ds, ref_path, load, budget, sets, folder) if looked_up else (None, None)
+    )
+    module = load(path, ds, adapt if settings.lora_rank else None)
     run.check_fit(module, tokenizer, settings.max_length)
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
     policy = zero.Policy(module, ds, lr=settings.lr, weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
                          scheduler=settings.lr_scheduler, warmup_ratio=settings.warmup_ratio,
                          total_steps=steps)  # fmt: skip
-    reference = REFERENCES[settings.reference](load(ref_path, ref_ds), ref_ds)
-    row_tokens = settings.micro_tokens or memory.row_tokens(
-        module, device, zero.stage_of(ds), settings.gradient_checkpointing, settings.max_length
-    )
-    plan = Plan(precision, row_tokens, steps, path == ref_path)
+    if settings.lora_rank and settings.reference == "live" and path == ref_path:
+        ref_ds, reference = None, Base(policy)
+    elif not looked_up:
+        ref_ds, reference = open_reference(settings, ds, ref_path, load, budget, sets, folder)
+    plan = Plan(precision, budget(module), steps, path == ref_path and settings.reference != "none")
     folder.note(model=path, reference_model=ref_path, deepspeed=ds, reference_deepspeed=ref_ds, **plan._asdict(),
                 hardware=run.hardware(device), versions=run.versions())  # fmt: skip
     return policy, reference, plan
+
+
+def open_reference(settings, ds, path, load, budget, sets, folder):
+    """The DeepSpeed configuration of the reference, and who gives its log-probabilities."""
+    from train.engine import zero
+    from train.engine.reference import Absent, Cached, Live
+
+    if settings.reference == "none":
+        return None, Absent()
+    frozen = settings.reference_ds_config
+    if frozen is None and zero.stage_of(ds) == 3:
+        frozen = str(ROOT / "ds_configs/frozen_zero3.json")
+    config = zero.frozen(zero.read_config(frozen) if frozen else {}, ds)
+    live = Live(load(path, config), config, bool(settings.reference_every))
+    if settings.reference == "live":
+        return config, live
+    return config, Cached(live, sets, 2 * budget(live.module), zero.precision_of(settings.precision, live.device),
+                          folder.say)  # fmt: skip
 
 
 def steps_of(settings, data, plan):
@@ -234,7 +330,7 @@ def steps_of(settings, data, plan):
     from train.engine import dist
 
     return order.steps(data.lengths.sum(1), settings.batch_size, plan.row_tokens, seed=settings.seed, total=plan.steps,
-                       rank=dist.rank(), world=dist.world())  # fmt: skip
+                       start=plan.begun, rank=dist.rank(), world=dist.world())  # fmt: skip
 
 
 if __name__ == "__main__":

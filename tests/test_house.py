@@ -25,7 +25,7 @@ FLOORS = {
 }
 LIBRARIES = {
     "train/losses": {"torch"},
-    "train/data": {"torch", "transformers", "datasets", "numpy", "safetensors", "huggingface_hub", "tqdm"},
+    "train/data": {"torch", "transformers", "datasets", "pyarrow", "numpy", "safetensors", "huggingface_hub", "tqdm"},
 }
 
 

@@ -126,7 +126,8 @@ def _open_models(job, data, device, layout):
     budget = job["micro_tokens"] or memory.row_tokens(module, device, 0, False, MAX_LENGTH)
     if layout == "packed":
         checks.start(policy, reference, data, device, precision, True)
-    plan = SimpleNamespace(precision=precision, steps=steps, same_weights=True, beta=BETA, log_every=1)
+    plan = SimpleNamespace(precision=precision, steps=steps, same_weights=True, begun=0, beta=BETA,
+                           log_every=1)  # fmt: skip
     training = report.Training(run.Run(job["folder"], {}), plan, policy, device, plan)
     return policy, reference, preference.choose("sigmoid", BETA, {}), budget, training
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.order import num_steps, passes, shuffled, steps
-from train.data.packing import Group, deal, pack
+from train.data.packing import Group, deal, digest, pack
 
 
 def test_row_by_hand():
@@ -20,7 +20,7 @@ def test_row_by_hand():
     # 8 predicts 1 and 4; 1 predicts 2; 2 predicts 3; 9 predicts 5; nothing predicts 9
     assert row.hidden_index.tolist() == [1, 2, 3, 1, 6]
     assert row.target.tolist() == [1, 2, 3, 4, 5]
-    assert row.sequence.tolist() == [0, 0, 0, 1, 2]
+    assert row.digests == (digest((7, 8), (1, 2, 3)), digest((7, 8), (4,)), digest((), (9, 5)))
     assert row.lengths.tolist() == [3, 1, 1]
     assert row.kv_users.tolist() == [[0, 5], [1, 6], [2, 10], [3, 10], [4, 10], [7, 10], [8, 10], [9, 10]]
     assert row.group_rows == (11, 12)
@@ -29,6 +29,14 @@ def test_row_by_hand():
         ([7, 8, 4], 2),
         ([9, 5], 1),
     ]
+
+
+def test_digests_tell_ids_and_borders_apart():
+    same = digest((1, 2), (3, 4))
+    assert same == digest([1, 2], [3, 4]) and len(same) == 16
+    others = [digest((1,), (2, 3, 4)), digest((1, 2), (3, 5)), digest((1, 2), (4, 3)), digest((2, 1, 2), (3, 4)),
+              digest((), (1, 2, 3, 4)), digest((2,), (1, 2, 3, 4))]  # fmt: skip
+    assert len({same, *others}) == 7
 
 
 def test_empty_row_scores_nothing():

@@ -1,9 +1,11 @@
 """The chunked head against log_softmax over all logits."""
 
+import math
+
 import pytest
 import torch
 
-from train.losses.logprobs import score, token_logps
+from train.losses.logprobs import damped, score, token_logps, weights
 
 
 def plain(hidden, weight, target, bias=None):
@@ -72,6 +74,64 @@ def test_bf16_is_summed_in_fp32():
     # only the logits themselves are rounded: to 8 bits, at a size of up to 2^5
     assert (found - rounded).abs().max() < 2.0**5 * 2.0**-8
     assert (found - exact).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_log_sum_of_squares_in_any_chunks(chunk, with_bias):
+    hidden, weight, target, bias = inputs()
+    bias = bias if with_bias else None
+    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+    p = torch.softmax(torch.nn.functional.linear(hidden, weight, bias), -1)
+    budget = chunk * 37 * 8
+    logps, squares = token_logps(hidden, weight, target, bias, budget=budget, log_p2=True)
+    assert torch.allclose(squares, (p**2).sum(-1).log(), rtol=1e-12) and not squares.requires_grad
+    assert torch.equal(logps, token_logps(hidden, weight, target, bias, budget=budget))
+    # the gradient is the same, twice: the first backward pass overwrites what was kept
+    expected = torch.autograd.grad(plain(hidden, weight, target, bias).square().sum(), leaves)
+    first = torch.autograd.grad(logps.square().sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(logps.square().sum(), leaves)
+    for ours, again, theirs in zip(first, second, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+        assert torch.allclose(again, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_log_sum_of_squares_of_sure_and_of_flat_tokens():
+    # fp32: one certain token of 49,152, whose other squares underflow, and 49,152 equal ones
+    hidden, weight = torch.tensor([[200.0], [0.0]]), torch.zeros(49152, 1)
+    weight[7] = 1
+    with torch.no_grad():
+        logps, squares = token_logps(hidden, weight, torch.tensor([7, 0]), log_p2=True)
+    assert squares[0] == 0 and squares[1].item() == pytest.approx(-math.log(49152), rel=3e-7)
+    assert logps[0] == 0
+
+
+def test_log_sum_of_squares_of_nothing():
+    hidden, weight, *_ = inputs()
+    logps, squares = token_logps(hidden[:0], weight, torch.zeros(0, dtype=torch.int64), log_p2=True)
+    assert logps.shape == squares.shape == (0,)
+    logps.sum().backward()
+    assert not hidden.grad.any()
+
+
+def test_damped_by_hand():
+    # pairs of 2 and 3 tokens, of 1 and 1, of 4 and 2: what is past 2, 1, 2 tokens counts half
+    lengths = torch.tensor([2, 3, 1, 1, 4, 2])
+    values = -torch.arange(1.0, 14.0)
+    found = damped(values, lengths, 0.5)
+    assert found.tolist() == [-1, -2, -3, -4, -2.5, -6, -7, -8, -9, -5, -5.5, -12, -13]
+    assert score(found, lengths).tolist() == [-3, -9.5, -6, -7, -27.5, -25]
+    assert torch.equal(damped(values, lengths, 1.0), values)
+    assert damped(values[:0], lengths[:0], 0.5).shape == (0,)
+
+
+def test_weights_by_hand():
+    logps = torch.tensor([0.5, 0.25, 0.1]).log().requires_grad_()
+    squares = torch.tensor([0.5, 0.5, 0.2]).log()
+    # token ratios 1, 1/2 and 1/2: geometric means a response
+    found = weights(logps, squares, torch.tensor([2, 1]))
+    assert torch.allclose(found, torch.tensor([0.5**0.5, 0.5])) and not found.requires_grad
+    assert weights(logps[:0], squares[:0], torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
 def test_score_by_hand():

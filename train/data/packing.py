@@ -12,11 +12,15 @@ response: the padding, and the prompt k - 1 times.
 Legend: L tokens in the row, K keys gathered, S attention segments, N responses, T response tokens scored, G groups.
 """
 
+import hashlib
 import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+DIGEST = 16  # bytes: two of 2^40 sequences share a name with a chance of 2^-49
 
 
 class Group(NamedTuple):
@@ -25,6 +29,7 @@ class Group(NamedTuple):
     prompt: Sequence[int]  # (P,) token ids; empty for plain text
     responses: tuple[Sequence[int], ...]  # k x (R_i,) token ids, each R_i >= 1
     row: int = -1
+    label: bool | None = None  # of a single response that was judged on its own: whether it is desirable
 
     @property
     def tokens(self) -> int:
@@ -45,8 +50,9 @@ class Packed(NamedTuple):
     cu_k: torch.Tensor  # (S+1,) int32, key offsets of the segments
     hidden_index: torch.Tensor  # (T,) int64 into L: the position whose hidden state predicts the scored token
     target: torch.Tensor  # (T,) int64 token ids
-    sequence: torch.Tensor  # (T,) int64 into N: the response that the scored token belongs to
     lengths: torch.Tensor  # (N,) int64, scored tokens of each response
+    labels: torch.Tensor | None  # (G,) bool where responses were judged one by one
+    digests: tuple[bytes, ...]  # N names of what was scored: a hash of the prompt's and the response's ids
     group_rows: tuple[int, ...]  # G numbers of data rows
     shape: tuple[tuple[int, ...], ...]  # G x (P, R_1, .. R_k) tokens; the dummy of an empty row included
 
@@ -84,7 +90,7 @@ def pack(groups: Sequence[Group]) -> Packed:
     scored = bool(groups)
     groups = groups or [Group((0,), ((0,),))]
     ids, positions, kv, cu_q, cu_k = [], [], [], [0], [0]
-    hidden, target, sequence, lengths = [], [], [], []
+    hidden, target, lengths, digests = [], [], [], []
     for group in groups:
         start, prompt = len(ids), len(group.prompt)
         ids += group.prompt
@@ -102,10 +108,10 @@ def pack(groups: Sequence[Group]) -> Packed:
             predicting = [start + prompt - 1, *range(first, first + size - 1)][skipped:]
             hidden += predicting
             target += response[skipped:]
-            sequence += [len(lengths)] * len(predicting)
             lengths.append(size - skipped)
+            digests.append(digest(group.prompt, response))
     if not scored:
-        hidden, target, sequence, lengths = [], [], [], []
+        hidden, target, lengths, digests = [], [], [], []
     long = lambda values: torch.tensor(values, dtype=torch.int64)
     return Packed(
         input_ids=long(ids),
@@ -116,11 +122,25 @@ def pack(groups: Sequence[Group]) -> Packed:
         cu_k=torch.tensor(cu_k, dtype=torch.int32),
         hidden_index=long(hidden),
         target=long(target),
-        sequence=long(sequence),
         lengths=long(lengths),
+        labels=_labels(groups),
+        digests=tuple(digests),
         group_rows=tuple(group.row for group in groups) if scored else (),
         shape=tuple((len(group.prompt), *map(len, group.responses)) for group in groups),
     )
+
+
+def _labels(groups):
+    """(G,) bool where each group's response was judged on its own; None for pairs and plain text."""
+    if groups[0].label is None:
+        return None
+    return torch.tensor([group.label for group in groups], dtype=torch.bool)
+
+
+def digest(prompt: Sequence[int], response: Sequence[int]) -> bytes:
+    """16 bytes that name a response to a prompt by their token ids, and by where the border between the two lies."""
+    ids = np.array([len(prompt), *prompt, *response], dtype="<i8")
+    return hashlib.blake2b(ids.tobytes(), digest_size=DIGEST).digest()
 
 
 def _users(kv: list[int], tokens: int) -> torch.Tensor:

@@ -24,22 +24,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat import Chat, PairEncoder, TextEncoder, tokenise
+from train.data.chat import Chat, PairEncoder, TextEncoder, tokenise_rows
+from train.data.errors import DataError, MissingColumn, RowError
 from train.data.packing import Group
 from train.data.rows import (
     PAIR_COLUMNS,
     TEXT_COLUMNS,
-    DataError,
     Dropped,
-    MissingColumn,
-    RowError,
     check_pair,
     check_text,
     columns_missing,
     read_rows,
 )
 
-FORMAT = 1  # raise it when the same rows would give other ids or another file
+FORMAT = 2  # raise it when the same rows would give other ids or another file
 CHUNK = 4096  # rows rendered and tokenised at once: enough for every core, and a bounded peak of memory
 
 
@@ -134,21 +132,31 @@ def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Toke
 
 
 def prepare(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_dropped: float = 0.05, **options
+) -> Tokenised:
+    """What `collect(sources, tokenizer, **options)` gives, if no more than the share `max_dropped` of the rows is lost.
+
+    (wikitext's blank lines need about 0.4.) Raises DataError besides.
+    """
+    tokenised = collect(sources, tokenizer, **options)
+    refuse_too_many(tokenised, max_dropped)
+    return tokenised
+
+
+def collect(
     sources: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     max_prompt_length: int | None = None,
     allow_control_tokens: bool = False,
-    max_dropped: float = 0.05,
     cache_dir: str | os.PathLike | None = None,
     split: str = "train",
     kind: str = "pair",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokenised:
-    """Read, check and tokenise `sources`, or find them done in the cache.
+    """Read, check and tokenise `sources`, or find them done in the cache, however many rows are dropped.
 
-    `max_dropped` is the largest share of the rows that may be dropped (wikitext's blank lines need about 0.4).
     `cache_dir` stands for $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens.
     `progress(done, total)` is called now and then while rows are tokenised. Several processes may do this at once.
     Raises DataError for the data, ValueError for the tokenizer, the lengths or the kind, OSError for the cache folder.
@@ -169,12 +177,12 @@ def prepare(
     arrays, late = cached
     places = {row.number: row for row in rows}
     dropped = refused + [Dropped(places[n].source, places[n].index, reason) for n, reason in late]
-    _refuse_too_many(dropped, len(rows) + len(refused), max_dropped)
     return Tokenised(**arrays, dropped=dropped, fingerprint=key)
 
 
-def _refuse_too_many(dropped: list[Dropped], total: int, most: float) -> None:
+def refuse_too_many(tokenised: Tokenised, most: float) -> None:
     """Raises DataError when more than the share `most` of the rows is dropped, or all of them."""
+    dropped, total = tokenised.dropped, len(tokenised) + len(tokenised.dropped)
     if len(dropped) <= most * total and len(dropped) < total:
         return
     first = "; ".join(f"{d.source} row {d.row}: {d.reason}" for d in dropped[:5])
@@ -189,11 +197,12 @@ def check_rows(
 ) -> tuple[list[Row], list[Dropped]]:
     """Read every source and keep what `check(row)` returns; rows for which it raises RowError are dropped.
 
-    Raises DataError: as read_rows does; or every row of a source lacks a column (`columns` are those expected).
+    Raises DataError: as read_rows does; or no row of a source is sound and none has some column (`columns` are those
+    expected).
     """
     rows, dropped, number = [], [], -1
     for source in [sources] if isinstance(sources, str) else sources:
-        found, missing, index = {}, [], -1
+        found, missing, before = {}, [], len(rows)
         for _, index, row in read_rows([source], split):
             number += 1
             if isinstance(row, dict):
@@ -204,8 +213,9 @@ def check_rows(
                 dropped.append(Dropped(source, index, str(error)))
                 if isinstance(error, MissingColumn):
                     missing.append(error.column)
-        if len(missing) == index + 1:
-            raise columns_missing(source, missing[0], list(found), columns)
+        absent = [column for column in missing if column not in found]
+        if absent and len(rows) == before:
+            raise columns_missing(source, absent[0], list(found), columns)
     if number < 0:
         raise DataError("no source of data was named")
     return rows, dropped
@@ -222,12 +232,13 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[
         chunk = rows[start : start + CHUNK]
         rendered = encoder.render([row.item for row in chunk])
         sound = [texts for texts in rendered if not isinstance(texts, RowError)]
-        ids = iter(tokenise(tokenizer, [text for texts in sound for text in texts]))
+        ids = iter(tokenise_rows(tokenizer, sound))
         for row, texts in zip(chunk, rendered, strict=True):
             try:
-                if isinstance(texts, RowError):
-                    raise texts
-                encoded = encoder.finish([next(ids) for _ in texts])
+                found = texts if isinstance(texts, RowError) else next(ids)
+                if isinstance(found, RowError):
+                    raise found
+                encoded = encoder.finish(found)
             except RowError as error:
                 dropped.append([row.number, str(error)])
                 continue

@@ -56,7 +56,8 @@ class Board:
         if dist.first():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder), purge_step=start)
+            # what an interrupted run wrote of later steps does not count
+            self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         hidden = quiet or not dist.first()
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", disable=hidden, dynamic_ncols=True)
 
@@ -92,6 +93,11 @@ class Board:
         if dist.first():
             tqdm.write(line)
 
+    def flush(self):
+        """Hand everything written to the operating system."""
+        if self.writer:
+            self.writer.flush()
+
     def close(self):
         """Flush and end."""
         self.bar.close()
@@ -116,6 +122,26 @@ class Meter:
         self.flops += flops
         if kept is not None:
             self.kept.append(kept)
+
+    def state(self):
+        """What is not read yet: counters for JSON, and what makes this rank's tensors of them."""
+        sums, kept, count = self.sums.clone(), self.kept, len(self.kept)
+        counters = {"tokens": self.tokens, "flops": self.flops, "seconds": time.perf_counter() - self.began}
+
+        def tensors():
+            values = {f"meter/kept/{i}": part for i, part in enumerate(kept[:count]) if part.numel()}
+            return {"meter/sums": sums} | values
+
+        return counters, tensors
+
+    def load(self, counters: dict, parts: list[dict]):
+        """Continue from `state`, with the tensors of several ranks or of none."""
+        self.tokens, self.flops = (counters["tokens"], counters["flops"]) if dist.first() else (0, 0)
+        self.began = time.perf_counter() - counters["seconds"]
+        for part in parts:
+            self.sums += part["meter/sums"].to(self.device)
+            kept = {int(key.rpartition("/")[2]): value for key, value in part.items() if key.startswith("meter/kept/")}
+            self.kept += [kept[i] for i in sorted(kept)]
 
     def pause(self):
         """A context that the clock does not count: evaluation, saving."""

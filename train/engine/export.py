@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from train.engine import dist, zero
+from train.models import adapters
 from train.models import backbone as models
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # nats, mean a token
@@ -42,13 +44,21 @@ def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto
 
 def _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remote_code) -> float:
     """Rank 0's part of it: beside, checked, renamed."""
-    beside = folder.with_name(folder.name + ".tmp")
+    beside, whole = folder.with_name(folder.name + ".tmp"), state
     shutil.rmtree(beside, ignore_errors=True)
     saved = next(iter(state.values())).dtype
-    module.lm.save_pretrained(beside, state_dict=state, max_shard_size="4GB")
+    lm = module.lm
+    if adapters.layers(lm):
+        state = adapters.merged(lm, state)
+        with torch.device("meta"):  # the same architecture without adapters in it
+            lm = type(lm)(lm.config)
+        lm.generation_config = module.lm.generation_config
+    lm.save_pretrained(beside, state_dict=state, max_shard_size="4GB")
     config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
     write_json(beside / "config.json", config | {"dtype": str(saved).removeprefix("torch.")})
     tokenizer.save_pretrained(beside)
+    if adapters.layers(module.lm):
+        _save_adapters(module.lm, whole, beside / "adapter")
     if write_card:
         write_card(beside)
     state.clear()
@@ -57,6 +67,12 @@ def _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remot
         raise RuntimeError(f"loaded again, its log-probabilities are {gap:.2g} nats a token from the trained model's")
     replace(beside, folder)
     return gap
+
+
+def _save_adapters(lm, state, folder):
+    """The adapters alone, as peft loads them onto the base model."""
+    lm.lora_config.save_pretrained(folder)
+    save_file(adapters.alone(state), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _reload(folder, module, rows, ours, trust_remote_code) -> float:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from train.engine import card, dist
 from train.engine.board import Board, Meter, peak_flops
 from train.losses import measures
+from train.losses.preference import Labelled
 from train.models.flops import Counter
 
 TRAIN_NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
@@ -17,23 +18,26 @@ TRAIN_NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards
 class Training:
     """Collects a preference run's numbers and shows them: bar, TensorBoard, run.json, the closing table."""
 
-    def __init__(self, folder, settings, policy, device, plan):
+    def __init__(self, folder, settings, policy, device, plan, forwards=1):
+        """`forwards`: of the reference, a row."""
         self.folder, self.settings, self.plan, self.device = folder, settings, plan, device
         self.flops = Counter(policy.module)
-        self.policy = policy
+        self.policy, self.forwards, self.names = policy, forwards, ()
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         self.meter = Meter(1 + len(measures.PAIR_SUMS), device, peak_flops(device, dtype))
-        self.board = Board(folder.path / "tensorboard", plan.steps)
-        self.evaluated, self.last = {}, {}
-        self.started = False
+        self.board = Board(folder.path / "tensorboard", plan.steps, plan.begun)
+        self.evaluated, self.last, self.moved = {}, {}, None
+        self.looked = -1  # the last step after which `evaluate` ran
 
-    def add(self, row, pairs, losses):
+    def add(self, row, examples, losses):
         """A row is done. No value leaves the device here."""
-        chosen, rejected = pairs.rewards(self.settings.beta)
-        kept = torch.stack([chosen - rejected, pairs.chosen, pairs.rejected], 1).detach()
-        sums = measures.of_pairs(pairs, losses, self.settings.beta)
-        # policy forward and backward, reference forward
-        self.meter.add(sums, row.input_ids.shape[0] if row.num_responses else 0, 4 * self.flops.forward(row), kept)
+        sums = measures.of_pairs(examples, losses, self.settings.beta).to(self.device)
+        shown = distributions(examples, self.settings.beta)
+        self.names = tuple(shown)
+        kept = torch.stack(list(shown.values()), 1).detach()
+        # the policy forward and backward, the reference forward
+        work = (3 + self.forwards) * self.flops.forward(row)
+        self.meter.add(sums, row.input_ids.shape[0] if row.num_responses else 0, work, kept)
 
     def stepped(self, step, update):
         """A step is done: read the sums every `log_every` steps and show them. Every rank calls this."""
@@ -58,33 +62,56 @@ class Training:
                      "tok/s": f"{self.last['perf/tokens_per_second']:.0f}"}  # fmt: skip
         self.board.advance(shown)
 
-    def evaluate(self, number, held_out, policy, reference, loss_of):
-        """Score the held-out pairs after `number` steps, and look at the run's health. Every rank calls this."""
+    def evaluate(self, number, held_out, policy, reference, running):
+        """Score the held-out pairs after `number` steps, and look at the run's health; once. Every rank calls this."""
+        if number <= self.looked:
+            return
         with self.meter.pause():
             self._training_histograms(number)
-            if self.plan.same_weights and (moved := share_moved(policy.module, reference.module)) is not None:
+            start = reference.module if self.plan.same_weights else None
+            if start is not None and (moved := share_moved(policy.module, start)) is not None:
                 self.board.scalars({"health/bf16_weights_moved": moved}, number)
                 self.moved = moved
             if held_out is None:
+                self.looked = number
                 return
             watch = lambda rows: tqdm(rows, total=len(held_out.plan), desc=f"evaluate at step {number}", unit="row",
                                       leave=False, disable=not dist.first(), dynamic_ncols=True)  # fmt: skip
-            scored = held_out.score(policy, reference, loss_of, self.settings.beta, watch)
-            mean = measures.means(scored.sums)
-            _, chosen, rejected, ref_chosen, ref_rejected, _ = scored.values.T
-            margins = self.settings.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+            examples, losses = held_out.score(policy, reference, running, watch)
+            mean = measures.means(measures.of_pairs(examples, losses, self.settings.beta))
             self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "val/")
             self.board.scalars({"val/chosen_fell": mean["chosen_fell"]}, number)
-            for name, values in (("margins", margins), ("logps_chosen", chosen), ("logps_rejected", rejected)):
+            for name, values in distributions(examples, self.settings.beta).items():
                 self.board.histogram(f"val/histogram/{name}", values, number)
-            self.evaluated[number] = mean | {"pairs": len(margins)} | intervals(mean["rewards/accuracies"], margins)
+            self.evaluated[number] = mean | {"pairs": len(losses)} | intervals(mean, examples, self.settings.beta)
+            self.looked = number
             self.folder.note(evaluations=self.evaluated)
 
     def _training_histograms(self, number):
         values = self.meter.values()
-        for column, name in enumerate(("margins", "logps_chosen", "logps_rejected")):
-            if values.numel():
-                self.board.histogram(f"train/histogram/{name}", values[:, column], number)
+        for column, name in enumerate(self.names if values.numel() else ()):
+            self.board.histogram(f"train/histogram/{name}", values[:, column], number)
+
+    def state(self):
+        """What a resumed run needs to report on: a record for JSON, and what makes this rank's tensors."""
+        meter, tensors = self.meter.state()
+        record = {"looked": self.looked, "evaluated": dict(self.evaluated), "last": self.last, "moved": self.moved}
+        return record | {"meter": meter}, tensors
+
+    def load(self, record, parts):
+        """Continue from `state`: the record, and the tensors of the ranks whose sums continue here."""
+        self.looked, self.last, self.moved = record["looked"], record["last"], record["moved"]
+        self.evaluated = {int(number): values for number, values in record["evaluated"].items()}
+        self.meter.load(record["meter"], parts)
+        self.folder.note(evaluations=self.evaluated)
+
+    def flush(self):
+        """Bring what was shown so far to the disk."""
+        self.board.flush()
+
+    def close(self):
+        """End the bar and TensorBoard's file."""
+        self.board.close()
 
     def card(self):
         """What writes the model card, from what run.json says by now."""
@@ -105,8 +132,7 @@ class Training:
             self.folder.record["flags"], {f"final/{name}": value for name, value in results.items()}, self.plan.steps
         )
         self.board.close()
-        moved = getattr(self, "moved", None)
-        self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=moved,
+        self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=self.moved,
                            export_gap_nats_per_token=gap,
                            perf=self.perf())  # fmt: skip
         model = self.folder.path / "model"
@@ -120,14 +146,24 @@ class Training:
             self.folder.say(line)
 
 
-def intervals(accuracy: float, margins: torch.Tensor) -> dict[str, list[float]]:
+def distributions(examples, beta: float) -> dict[str, torch.Tensor]:
+    """What histograms show, (B,) each: margins and log-probs of pairs, rewards and log-probs of judged responses."""
+    if isinstance(examples, Labelled):
+        return {"rewards": examples.rewards(beta), "logps": examples.logps}
+    return {"margins": examples.margin(beta), "logps_chosen": examples.chosen, "logps_rejected": examples.rejected}
+
+
+def intervals(mean: dict, examples, beta: float) -> dict[str, list[float]]:
     """95 % intervals of the accuracy (Wilson) and of the mean margin (normal), for the table; eval/ bootstraps."""
+    if isinstance(examples, Labelled):
+        return {"rewards/accuracies_interval": list(measures.wilson(mean["rewards/accuracies"], len(examples.logps)))}
+    margins = examples.margin(beta)
     n = len(margins)
     half = 1.959964 * float(margins.std()) / math.sqrt(n) if n > 1 else math.nan
-    mean = float(margins.mean())
+    middle = float(margins.mean())
     return {
-        "rewards/accuracies_interval": list(measures.wilson(accuracy, n)),
-        "rewards/margins_interval": [mean - half, mean + half],
+        "rewards/accuracies_interval": list(measures.wilson(mean["rewards/accuracies"], n)),
+        "rewards/margins_interval": [middle - half, middle + half],
     }
 
 

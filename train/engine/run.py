@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import secrets
 import time
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from train.models import builtin
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
 # Flags that say where a run writes, what it shows and how it fits the machine, not what it computes.
-MAY_DIFFER = ("output", "micro_tokens", "gradient_checkpointing", "log_every")
+MAY_DIFFER = ("output", "micro_tokens", "gradient_checkpointing", "log_every", "ds_config", "reference_ds_config",
+              "save_every", "save_minutes", "keep", "resume", "max_skipped")  # fmt: skip
 logging.getLogger("zeropref").addHandler(logging.NullHandler())  # before a run has its file, nothing goes to stderr
 
 
@@ -36,8 +38,22 @@ class Run:
         if problem:
             raise ValueError(problem)
         self.finished = finished
+        self._one_folder()
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._log()
+
+    def _one_folder(self):
+        """ValueError where a rank sees another folder under this name: checkpoints and logs need one for all."""
+        nonce = dist.share(secrets.token_hex(8) if dist.first() else None)
+        token = self.path / f".shared-{nonce}"
+        if dist.first():
+            token.touch()
+        dist.barrier()
+        blind = [i for i, seen in enumerate(dist.gather(token.exists())) if not seen]
+        if dist.first():
+            token.unlink()
+        if blind:
+            raise ValueError(f"--output {self.path} is not one folder for all: ranks {blind} do not see rank 0's files")
 
     def _look(self, flags):
         """What speaks against writing here, or None; and whether this very run is complete."""
@@ -66,6 +82,7 @@ class Run:
         """All is settled: from here on this folder is this run's. What was refused before leaves only a log."""
         self._started = True
         self.note()
+        self.status("running")
         if dist.first():
             lines = "".join(json.dumps(row) + "\n" for row in self._dropped)
             (self.path / "dropped.jsonl").write_text(lines, encoding="utf-8")
@@ -83,6 +100,12 @@ class Run:
         self.record |= facts
         if dist.first() and self._started:
             write_json(self.path / "run.json", self.record)
+
+    def status(self, word: str):
+        """One word in OUTPUT/status for wrappers: running, preempted, failed or finished. Rank 0 writes it."""
+        if dist.first():
+            (self.path / "status.tmp").write_text(word + "\n", encoding="utf-8")
+            (self.path / "status.tmp").rename(self.path / "status")
 
     def dropped(self, rows: dict):
         """The rows left out of each split, with source, number and reason, for dropped.jsonl."""
@@ -106,6 +129,7 @@ class Run:
     def finish(self, **facts):
         """Say that the run is complete."""
         self.note(status="finished", seconds=self.seconds(), **facts)
+        self.status("finished")
 
     def seconds(self) -> float:
         """Wall-clock time since the run began, data and models included."""

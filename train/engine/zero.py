@@ -15,6 +15,7 @@ import torch
 from transformers import get_scheduler
 
 from train.engine import dist
+from train.losses.products import gather_in_place
 from train.models import backbone as models
 
 # Top-level keys of the JSON that DeepSpeed owns here. DeepSpeed itself accepts any key in silence.
@@ -151,13 +152,17 @@ def sharded_load(config: dict):
         unset_hf_deepspeed_config()
 
 
-def load_backbone(path, config: dict, precision: str, policy_stage: int, device, layout="packed", trust=False):
+def load_backbone(path, config: dict, precision: str, policy_stage: int, device, layout="packed", trust=False,
+                  change=None):  # fmt: skip
     """A Backbone from a model directory or hub name, on `device` or in `config`'s ZeRO-3 shards. Every rank calls this.
 
     `policy_stage` decides the mode that policy and reference share: autocast over fp32 weights, or bf16 weights.
+    `change`: called with the causal LM before it is wrapped, to add adapters, say.
     """
     with sharded_load(config):
         lm = models.load(path, weights_of(policy_stage, precision), trust)
+    if change:
+        change(lm)
     if stage_of(config) < 3:
         lm.to(device)
     return models.Backbone(lm, layout, autocast=autocast_of(policy_stage, precision))
@@ -188,8 +193,10 @@ class Policy:
         self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=schedule, config=config
         )
+        self.adamw, self.updates = optimizer, 0  # updates: the optimiser steps that were applied
         if self.stage == 0:  # summed up here, once a step, because nothing in DeepSpeed checks or reports the norm
             self.engine.enable_backward_allreduce = False
+            gather_in_place(module)
         self.skipped, self._linked = 0, self.stage in (0, 3)
 
     @property
@@ -197,8 +204,9 @@ class Policy:
         """The Backbone inside."""
         return self.engine.module
 
-    def __call__(self, row):
-        return self.engine(row)
+    def __call__(self, row, log_p2=False):
+        """As Backbone.forward."""
+        return self.engine(row, log_p2)
 
     def backward(self, loss):
         """Add d loss to the step's gradient. Every rank calls this for each of its rows, empty ones too."""
@@ -212,7 +220,7 @@ class Policy:
             norm = float(self.engine.get_global_grad_norm())
             applied = self.engine.was_step_applied() and math.isfinite(norm)
             if applied and not self._linked:
-                self._link_moments()
+                self.link_moments()
         else:
             if dist.world() > 1:  # alone there is nothing to add, and the buffer would be a second copy of the gradient
                 self.engine.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
@@ -224,16 +232,17 @@ class Policy:
             else:
                 self.engine.zero_grad()
         self.skipped += not applied
+        self.updates += applied
         return Update(norm, lr, applied)
 
-    def _link_moments(self):
+    def link_moments(self):
         """Let DeepSpeed know where every parameter's AdamW moments lie, for reading them and for its checkpoints.
 
         DeepSpeed 0.19 does so after the first parameter group's first update, when the second has none yet.
         """
-        wrapper = self.optimizer
-        wrapper._hp_optimizer_states_linked = False
-        wrapper._lazy_init_hp_params_optimizer_state()
+        if self.stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         self._linked = True
 
 

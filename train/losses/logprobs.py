@@ -7,22 +7,28 @@ fp32 (fp64 for fp64 weights), whatever the matrix product's type.
 Legend: T scored tokens, V vocabulary, H hidden size, N responses.
 """
 
+import math
+
 import torch
+
+from train.losses.products import times_transposed, weight_gradient
 
 LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,730 tokens
 
 
-def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES):
+def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES, log_p2=False):
     """log softmax(hidden @ weight.T + bias)[target]: (T, H), (V, H), (T,) -> (T,) nats in fp32 or wider.
 
     Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of a chunk's logits, of
     which two are alive for a moment.
     Under autocast the products run in the autocast type, like any linear layer's.
+    With `log_p2` a second (T,) comes out: log sum_v p_v^2 of each token's distribution, without gradient.
     """
     device = hidden.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        return _TokenLogps.apply(hidden, weight, target, bias, product, budget)
+        logps, squares = _TokenLogps.apply(hidden, weight, target, bias, product, budget, log_p2)
+    return (logps, squares) if log_p2 else logps
 
 
 def _log_softmax(hidden, weight, bias):
@@ -31,30 +37,43 @@ def _log_softmax(hidden, weight, bias):
     if hidden.is_cuda and hidden.dtype != wide:
         logits = torch.mm(hidden, weight.t(), out_dtype=wide)  # half-precision product, never rounded to half
     else:
-        logits = torch.mm(hidden, weight.t()).to(wide)
+        logits = times_transposed(hidden, weight).to(wide)
     return torch.log_softmax(logits if bias is None else logits.add_(bias), dim=1)
+
+
+def _norm(rows):
+    """(t, V) -> (t,) 2-norms, in parts: on CPU torch adds up a whole row one by one, which costs fp32 two digits."""
+    norm = torch.linalg.vector_norm
+    return norm(norm(rows.unflatten(1, (-1, math.gcd(rows.shape[1], 64))), dim=2), dim=1)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, bias, product, budget):
+    def forward(ctx, hidden, weight, target, bias, product, budget, log_p2):
         wide = torch.promote_types(product, torch.float32)
         h, w = hidden.to(product), weight.to(product)
         size = max(1, int(budget // (weight.shape[0] * wide.itemsize)))
         ctx.spans = [(t, min(t + size, h.shape[0])) for t in range(0, h.shape[0], size)]
+        ctx.weight = weight
         logps, ctx.kept = hidden.new_empty(h.shape[0], dtype=wide), {}
+        squares = torch.empty_like(logps) if log_p2 else None
         for start, end in ctx.spans:
             every = _log_softmax(h[start:end], w, bias)  # (t, V)
             logps[start:end] = every.gather(1, target[start:end, None]).squeeze(1)
+            if log_p2:  # the backward pass wants p as well: what is kept is p then, not its logarithm
+                squares[start:end] = 2 * _norm(every.exp_()).log()
         if ctx.spans and any(ctx.needs_input_grad):
             ctx.kept[ctx.spans[-1]] = every  # alive anyway: the backward pass starts with it
         ctx.save_for_backward(h, w, target, bias)
         ctx.dtypes = wide, hidden.dtype, weight.dtype
-        return logps
+        ctx.kept_p = log_p2
+        if log_p2:
+            ctx.mark_non_differentiable(squares)
+        return logps, squares
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         h, w, target, bias = ctx.saved_tensors
         wide, hidden_type, weight_type = ctx.dtypes
         _, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
@@ -63,23 +82,25 @@ class _TokenLogps(torch.autograd.Function):
         grad_b = torch.zeros_like(bias, dtype=wide) if wants_bias else None
         for start, end in reversed(ctx.spans):
             kept = ctx.kept.pop((start, end), None)
+            is_p = kept is not None and ctx.kept_p
             p = _log_softmax(h[start:end], w, bias) if kept is None else kept  # (t, V), overwritten
             del kept
             # d logp / d logits = onehot(target) - softmax
-            p.exp_().mul_(-grad[start:end, None])
+            (p if is_p else p.exp_()).mul_(-grad[start:end, None])
             p.scatter_add_(1, target[start:end, None], grad[start:end, None].to(wide))
             if wants_bias:
                 grad_b += p.sum(0)
             p = p.to(h.dtype)
-            torch.mm(p, w, out=grad_h[start:end])
+            grad_h[start:end] = times_transposed(p, w.t())
             if wants_weight:
-                part = torch.mm(p.t(), h[start:end])  # (V, H)
-                grad_w = part if grad_w is None else grad_w.add_(part)
+                part = weight_gradient(ctx.weight, p, h[start:end])  # (V, H)
+                grad_w = part if grad_w is None or part is None else grad_w.add_(part)  # None once it is elsewhere
         return (
             grad_h.to(hidden_type),
-            grad_w.to(weight_type) if wants_weight else None,
+            None if grad_w is None else grad_w.to(weight_type),
             None,
             grad_b.to(bias.dtype) if wants_bias else None,
+            None,
             None,
             None,
         )
@@ -93,3 +114,24 @@ def score(values, lengths):
     if not lengths.numel():  # the empty row: (0,) either way, and still part of the graph
         return values
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+
+
+def damped(values, lengths, alpha):
+    """LD-DPO's token values: past the shorter response of each pair they count `alpha` times. (T,), (2B,) -> (T,).
+
+    Liu et al. 2024 (arXiv 2409.06411), the equation of its modified likelihood: log p of the first l_p tokens plus
+    alpha log p of the excess, l_p the pair's shorter length. For policy and reference alike, as in TRL.
+    """
+    place = torch.arange(values.shape[0], device=values.device)
+    place = place - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # (T,) within its response
+    shared = lengths.view(-1, 2).amin(1).repeat_interleave(2).repeat_interleave(lengths)
+    return torch.where(place < shared, values, alpha * values)
+
+
+def weights(logps, log_p2, lengths):
+    """WPO's weight of each response, without gradient: (T,) nats, (T,), (N,) lengths -> (N,).
+
+    Zhou et al. 2024 (arXiv 2406.11827), equation 2 with its sampled alignment: the mean over tokens of log p - log
+    sum_v p_v^2, exponentiated; 1 where tokens are as likely as the policy's own draws. A pair's weight is the product.
+    """
+    return torch.exp(score(logps.detach() - log_p2, lengths) / lengths.clamp(min=1))

@@ -1,31 +1,45 @@
-"""What training and evaluation report of pairs: sums and counts, so that ranks and rows add up exactly.
+"""What training and evaluation report of examples: sums and counts, so that ranks and rows add up exactly.
 
-Legend: B pairs.
+Legend: B pairs, or B responses that are labelled one by one.
 """
 
 import math
 
 import torch
 
-from train.losses.preference import Pairs
+from train.losses.family import Labelled, Pairs
 
-# Sums over pairs, in this order, after the pairs' count; names as TRL's.
-PAIR_SUMS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-             "logps/chosen", "logps/rejected", "chosen_fell", "tokens/chosen", "tokens/rejected")  # fmt: skip
+# Sums, in this order, after the examples' count; names as TRL's. Desired responses stand under chosen, others under
+# rejected; "count" says how many there are of each.
+PAIR_SUMS = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
+             "tokens/chosen", "tokens/rejected", "count/chosen", "count/rejected", "chosen_fell")  # fmt: skip
 
 # What the closing table and the model card show of them, with titles.
 ROWS_OF_TABLE = (("loss", "loss"), ("reward accuracy", "rewards/accuracies"), ("reward margin", "rewards/margins"),
                  ("log-prob of chosen", "logps/chosen"), ("log-prob of rejected", "logps/rejected"))  # fmt: skip
 
 
-def of_pairs(pairs: Pairs, losses: torch.Tensor, beta: float) -> torch.Tensor:
-    """(1 + len(PAIR_SUMS),) fp64: the number of pairs and the sums of PAIR_SUMS over them. A tie counts one half."""
+def of_pairs(examples: Pairs | Labelled, losses: torch.Tensor, beta: float) -> torch.Tensor:
+    """(1 + len(PAIR_SUMS),) fp64: the number of examples and the sums of PAIR_SUMS over them. A tie counts one half.
+
+    A pair is right where its margin is above 0, a labelled response where the sign of its reward is its label's.
+    """
     with torch.no_grad():
-        chosen, rejected = pairs.rewards(beta)
-        margin = chosen - rejected
-        fell = pairs.chosen < pairs.ref_chosen  # likelihood displacement (Razin et al. 2024, arXiv 2410.08847)
-        columns = (torch.ones_like(margin), losses, chosen, rejected, margin, wins(margin), pairs.chosen,
-                   pairs.rejected, fell, pairs.chosen_len, pairs.rejected_len)  # fmt: skip
+        if isinstance(examples, Labelled):
+            rewards, desired = examples.rewards(beta), examples.desired
+            right = wins(torch.where(desired, rewards, -rewards))
+            one = torch.ones_like(rewards)
+            sides = [(x * desired, x * ~desired) for x in (rewards, examples.logps, examples.lengths, one)]
+            fell = (examples.logps < examples.ref_logps) & desired
+        else:
+            chosen, rejected = examples.rewards(beta)
+            right, one = wins(chosen - rejected), torch.ones_like(chosen)
+            sides = [(chosen, rejected), (examples.chosen, examples.rejected),
+                     (examples.chosen_len, examples.rejected_len), (one, one)]  # fmt: skip
+            fell = (
+                examples.chosen < examples.ref_chosen
+            )  # likelihood displacement (Razin et al. 2024, arXiv 2410.08847)
+        columns = [one, losses, right, *(x for side in sides for x in side), fell]
         return torch.stack([column.detach().double() for column in columns]).sum(1)
 
 
@@ -35,13 +49,21 @@ def wins(margin: torch.Tensor) -> torch.Tensor:
 
 
 def means(sums: torch.Tensor) -> dict[str, float]:
-    """Summed `of_pairs` -> the mean a pair by name, and log-probabilities a token. NaN without a pair."""
+    """Summed `of_pairs` -> the mean an example by name, and log-probabilities a token. NaN without an example.
+
+    The margin is the difference of the mean rewards, which for pairs is the mean difference.
+    """
     count, *values = sums.tolist()
-    named = {name: value / count if count else math.nan for name, value in zip(PAIR_SUMS, values, strict=True)}
-    for side in ("chosen", "rejected"):
-        tokens = named.pop(f"tokens/{side}")
-        named[f"logps/{side}_per_token"] = named[f"logps/{side}"] / tokens if tokens else math.nan
-    return named
+    named = dict(zip(PAIR_SUMS, values, strict=True))
+    sides = {side: named.pop(f"count/{side}") for side in ("chosen", "rejected")}
+    over = lambda value, n: value / n if n else math.nan
+    for side in sides:
+        named[f"logps/{side}_per_token"] = over(named[f"logps/{side}"], named.pop(f"tokens/{side}"))
+        for name in (f"rewards/{side}", f"logps/{side}"):
+            named[name] = over(named[name], sides[side])
+    named["chosen_fell"] = over(named["chosen_fell"], sides["chosen"])
+    named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
+    return named | {name: over(named[name], count) for name in ("loss", "rewards/accuracies")}
 
 
 def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:

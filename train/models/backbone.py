@@ -4,14 +4,16 @@ Body and head are called inside this module's forward, so that ZeRO-3's hooks se
 """
 
 import contextlib
+import json
+import os
+from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from train.losses.logprobs import LOGITS_BYTES, token_logps
-from train.models import attention
+from train.models import attention, linear
 
 LAYOUTS = ("packed", "padded")
 
@@ -26,6 +28,8 @@ UNSUPPORTED = {
     "is_encoder_decoder": "an encoder-decoder",
 }
 STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "chunked_attention")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NO_PICKLE = "a pickle can run its author's code; convert it to safetensors, or pass --allow_pickle if you trust it"
 
 
 class Backbone(nn.Module):
@@ -41,6 +45,7 @@ class Backbone(nn.Module):
             raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
         self.lm, self.layout, self.logits_bytes, self.autocast = lm, layout, logits_bytes, autocast
         no_dropout(lm)
+        linear.swap(lm)
         if layout == "packed":
             refuse(lm)
             attention.register()
@@ -56,13 +61,16 @@ class Backbone(nn.Module):
         self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.lm.train()  # transformers recomputes in training mode only; dropout is 0 either way
 
-    def forward(self, row):
-        """Log-probabilities of the row's scored tokens, (T,) nats in fp32 (fp64 for fp64 weights)."""
+    def forward(self, row, log_p2=False):
+        """Log-probabilities of the row's scored tokens, (T,) nats in fp32 (fp64 for fp64 weights).
+
+        With `log_p2` a second (T,) beside them, without gradient: log sum_v p_v^2 of each token's distribution.
+        """
         kind = row.input_ids.device.type
         with torch.autocast(kind, self.autocast) if self.autocast else contextlib.nullcontext():
-            return self._packed(row) if self.layout == "packed" else self._padded(row)
+            return self._packed(row, log_p2) if self.layout == "packed" else self._padded(row, log_p2)
 
-    def _packed(self, row):
+    def _packed(self, row, log_p2):
         hidden = self.body(
             input_ids=row.input_ids[None],
             position_ids=row.positions[None],
@@ -71,9 +79,9 @@ class Backbone(nn.Module):
         ).last_hidden_state[0]  # (L, H)
         head = self.lm.get_output_embeddings()
         scored = hidden.index_select(0, row.hidden_index)  # (T, H): prompts never reach the head
-        return token_logps(scored, head.weight, row.target, getattr(head, "bias", None), self.logits_bytes)
+        return token_logps(scored, head.weight, row.target, getattr(head, "bias", None), self.logits_bytes, log_p2)
 
-    def _padded(self, row):
+    def _padded(self, row, log_p2):
         """One padded sequence a response, all logits: what the other layout is measured against."""
         alone = list(row.sequences()) or [(row.input_ids, len(row.input_ids))]
         longest = max(len(ids) for ids, _ in alone)
@@ -86,19 +94,22 @@ class Backbone(nn.Module):
             scored[i, first : len(sequence)] = True
         logits = self.lm(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (N, P+R, V)
         logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-        return logps[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)[scored[:, 1:]]
+        found = logps[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)[scored[:, 1:]]
+        return (found, logps[:, :-1][scored[:, 1:]].detach().mul(2).logsumexp(1)) if log_p2 else found
 
 
 @contextlib.contextmanager
 def plain(backbone):
-    """The same weights the plain way: transformers' own attention, one sequence a response. For checks."""
+    """The same weights the plain way: transformers' own layers, one padded sequence a response. For checks."""
     layout, backbone.layout = backbone.layout, "padded"
+    linear.swap_back(backbone.lm)
     name = backbone.lm.config._attn_implementation
     backbone.lm.set_attn_implementation("sdpa" if backbone.lm._supports_sdpa else "eager")
     try:
         yield backbone
     finally:
         backbone.layout = layout
+        linear.swap(backbone.lm)
         backbone.lm.set_attn_implementation(name)
 
 
@@ -135,18 +146,42 @@ def refuse(lm):
         raise ValueError(f"{kind} has no output head: not a causal language model")
 
 
-def load(path, dtype=torch.float32, trust_remote_code=False):
-    """A causal LM from a directory or hub name, safetensors only.
+def load(path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False):
+    """A causal LM from a directory or hub name: safetensors only, unless `allow_pickle`, which prefers them still.
 
     Raises ValueError that names the path where the model is not there, is damaged, or lacks weights, which
     transformers would draw at random.
     """
+    # Without it, transformers asks a service to convert a repository that has pickles only, in the user's name.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
+        if not allow_pickle:
+            _refuse_pickle(path)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load a causal language model from {path}: {error}") from error
+            path, dtype=dtype, use_safetensors=None if allow_pickle else True, trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # configuration, code and weights raise a dozen types, and the cure is the same
+        advice = "" if allow_pickle or "use_safetensors" not in str(error) else f"; {NO_PICKLE}"
+        raise ValueError(f"cannot load a causal language model from {path}: {error}{advice}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
     return lm
+
+
+def _refuse_pickle(path):
+    """ValueError for a directory whose weights, or some shard of them, are no safetensors."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    named = set()
+    if (index := folder / "model.safetensors.index.json").is_file():
+        named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if (config := folder / "config.json").is_file():
+        named |= {json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") or "model.safetensors"}
+    if not any(folder.glob("*.safetensors")):
+        named |= {file.name for file in folder.iterdir() if file.suffix in PICKLES}
+    if pickled := sorted(name for name in named if Path(name).suffix in PICKLES):
+        raise ValueError(f"its weights are a pickle, {pickled[0]}: {NO_PICKLE}")
+    if outside := sorted(name for name in named if Path(name).name != name):
+        raise ValueError(f"{outside[0]} is not a file of its own")

@@ -1,0 +1,22 @@
+"""What the tests of whole runs share."""
+
+import pytest
+
+from tests.launch.compare import ROOT
+from tests.launch.warm import Warm
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """Ranks of launch/train_dpo.py without their imports."""
+    with Warm(tmp_path_factory.mktemp("cache")) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """44 pairs: in steps of 8 the epoch's sixth is smaller, and eight steps reach into the second epoch."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    lines = (ROOT / "train/data/builtin/train.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:44]))
+    return path

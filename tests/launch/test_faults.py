@@ -1,0 +1,99 @@
+"""What a run does when something breaks under it: what is kept, what is said, how it ends."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.compare import at_checkpoint, flags, same_run, straight, weights
+
+
+def test_gradients_that_are_not_finite_end_the_run(warm, model_dir, few, tmp_path):
+    """A learning rate that breaks the model: exit code 5, the rows, and the state of before."""
+    out = tmp_path / "out"
+    line = flags(model_dir, few, out, 0, "--lr", "1e30", "--warmup_ratio", 0, "--max_skipped", 1, "--save_every", 0)
+    codes, text = warm.run(line, 2)
+    assert codes == [5, 5], text[-3000:]
+    assert "the gradient is not finite; skipped (1 in a row)" in text and "(2 in a row)" in text
+    assert "error: 2 steps in a row" in text and "rows [" in text and "Traceback" not in text
+    assert (out / "status").read_text() == "failed\n"
+    kept = [path.name for path in (out / "checkpoints").glob("step-*")]
+    assert kept == ["step-1"] and kept[0] in text
+    rows = json.loads(text.rpartition("rows ")[2].partition("]")[0] + "]")
+    assert len(rows) == 8 and all(0 <= row < 44 for row in rows)
+
+
+def test_a_rank_that_dies_takes_the_others_along(warm, model_dir, few, tmp_path):
+    out = tmp_path / "out"
+    job = warm.start(flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), 2)
+    at_checkpoint(out, 2)
+    os.kill(job.pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    codes, text = job.wait()
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 85), text[-3000:]
+    assert time.monotonic() - began < 30
+    assert (out / "status").read_text() == "failed\n"
+    assert not any((out / "checkpoints").glob("step-1")) or (out / "checkpoints/latest").exists()
+
+
+def test_a_rank_that_hangs_is_noticed(warm, model_dir, few, tmp_path):
+    """A stopped process keeps its connections open: only its silence tells."""
+    out = tmp_path / "out"
+    patch = {"train.engine.preempt.SILENT": 2.0, "train.engine.preempt.BEAT": 0.2}
+    job = warm.start(flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), 2, patch=patch)
+    at_checkpoint(out, 2)
+    os.kill(job.pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    while "has been silent" not in Path(job.log.name).read_text() and time.monotonic() - began < 60:
+        time.sleep(0.1)
+    os.kill(job.pids[1], signal.SIGKILL)
+    codes, text = job.wait()
+    assert codes == [1, -signal.SIGKILL] and "error: rank 1 has been silent for 2 s: this rank ends" in text
+
+
+def test_a_disk_that_is_full(warm, model_dir, few, tmp_path):
+    """No file may outgrow the limit, which lies between a model and a checkpoint: saves fail, training does not."""
+    out = tmp_path / "out"
+    straight(warm, model_dir, few, tmp_path / "straight", 0, 1)
+    size = (tmp_path / "straight/model/model.safetensors").stat().st_size
+    codes, text = warm.run(flags(model_dir, few, out), file_bytes=2 * size)
+    assert codes == [0], text[-3000:]
+    assert "no checkpoint after step 1" in text and "File too large" in text and "GB were free" in text
+    assert "there is none yet" in text and not any((out / "checkpoints").glob("step-*"))
+    for name, value in weights(tmp_path / "straight").items():
+        assert value.equal(weights(out)[name])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_fills_up(warm, model_dir, few, tmp_path):
+    """A real full disk: the checkpoint of before stays good, the message says what is missing, and it continues."""
+    straight(warm, model_dir, few, tmp_path / "straight", 0, 1)
+    one = sum(path.stat().st_size for path in (tmp_path / "straight/checkpoints/step-8").rglob("*") if path.is_file())
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size={one * 3} tmpfs {small} 2>/dev/null"):
+        pytest.skip("this machine mounts nothing")
+    try:
+        out = small / "out"
+        job = warm.start(flags(model_dir, few, out, 0, "--keep", 1))
+        at_checkpoint(out, 2)
+        job.kill()
+        job.wait()
+        with open(small / "other", "wb") as file:  # somebody else's data: room for less than one more checkpoint
+            free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
+            file.write(b"0" * (free - one // 2))
+        done = warm.start(flags(model_dir, few, out, 0, "--keep", 1))
+        while "No space left on device" not in Path(done.log.name).read_text():
+            time.sleep(0.01)
+        done.kill()
+        done.wait()
+        os.remove(small / "other")
+        codes, text = warm.run(flags(model_dir, few, out, 0, "--keep", 1))
+        assert codes == [0] and "continues after step" in text and "damaged" not in text, text[-3000:]
+        same_run(out, tmp_path / "straight")
+    finally:
+        os.system(f"umount -l {small}")

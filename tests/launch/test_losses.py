@@ -1,0 +1,176 @@
+"""Every loss through the user's script on two ranks: it learns a rule, its reference is where it was asked to be."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.launch.compare import ROOT, STEPS, at_checkpoint, flags, moments, same_run, scalars, straight, weights
+from train.losses.preference import LOSSES
+
+WORDS = ("tree stone river cloud lamp paper glass bread train window garden letter music summer winter paint table "
+         "chair clock sugar water light house field ocean").split()  # fmt: skip
+GOOD, BAD = WORDS[:12], WORDS[12:24]
+# Step sizes and strengths at which each loss moves in two dozen steps; the defaults are for real models.
+BETA = {"simpo": 2.0, "sigmoid_norm": 2.0, "ipo": 0.5}
+
+
+def made(path, count, seed, labelled=False):
+    """Pairs with a rule: words of one list are preferred to words of another. Prompts and lengths say nothing."""
+    draw = random.Random(seed)
+    with open(path, "w") as file:
+        for number in range(count):
+            size = draw.randint(3, 8)
+            prompt = f"{number}: " + " ".join(draw.choices(WORDS, k=4))
+            answers = [" ".join(draw.choices(words, k=size)) for words in (GOOD, BAD)]
+            row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+            if labelled:
+                row = {"prompt": prompt, "completion": answers[number % 2], "label": number % 2 == 0}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def line(model_dir, data, held_out, out, loss, *extra):
+    return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128,
+            "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3", "--batch_size", 16, "--max_steps", 24,
+            "--epochs", 4, "--micro_tokens", 600, *extra]  # fmt: skip
+
+
+def trained(warm, arguments, out):
+    codes, text = warm.run(arguments, 2)
+    assert codes == [0, 0], text[-3000:]
+    run = json.loads((out / "run.json").read_text())
+    first, last = run["evaluations"]["0"], run["evaluations"]["24"]
+    return run, first, last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_learns_the_rule(warm, model_dir, tmp_path, loss):
+    data, held_out = made(tmp_path / "train.jsonl", 192, 0), made(tmp_path / "held_out.jsonl", 96, 1)
+    free = not LOSSES[loss].reference
+    extra = ["--reference", "none"] if free else []
+    _, first, last = trained(warm, line(model_dir, data, held_out, tmp_path / "out", loss, *extra), tmp_path / "out")
+    low, high = first["rewards/accuracies_interval"]
+    assert low <= 0.5 <= high, first  # chance before
+    if loss == "sft":
+        assert last["loss"] < first["loss"] - 0.5
+    else:
+        assert last["rewards/accuracies_interval"][0] > 0.5, last
+        assert last["loss"] < first["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [name for name, row in LOSSES.items() if row.unpaired])
+def test_answers_with_labels(warm, model_dir, tmp_path, loss):
+    data, held_out = made(tmp_path / "a.jsonl", 256, 0, True), made(tmp_path / "b.jsonl", 96, 1, True)
+    _, first, last = trained(warm, line(model_dir, data, held_out, tmp_path / "out", loss), tmp_path / "out")
+    assert first["rewards/accuracies"] == 0.5  # every reward is 0: ties
+    assert last["rewards/accuracies_interval"][0] > 0.5 and last["rewards/margins"] > 0, last
+
+
+def test_a_sum_without_a_reference_in_memory(warm, model_dir, tmp_path):
+    """Two losses that need none, weighted, with WPO's weights; a loss that needs one is refused."""
+    data, held_out = made(tmp_path / "train.jsonl", 64, 0), made(tmp_path / "held_out.jsonl", 32, 1)
+    arguments = line(model_dir, data, held_out, tmp_path / "out", "simpo:1.0,sft:0.2", "--reference", "none",
+                     "--loss_args", "{use_weighting: true, gamma: 0.3}")  # fmt: skip
+    run, first, last = trained(warm, arguments, tmp_path / "out")
+    assert run["reference_deepspeed"] is None and last["loss"] < first["loss"]
+    for extra, said in (
+        (("sigmoid", "--reference", "none"), "--loss sigmoid needs a reference"),
+        (("kto", "--reference", "cached"), "--reference live"),
+        (("sigmoid:0.5,nothing", "--reference", "live"), "loss 'nothing' is none of: sigmoid, robust"),
+        (("simpo", "--reference", "none", "--reference_every", 2), "--reference live, not none"),
+    ):
+        codes, text = warm.run(line(model_dir, data, held_out, tmp_path / "refused", *extra), 1)
+        assert codes == [2] and said in text and "Traceback" not in text, text[-2000:]
+
+
+def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(warm, model_dir, few, tmp_path, monkeypatch):
+    """Records made from the rows of the first epoch's steps; then no digit of weights and moments differs."""
+    from train.data import order, tokens
+    from train.data.packing import pack
+    from train.engine import reference, run, shelf
+    from train.models import backbone
+
+    ends = ["--max_steps", 6, "--log_every", 1]  # one epoch: later ones deal the pairs anew
+    assert warm.run(flags(model_dir, few, tmp_path / "live", 0, *ends))[0] == [0]
+    monkeypatch.setenv("ZEROPREF_CACHE", str(warm.cache))
+    data = tokens.prepare([str(few)], run.load_tokenizer(str(model_dir)), max_length=512, max_prompt_length=256)
+    live = reference.Live(backbone.Backbone(backbone.load(str(model_dir))), {})
+    made = {}
+    for step in order.steps(data.lengths.sum(1), 8, 512, seed=7, total=6):
+        for groups in step.rows:
+            row = pack([data.group(i) for i in groups])
+            values = live(row).split(row.lengths.tolist())
+            made |= {name: part.numpy() for name, part in zip(row.digests, values, strict=True)}
+    shelf.write(shelf.folder(reference._identity(live)), made)
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "cached", 0, *ends, "--reference", "cached"))
+    assert codes == [0] and "0 groups of them made now" in text, text[-3000:]
+    one, other = moments(tmp_path / "live", 6), moments(tmp_path / "cached", 6)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    found, expected = scalars(tmp_path / "cached", ()), scalars(tmp_path / "live", ())
+    assert found["train/loss"] == expected["train/loss"] and found["train/grad_norm"] == expected["train/grad_norm"]
+
+
+def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
+    extra = ["--reference_every", 2, "--reference_mixup", 0.5]
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "straight", 2, *extra), 2)
+    assert codes == [0, 0], text[-3000:]
+    job = warm.start(flags(model_dir, few, tmp_path / "killed", 2, *extra), 2)
+    at_checkpoint(tmp_path / "killed", 5)
+    job.kill()
+    job.wait()
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "killed", 2, *extra), 2)
+    assert codes == [0, 0] and "continues after step" in text, text[-3000:]
+    same_run(tmp_path / "killed", tmp_path / "straight")
+    kept = moments(tmp_path / "straight")
+    moved = [name for name in kept if name.startswith("reference/")]
+    assert moved and any(not torch.equal(kept[name], kept[f"{name.removeprefix('reference/')}/weight"]) for name in moved)
+    straight(warm, model_dir, few, tmp_path / "still", 2, 2)
+    assert scalars(tmp_path / "still")["train/loss"] != scalars(tmp_path / "straight")["train/loss"]
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow),
+                                          pytest.param(2, 2, marks=pytest.mark.slow), (3, 2)])  # fmt: skip
+def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
+    """The base model is the reference: the first margin is exactly 0. Merged weights give what adapters gave."""
+    pytest.importorskip("peft")
+    out = tmp_path / "out"
+    extra = ["--lora_rank", 4, "--lr", "1e-2", "--warmup_ratio", 0]
+    codes, text = warm.run(flags(model_dir, few, out, stage, *extra), ranks)
+    assert codes == [0] * ranks, text[-3000:]
+    run, found = json.loads((out / "run.json").read_text()), scalars(out, ())
+    assert found["val/rewards/margins"][0] == (0, 0.0) and found["val/rewards/margins"][-1][1] > 0.01
+    assert run["export_gap_nats_per_token"] < 1e-4  # the merged model, loaded again, against the one with adapters
+    kept = moments(out)
+    assert kept and all(".lora_" in name for name in kept)
+    _check_adapters(model_dir, out)
+    if stage == 0:
+        job = warm.start(flags(model_dir, few, tmp_path / "killed", stage, *extra), ranks)
+        at_checkpoint(tmp_path / "killed", STEPS // 2)
+        job.kill()
+        job.wait()
+        assert warm.run(flags(model_dir, few, tmp_path / "killed", stage, *extra), ranks)[0] == [0]
+        assert all(torch.equal(weights(out)[name], value) for name, value in weights(tmp_path / "killed").items())
+        exported = subprocess.run([sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}", tmp_path / "model"],
+                                  cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+        assert exported.returncode == 2 and "adapters" in exported.stderr and "Traceback" not in exported.stderr
+
+
+def _check_adapters(model_dir, out):
+    """What peft loads from OUTPUT/model/adapter onto the base is the merged model."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    with_adapters = peft.PeftModel.from_pretrained(base, out / "model/adapter").merge_and_unload()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    for (name, p), (_, q) in zip(with_adapters.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    with safe_open(out / "model/model.safetensors", "pt") as file:
+        assert not any("lora" in name or "base_layer" in name for name in file.keys())  # noqa: SIM118

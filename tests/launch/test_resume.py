@@ -1,0 +1,207 @@
+"""A run that is killed, told to stop, or moved to other ranks and ZeRO stages, against the run that was left alone."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from safetensors import safe_open
+
+from tests.launch.compare import (
+    ROOT,
+    STEPS,
+    at_checkpoint,
+    flags,
+    moments,
+    same_bits,
+    same_run,
+    scalars,
+    straight,
+    weights,
+)
+
+
+def inside_a_save(out):
+    """Come back while a checkpoint is being written."""
+    while not any((out / "checkpoints").glob("*.tmp")):
+        pass
+
+
+def killed_and_continued(warm, model_dir, few, out, stage, ranks, kills, seconds, seed):
+    """Kill `kills` times, every second time inside a save, then let it end; how far each kill let it come."""
+    draw, reached = random.Random(seed), []
+    for number in range(kills):
+        job = warm.start(flags(model_dir, few, out, stage), ranks)
+        if number % 2 == 0:
+            at_checkpoint(out, min(STEPS - 1, 1 + number + draw.randint(0, 1)))
+            inside_a_save(out)
+            time.sleep(draw.random() * 0.01)
+        else:
+            time.sleep(draw.uniform(0.3, 1) * seconds)
+        job.kill()
+        job.wait()
+        reached.append(sorted(path.name for path in (out / "checkpoints").glob("step-*")))
+    codes, text = warm.run(flags(model_dir, few, out, stage), ranks)
+    assert codes == [0] * ranks, text[-3000:]
+    return reached, text
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (2, 2)])
+def test_killed_once_and_continued_is_bit_for_bit_the_same(warm, model_dir, few, tmp_path, stage, ranks):
+    seconds = straight(warm, model_dir, few, tmp_path / "straight", stage, ranks)
+    _, text = killed_and_continued(warm, model_dir, few, tmp_path / "killed", stage, ranks, 1, seconds, seed=stage)
+    assert "continues after step" in text
+    same_run(tmp_path / "killed", tmp_path / "straight")
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "killed", stage), ranks)
+    assert codes == [0] * ranks and "finished" in text
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_killed_five_times(warm, model_dir, few, tmp_path, stage, ranks, capsys):
+    seconds = straight(warm, model_dir, few, tmp_path / "straight", stage, ranks)
+    reached, _ = killed_and_continued(
+        warm, model_dir, few, tmp_path / "killed", stage, ranks, 5, seconds, seed=10 * stage + ranks
+    )
+    same_run(tmp_path / "killed", tmp_path / "straight")
+    with capsys.disabled():
+        print(f"\nZeRO {stage}, {ranks} ranks: five kills, left behind: {reached}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop(warm, model_dir, few, tmp_path, number):
+    """One of two ranks is told; both stop with 85, and the same command continues without a trace of it."""
+    seconds = straight(warm, model_dir, few, tmp_path / "straight", 0, 2)
+    out = tmp_path / "told"
+    # no periodic saves: what there is was saved on being told
+    job = warm.start(flags(model_dir, few, out, 0, "--save_every", 0), 2)
+    while not (out / "tensorboard").exists():
+        time.sleep(0.01)
+    time.sleep(seconds / 8)
+    os.kill(job.pids[1], number)
+    codes, text = job.wait()
+    assert codes == [85, 85], text[-3000:]
+    assert (out / "status").read_text() == "preempted\n" and "told to stop" in text
+    assert json.loads((out / "run.json").read_text())["status"] == "running"
+    saved = [path.name for path in (out / "checkpoints").glob("step-*")] if (out / "checkpoints").exists() else []
+    assert len(saved) == ("no step was done" not in text)
+    codes, text = warm.run(flags(model_dir, few, out), 2)
+    assert codes == [0, 0], text[-3000:]
+    assert (out / "status").read_text() == "finished\n"
+    same_run(out, tmp_path / "straight")
+
+
+def moved(warm, model_dir, few, out, legs):
+    """Run in legs of (stage, ranks), each killed once the checkpoint at its end stands; the last runs to the end."""
+    for number, (stage, ranks) in enumerate(legs, 1):
+        job = warm.start(flags(model_dir, few, out, stage), ranks)
+        if number < len(legs):
+            at_checkpoint(out, number * STEPS // len(legs))
+            job.kill()
+            job.wait()
+        else:
+            codes, text = job.wait()
+            assert codes == [0] * ranks and "continues after step" in text, text[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("legs", [[(0, 2), (0, 1), (0, 2)], [(2, 2), (2, 1), (2, 2)], [(3, 2), (3, 1), (3, 2)],
+                                  [(0, 1), (2, 2), (3, 2), (0, 1)], [(1, 2), (3, 1), (1, 1)]])  # fmt: skip
+def test_other_ranks_and_stages(warm, model_dir, few, tmp_path, legs):
+    straight(warm, model_dir, few, tmp_path / "straight", 0, 1)
+    moved(warm, model_dir, few, tmp_path / "moved", legs)
+    expected, found = scalars(tmp_path / "straight"), scalars(tmp_path / "moved")
+    for tag in ("train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "val/loss"):
+        assert [step for step, _ in found[tag]] == [step for step, _ in expected[tag]], tag
+        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in expected[tag]], rel=2e-4), tag
+    told = json.loads((tmp_path / f"moved/checkpoints/step-{STEPS}/manifest.json").read_text())
+    assert told["consumed_groups"] == 44 + 2 * 8  # the first epoch's six steps, and two of the second
+    one, other = moments(tmp_path / "straight"), moments(tmp_path / "moved")
+    assert one.keys() == other.keys()
+    for name in one:
+        scale = one[name].abs().max()
+        assert (one[name] - other[name]).abs().max() <= 0.02 * scale + 1e-12, name
+
+
+def test_damaged_checkpoints_and_export(warm, model_dir, few, tmp_path):
+    """The newest one that is sound is used and the others named; none sound, or another run's: exit code 3."""
+    out = tmp_path / "out"
+    codes, text = warm.run(flags(model_dir, few, out, 0, "--keep", 3))
+    assert codes == [0], text[-3000:]
+    kept = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+    assert kept == ["step-6", "step-7", "step-8"] and (out / "checkpoints/latest").read_text() == "step-8\n"
+    exported(out, tmp_path / "exported")
+    complete = {path.name: path.read_bytes() for path in out.glob("*") if path.is_file()}
+    unfinished = json.loads(complete["run.json"]) | {"status": "running"}
+    (out / "run.json").write_text(json.dumps(unfinished))
+    state = out / "checkpoints/step-8/state-00000.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-5] ^= 1
+    state.write_bytes(content)
+    (out / "checkpoints/step-7/rank-00000.safetensors").write_bytes(b"")
+    before = weights(out)
+    codes, text = warm.run(flags(model_dir, few, out, 0, "--keep", 3))
+    assert codes == [0] and "continues after step 6" in text, text[-3000:]
+    assert "step-8/state-00000.safetensors is not what was written (sha256)" in text
+    assert "step-7/rank-00000.safetensors has 0 bytes instead of" in text
+    same_bits(weights(out), before)
+
+    (out / "run.json").write_text(json.dumps(unfinished))
+    for path in (out / "checkpoints").glob("step-*"):
+        (path / "manifest.json").write_text("{")
+    codes, text = warm.run(flags(model_dir, few, out))
+    assert (
+        codes == [3] and "error: no sound checkpoint" in text and "--resume never" in text and "Traceback" not in text
+    )
+    codes, text = warm.run(flags(model_dir, few, out, 0, "--resume", tmp_path / "nowhere"))
+    assert codes == [3] and "nowhere has no manifest.json" in text
+    codes, text = warm.run(flags(model_dir, few, out, 0, "--resume", "never", "--keep", 1))
+    assert codes == [0] and "continues" not in text
+    same_bits(weights(out), before)
+    assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-8"]
+
+
+def exported(out, folder):
+    """launch/export.py makes of a checkpoint what the run made of its weights; a damaged one is refused."""
+    run = lambda *args: subprocess.run(
+        [sys.executable, "launch/export.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+    done = run(out / "checkpoints/step-8", folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        same_bits({name: file.get_tensor(name) for name in file.keys()}, weights(out))  # noqa: SIM118
+    assert {p.name for p in folder.iterdir()} >= {p.name for p in (out / "model").iterdir()} - {"README.md"}
+    done = run(out / "checkpoints/step-8", folder)
+    assert done.returncode == 2 and "not empty" in done.stderr
+    broken = folder.with_name("broken")
+    shutil.copytree(out / "checkpoints/step-7", broken)
+    (broken / "model/config.json").write_text("{}")
+    done = run(broken, folder.with_name("other"))
+    assert done.returncode == 3 and "config.json has 2 bytes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
+    """A checkpoint named by its path continues in another folder; not over other data, not with another model."""
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "one"))
+    assert codes == [0], text[-3000:]
+    path = tmp_path / "one/checkpoints/step-7"
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "two", 0, "--resume", path))
+    assert codes == [0] and "continues after step 7" in text
+    same_bits(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(few.read_text().splitlines(keepends=True)[:-1]))
+    codes, text = warm.run(flags(model_dir, fewer, tmp_path / "three", 0, "--resume", path))
+    assert codes == [3] and "another order of the data (data was" in text and "Traceback" not in text
+    other = tmp_path / "qwen"
+    shutil.copytree(model_dir, other)
+    for name, change in (("deeper", {"num_hidden_layers": 3}), ("wider", {"intermediate_size": 104})):
+        tiny.make_model("llama", **change).save_pretrained(other)
+        codes, text = warm.run(flags(other, few, tmp_path / name, 0, "--resume", path))
+        assert codes == [3] and "another model's" in text and "Traceback" not in text, text[-2000:]

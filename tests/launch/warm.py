@@ -1,0 +1,135 @@
+"""Starts ranks of launch/train_dpo.py without paying for their imports each time: a process that has them forks.
+
+    with Warm() as warm:
+        job = warm.start(["--output", "out", ...], ranks=2)
+        os.kill(job.pids[0], signal.SIGKILL)
+        codes, text = job.wait()
+
+A rank is a real process with a process group of its own kind (gloo, its own port), as a launcher would start it; exit
+codes are the ranks' own. What launchers add is tested in test_train_dpo.py and test_slurm.py.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Warm:
+    """The forking process. Use as a context; `cache`: where tokenised data goes."""
+
+    def __init__(self, cache, script="launch/train_dpo.py"):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
+               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+        self.cache = cache
+        self.process = subprocess.Popen([sys.executable, __file__, str(ROOT / script)], cwd=ROOT, env=env, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def start(self, arguments, ranks=1, patch=None, file_bytes=None):
+        """Fork the ranks. patch: {"module.NAME": value}, constants to set; file_bytes: no file may grow beyond."""
+        log = tempfile.NamedTemporaryFile("r", suffix=".log")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        job = {"arguments": list(map(str, arguments)), "ranks": ranks, "port": port, "log": log.name,
+               "patch": patch or {}, "file_bytes": file_bytes}  # fmt: skip
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return Job(self, json.loads(self.process.stdout.readline()), log)
+
+    def run(self, arguments, ranks=1, **options):
+        """Exit codes of the ranks, and all they printed."""
+        return self.start(arguments, ranks, **options).wait()
+
+
+class Job:
+    """Running ranks."""
+
+    def __init__(self, warm, pids, log):
+        self.warm, self.pids, self.log = warm, pids, log
+
+    def kill(self, number=signal.SIGKILL):
+        """Send every rank a signal."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, seconds=240):
+        """Exit codes in order of rank (negative: the signal that ended it), and the text."""
+        alarm = threading.Timer(seconds, self.kill)
+        alarm.start()
+        codes = json.loads(self.warm.process.stdout.readline())
+        alarm.cancel()
+        text = self.log.read()
+        self.log.close()
+        return codes, text
+
+
+def serve(script):
+    """Read jobs from stdin, fork, say who was born, wait, say how each ended."""
+    answers = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
+    os.dup2(2, 1)
+    sys.path.insert(0, str(ROOT))
+    import datasets  # noqa: F401
+    import deepspeed  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    from train.data import tokens  # noqa: F401
+    from train.engine import checkpoint, checks, export, memory, reference, report, run, scoring  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        pids = [os.fork() or rank(script, job, number) for number in range(job["ranks"])]
+        print(json.dumps(pids), file=answers, flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(codes), file=answers, flush=True)
+
+
+def rank(script, job, number):
+    """The life of one rank; does not return."""
+    code = 1
+    try:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(job["ranks"]),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}  # fmt: skip
+        log = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for name, value in job["patch"].items():
+            module, _, constant = name.rpartition(".")
+            setattr(sys.modules[module], constant, value)
+        if job["file_bytes"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+        sys.argv = [script, *job["arguments"]]
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
