@@ -45,7 +45,8 @@ def write(folder: Path, report: dict, pages: dict[str, str], histograms: dict, f
 def scalars(report: dict):
     """(tag, value) of every number of the report that has an interval; TensorBoard groups by what precedes a slash.
 
-    eval/: the model's preferences, by training's names. evaluation_reference/, evaluation_calibration/ and so on: the rest, below it.
+    eval/: the model's preferences, by training's names. evaluation_reference/, evaluation_baselines/ and so on: the
+    rest, which it shows below.
     """
 
     def walk(tag, thing):

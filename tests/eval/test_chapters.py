@@ -234,8 +234,8 @@ def test_verdict(accuracy, margin, ratio, won, word):
         written["sampled"]["win_rate"] = measure(*won)
     found = report.verdict({"model": model}, trivial, text, written, unchanged=False)
     said = " ".join(found["reasons"])
-    assert found["word"] == word and "right on 100.0%" in said and "-0.125 [-0.25, 0]" in said
-    assert "length -7.5 tokens [-9, -6]" in said and "1.5 [1, 2] nats" in said and ("reward model" in said) == bool(won)
+    assert found["word"] == word and "right on 100.0%" in said and "-12.5% [-25.0%, 0.0%]" in said
+    assert "by -7.5 [-9, -6] tokens" in said and "1.5 [1, 2] nats" in said and ("reward model" in said) == bool(won)
     assert report.verdict({"model": model}, trivial, text, {}, unchanged=True)["word"] == "unchanged"
     assert report.verdict({"model": model}, trivial, {}, {}, unchanged=False)["word"] == "not compared"
 

@@ -232,8 +232,9 @@ def test_settings_come_from_the_models_run_and_flags_override(runs):
         "packed",
     )
     assert recipe["from"] == "run/run.json" and report["ood"]["truncated"] == 1
-    assert report["trained"] | {"from": None} == {"from": None, "loss": "sigmoid", "beta": 0.4, "lr": 0.01, "steps": 2,
-                                                  "pairs": 192, "data": "zeropref's built-in train.jsonl", "reference": "llama"}  # fmt: skip
+    assert report["trained"] == {"from": "llama", "loss": "sigmoid", "beta": 0.4, "lr": 0.01, "steps": 2, "pairs": 192,
+                                 "batch_size": 8, "data": "zeropref's built-in train.jsonl",
+                                 "reference": "llama"}  # fmt: skip
     assert load(runs / "padded")["recipe"]["layout"] == "padded"
     other = load(runs / "itself")["recipe"]
     assert (other["beta"], other["max_length"], other["from"]) == (2, 512, None)
