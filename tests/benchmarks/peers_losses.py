@@ -265,6 +265,7 @@ def compare(case, tokens, ours, theirs) -> Found:
         if "inplace" not in str(error):
             raise
         gap = None
+    value, their_value = value.detach(), their_value.detach()
     return Found(case, float(value), float(their_value), near(value, their_value), gap)
 
 

@@ -127,7 +127,7 @@ def test_plain_text(letters, tmp_path):
     assert tokenised.dropped == [Dropped(path, 1, "empty text")]
     letters(["a", "b b"], padding=True, truncation=True, max_length=1)  # leaves its settings in the tokenizer
     assert prepare([path], letters, kind="text", max_length=3, max_dropped=0.5).fingerprint == tokenised.fingerprint
-    with pytest.raises(ValueError, match="kind 'pairs' of data; expected one of pair, text"):
+    with pytest.raises(ValueError, match="kind 'pairs' of data; expected one of pair, labelled, text"):
         prepare([path], letters, kind="pairs", **LENGTHS)
     with pytest.raises(ValueError, match="max_prompt_length must be None"):
         prepare([path], letters, kind="text", **LENGTHS)
@@ -291,3 +291,28 @@ def test_split_edges(letters, source):
     for share in (-0.1, 1, 1.5):
         with pytest.raises(ValueError, match="expected 0 <= share < 1"):
             split_by_prompt(data, share, 0)
+
+
+def test_answers_with_labels(merged, tmp_path):
+    """k = 1, the label beside it, and every spelling of one; what is no label is dropped and listed."""
+    answer = {"prompt": "Hi!", "completion": "Hello there."}
+    labels = [True, False, 1, 0, "true", "False", 1.0, None, "maybe", 2, [True], 0.5]
+    rows = [answer | {"label": label} for label in labels]
+    rows += [{"completion": [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Yes."}], "label": True},
+             {"prompt": "Other", "completion": [{"role": "user", "content": "Hi!"},
+                                                {"role": "assistant", "content": "Yes."}], "label": True},
+             {"prompt": "Hi!", "label": True, "completion": " "}]  # fmt: skip
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tokens.kind_of([str(path)]) == "labelled"
+    data = tokens.prepare([str(path)], merged, max_length=200, kind="labelled", cache_dir=tmp_path, max_dropped=1.0)
+    assert data.labels.tolist() == [True, False, True, False, True, False, True, True]
+    assert data.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 12]
+    assert [drop.row for drop in data.dropped] == [7, 8, 9, 10, 11, 13, 14]
+    assert {drop.reason for drop in data.dropped[:5]} <= {f"label is {kind} other than true and false" for kind in
+                                                         ("null", "a string", "a number", "a list")}  # fmt: skip
+    assert data.group(1).label is False and len(data.group(1).responses) == 1
+    assert data.select([1, 7]).labels.tolist() == [False, True]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Hi!", "chosen": "a", "rejected": "b", "completion": "c", "label": True}))
+    assert tokens.kind_of([str(pairs)]) == "pair"

@@ -264,9 +264,17 @@ class PairEncoder:
         room = self.max_length - len(kept)
         cut = tuple(response[:room] for response in responses)
         truncated = (len(prompt) > len(kept), *(len(response) > room for response in responses))
-        if cut[0] == cut[1]:
+        if len(cut) == 2 and cut[0] == cut[1]:
             raise RowError("equal after truncation" if any(truncated[1:]) else "equal after the chat template")
         return Encoded(kept, cut, truncated)
+
+
+class LabelledEncoder(PairEncoder):
+    """Single answers under the same limits."""
+
+    def render(self, items: Sequence[tuple]) -> list[tuple | RowError]:
+        """(messages, answer, label) each -> two texts each."""
+        return self.chat.render([item[:2] for item in items])
 
 
 class TextEncoder:

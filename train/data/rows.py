@@ -27,7 +27,9 @@ from train.data.errors import DataError, MissingColumn, RowError, listed
 
 ROLES = ("system", "user", "assistant")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+LABELLED_COLUMNS = ("prompt", "completion", "label")
 TEXT_COLUMNS = ("text",)
+LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # text: of a CSV
 # With an organisation always: `load_dataset("csv")` would read whatever lies in the working folder.
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 JSON_SHAPES = "one JSON object a line (.jsonl, .json) or one array of objects (.json)"
@@ -222,6 +224,26 @@ def check_pair(row: Any) -> tuple[list, str, str]:
     if chosen == rejected:
         raise RowError("chosen equals rejected")
     return messages, chosen, rejected
+
+
+def check_labelled(row: Any) -> tuple[list, str, bool]:
+    """Return (messages of the prompt, answer, whether it is desirable) of one row; other columns are ignored.
+
+    prompt and completion: as prompt and chosen of a pair. label: true or false, 1 or 0. Raises RowError.
+    """
+    for column in ("completion", "label"):
+        _need(row, column)
+    label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
+    if not isinstance(label, (bool, int, float, str)) or label not in LABELS:
+        raise RowError(f"label is {_type(label)} other than true and false")
+    before, completion = _response(row["completion"], "completion")
+    if row.get("prompt") is None and before is None:
+        raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
+    messages = before or _prompt(row["prompt"])
+    if before is not None and row.get("prompt") is not None and _prompt(row["prompt"]) != before:
+        raise RowError("prompt differs from the conversation in completion")
+    _check_turns(messages)
+    return messages, completion, LABELS[label]
 
 
 def check_text(row: Any) -> str:

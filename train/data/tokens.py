@@ -24,13 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat import Chat, PairEncoder, TextEncoder, tokenise_rows
+from train.data.chat import Chat, LabelledEncoder, PairEncoder, TextEncoder, tokenise_rows
 from train.data.errors import DataError, MissingColumn, RowError
 from train.data.packing import Group
 from train.data.rows import (
+    LABELLED_COLUMNS,
     PAIR_COLUMNS,
     TEXT_COLUMNS,
     Dropped,
+    check_labelled,
     check_pair,
     check_text,
     columns_missing,
@@ -58,10 +60,15 @@ class Kind(NamedTuple):
     k: int  # responses a group
     prompt_of: Callable[[Any], Any]  # item -> what two rows with the same prompt have in common, for splitting
     encoder: Callable  # (tokenizer, max_length, max_prompt_length, allow_control_tokens) -> encoder
+    label_of: Callable[[Any], bool] | None = None  # item -> its label, where it has one
 
 
 def _pair_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
     return PairEncoder(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
+
+
+def _labelled_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
+    return LabelledEncoder(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
 
 
 def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
@@ -72,6 +79,8 @@ def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens
 
 KINDS = {
     "pair": Kind(check_pair, PAIR_COLUMNS, 2, lambda item: item[0], _pair_encoder),
+    "labelled": Kind(check_labelled, LABELLED_COLUMNS, 1, lambda item: item[0], _labelled_encoder,
+                     lambda item: item[2]),  # fmt: skip
     "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
 }
 
@@ -88,6 +97,7 @@ class Tokenised:
     prompts: np.ndarray  # (N,) int64 hash of the prompt's messages, or of a plain text; no template or truncation in it
     dropped: list  # of Dropped, of all sources, also in a view
     fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
+    labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -101,13 +111,15 @@ class Tokenised:
         for length in rest:
             responses.append(flat[at : at + length])
             at += length
-        return Group(flat[:first], tuple(responses), int(self.rows[i]))
+        label = None if self.labels is None else bool(self.labels[i])
+        return Group(flat[:first], tuple(responses), int(self.rows[i]), label)
 
     def select(self, indices: Sequence[int]) -> "Tokenised":
         """A view of the groups `indices`, in that order. Raises IndexError."""
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
-        per_group = ("offsets", "lengths", "truncated", "rows", "prompts")
+        per_group = ["offsets", "lengths", "truncated", "rows", "prompts"]
+        per_group += [] if self.labels is None else ["labels"]
         return dataclasses.replace(self, fingerprint=digest, **{name: getattr(self, name)[index] for name in per_group})
 
 
@@ -180,6 +192,13 @@ def collect(
     return Tokenised(**arrays, dropped=dropped, fingerprint=key)
 
 
+def kind_of(sources: Sequence[str], split: str = "train") -> str:
+    """"labelled" where the first row has an answer with a label and no pair, else "pair". Raises DataError."""
+    _, _, row = next(read_rows(sources, split))
+    columns = row if isinstance(row, dict) else {}
+    return "labelled" if {"completion", "label"} <= {*columns} and "chosen" not in columns else "pair"
+
+
 def refuse_too_many(tokenised: Tokenised, most: float) -> None:
     """Raises DataError when more than the share `most` of the rows is dropped, or all of them."""
     dropped, total = tokenised.dropped, len(tokenised) + len(tokenised.dropped)
@@ -227,7 +246,7 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[
     Texts are rendered in this process: 170 us a pair, a fifth of what tokenising takes on two cores. A worker started
     without fork (unsafe beside Rust's threads) needs 4 s to import transformers: the time of 25,000 pairs.
     """
-    flat, lengths, truncated, numbers, prompts, dropped = [], [], [], [], [], []
+    flat, lengths, truncated, numbers, prompts, dropped, labels = [], [], [], [], [], [], []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         rendered = encoder.render([row.item for row in chunk])
@@ -247,6 +266,8 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[
             lengths.append([len(part) for part in parts])
             truncated.append(encoded.truncated)
             numbers.append(row.number)
+            if kind.label_of:
+                labels.append(kind.label_of(row.item))
             prompts.append(int.from_bytes(_sha256(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True))
         if progress is not None:
             progress(start + len(chunk), len(rows))
@@ -258,7 +279,7 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[
         "truncated": np.array(truncated, dtype=bool).reshape(-1, 1 + kind.k),
         "rows": np.array(numbers, dtype=np.int64),
         "prompts": np.array(prompts, dtype=np.int64),
-    }
+    } | ({"labels": np.array(labels, dtype=bool)} if kind.label_of else {})
     return arrays, dropped
 
 

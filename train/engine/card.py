@@ -163,7 +163,8 @@ def base_of(record: dict) -> tuple[str, bool]:
 def _method(flags: dict) -> tuple[str, str | None]:
     """(short name, arXiv number) of the run's loss; the paper is the first that the loss's docstring cites."""
     loss = flags.get("loss") or "preference"
-    cited = re.search(r"arXiv (\d{4}\.\d{4,5})", LOSSES[loss].__doc__ or "") if loss in LOSSES else None
+    first = LOSSES.get(re.split("[:,]", loss)[0].strip())  # of a weighted sum
+    cited = re.search(r"arXiv (\d{4}\.\d{4,5})", first.of.__doc__) if first else None
     return "dpo" if loss == "sigmoid" else loss, cited and cited.group(1)
 
 

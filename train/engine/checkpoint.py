@@ -69,7 +69,7 @@ class Saves:
         self._load(told, path)
         same = told["world"] == dist.world()
         self.plan = plan._replace(begun=told["step"], row_tokens=told["row_tokens"] if same else plan.row_tokens)
-        self.saved = told["step"]
+        self.saved = told["step"] if path.parent.resolve() == self.path.resolve() else 0
         self.folder.say(f"continues after step {told['step']} from {path}")
         return self.plan
 
@@ -80,9 +80,11 @@ class Saves:
             if dist.first():
                 shutil.rmtree(self.path, ignore_errors=True)
             return None, None
-        named = [] if choice == "auto" else [Path(choice)]
+        named, own = [] if choice == "auto" else [Path(choice)], files.found(self.path) if dist.first() else []
+        if named and named[0].parent.resolve() != self.path.resolve() and dist.share(bool(own)):
+            named = []  # where this run began; by now it has come further
         problems = []
-        for path in dist.share(named or files.found(self.path)):
+        for path in dist.share(named or own):
             told, problem = self._look(path)
             if problem is None:
                 return told, path
