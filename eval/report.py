@@ -169,6 +169,9 @@ def _preferences(section, baselines) -> list[str]:
     rows = [[title, *(show(section[side].get(name)) for side in sides)] for name, title in TITLES.items()
             if name in section["model"]]  # fmt: skip
     lines = table(["measure", *sides.values()], rows)
+    if not section.get("loss_by_pair", True):
+        lines += ["The loss is that of each pair by itself, with a step's baseline 0 and no weights of tokens: not the "
+                  "one that training shows.", ""]  # fmt: skip
     lines += ["Without any model:", "", *table(["rule", "accuracy", "how"], [
         [name.replace("_", " "), show(baselines[name]), baselines[name].get("what", baselines[name]["method"])]
         for name in ("longer_wins", "bag_of_words")])]  # fmt: skip

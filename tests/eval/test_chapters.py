@@ -45,6 +45,13 @@ def test_rewards_by_hand():
     assert section["prompts"] == 3 and section["model"]["loss"]["prompts"] == 3
 
 
+def test_a_loss_that_looks_at_a_whole_step_is_told_from_others():
+    told = lambda name, **args: preferences.by_pair(preference.choose(name, 0.1, args))
+    assert told("sigmoid") and told("ipo") and told("sigmoid:0.5,sft:1.0")
+    assert not told("kto") and not told("aot") and not told("sigmoid:0.5,bco_pair:0.5")
+    assert not told("sigmoid", use_weighting=True) and not told("sigmoid", ld_alpha=0.5)
+
+
 def test_displacement_counts_the_pairs_whose_chosen_answer_lost():
     three = scores([[-5, -9], [-6, -9], [-4, -9]], [[2, 2]] * 3, [[-4, -9], [-5, -9], [-4, -9]])
     section, _ = preferences.measure(three, 0.5, LOSS)
