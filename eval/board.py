@@ -31,7 +31,8 @@ def write(folder: Path, report: dict, pages: dict[str, str], histograms: dict, f
     board = Board(folder, total=0, quiet=True)
     board.scalars(dict(scalars(report)), step)
     for name, values in histograms.items():
-        board.histogram(f"eval/histogram/{name}", torch.as_tensor(np.ascontiguousarray(values)), step)
+        section = "evaluation_generations" if name.startswith(("greedy", "sampled")) else "eval"
+        board.histogram(f"{section}/histogram/{name}", torch.as_tensor(np.ascontiguousarray(values)), step)
     for name, (labels, chances) in curves(report, histograms).items():
         board.writer.add_pr_curve(f"eval/pr/{name}", labels, chances, step)
     for name, text in pages.items():

@@ -291,6 +291,7 @@ def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
         "eval/histogram/margins",
         "eval/histogram/reference/logps_chosen",
         "eval/histogram/model/logp_per_token_out",
+        "evaluation_generations/histogram/sampled/model/length",
     } <= set(tags["histograms"])
     assert {"eval/preferences", "eval/distribution"} <= set(tags["images"])
     tensors = set(tags["tensors"])
