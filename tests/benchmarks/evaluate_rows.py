@@ -56,7 +56,7 @@ def main():
         f"{len(data)} pairs, {int(data.lengths.sum()):,} tokens with each prompt once; {args.rounds} rounds in turn, "
         f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end",
         "",
-        "| way, pairs | median s | fastest | slowest | pairs/s | times as long as packed | largest gap, nats an answer |",
+        "| way, pairs | median s | fastest | slowest | pairs/s | times packed | largest gap, nats an answer |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, median in medians.items():
