@@ -29,9 +29,10 @@ LAYOUT = {
 def write(folder: Path, report: dict, pages: dict[str, str], histograms: dict, figures: list[Path], step: int):
     """Scalars under eval/, histograms, PR curves, texts, figures, and a layout that joins train/, val/ and eval/."""
     board = Board(folder, total=0, quiet=True)
-    board.scalars(dict(scalars(report)), step, "eval/")
+    board.scalars(dict(scalars(report)), step)
     for name, values in histograms.items():
-        board.histogram(f"eval/histogram/{name}", torch.as_tensor(np.ascontiguousarray(values)), step)
+        section = "evaluation_generations" if name.startswith(("greedy", "sampled")) else "eval"
+        board.histogram(f"{section}/histogram/{name}", torch.as_tensor(np.ascontiguousarray(values)), step)
     for name, (labels, chances) in curves(report, histograms).items():
         board.writer.add_pr_curve(f"eval/pr/{name}", labels, chances, step)
     for name, text in pages.items():
@@ -43,7 +44,11 @@ def write(folder: Path, report: dict, pages: dict[str, str], histograms: dict, f
 
 
 def scalars(report: dict):
-    """(tag, value) of every number of the report that has an interval, the model's own without a prefix."""
+    """(tag, value) of every number of the report that has an interval; TensorBoard groups by what precedes a slash.
+
+    eval/: the model's preferences, by training's names. evaluation_reference/, evaluation_baselines/ and so on: the
+    rest, which it shows below.
+    """
 
     def walk(tag, thing):
         if isinstance(thing, dict) and "value" in thing and "method" in thing:
@@ -51,12 +56,14 @@ def scalars(report: dict):
                 yield tag, thing["value"]
         elif isinstance(thing, dict):
             for key, value in thing.items():
-                yield from walk(f"{tag}/{key}" if tag else key, value)
+                yield from walk(f"{tag}/{key}", value)
 
     preferences = report["preferences"]
-    yield from walk("", preferences["model"])
-    yield from walk("", {name: preferences[name] for name in ("reference", "calibration") if name in preferences})
-    yield from walk("", {name: report[name] for name in ("baselines", "distribution", "generations")})
+    rest = {name: preferences[name] for name in ("reference", "calibration") if name in preferences}
+    rest |= {name: report[name] for name in ("baselines", "distribution", "generations")}
+    yield from walk("eval", preferences["model"])
+    for name, section in rest.items():
+        yield from walk(f"evaluation_{name}", section)
 
 
 def curves(report: dict, histograms: dict) -> dict:

@@ -256,7 +256,7 @@ def write(settings, folder, opened, models, content, tables, scored):
     values = board.histograms(tables["pairs"], of_pairs, of_texts, list(models.by_name))
     pages = {"report": reporting.markdown(content, [])}  # the figures stand among TensorBoard's images
     if not isinstance(written, str):
-        values |= written.values
+        values |= {name: column for name, column in written.values.items() if not name.endswith("ended")}
         pages |= {f"generations/{mode}": "\n".join(reporting.samples(written.rows, mode, settings.prompts))
                   for mode in ("greedy", "sampled")}  # fmt: skip
     board.write(folder.path / "tensorboard", content, pages, values, drawn, opened.record.get("steps", 0))

@@ -14,6 +14,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 BEFORE_AFTER = {"reference": "before (reference)", "model": "after (model)"}
 VIEWS = {"by_text": "of a text, mean nats a token", "by_token": "of a token, nats"}
 SIDES = (("in", BLUE, "chosen answers (in distribution)"), ("out", ORANGE, "other text (out of distribution)"))
+BELOW_LEGEND = 0.8  # of the height of a panel whose legend stands at the top
 UNSEEN = 0.001  # share of a sample that may lie left of a panel: a few tokens would take half of it
 
 
@@ -43,11 +44,11 @@ def preferences(report: dict, columns: dict) -> Figure:
 
 def _margins(axes, section, baselines, columns):
     axes.hist(columns["margin"], bins=shared_edges(np.asarray(columns["margin"])[None]), color=BLUE, alpha=0.8)
-    axes.axvline(0, color=GREY, linewidth=1)
+    axes.axvline(0, ymax=BELOW_LEGEND, color=GREY, linewidth=1)
     measure = section["model"].get("rewards/margins", section["model"]["logps/margins"])
-    axes.axvline(measure["value"], color=ORANGE, linewidth=2, label=f"mean {measure['value']:.3g}")
+    axes.axvline(measure["value"], ymax=BELOW_LEGEND, color=ORANGE, linewidth=2, label=f"mean {measure['value']:.3g}")
     if measure["interval"]:
-        axes.axvspan(*measure["interval"], color=ORANGE, alpha=0.25, label="its 95 % interval")
+        axes.axvspan(*measure["interval"], ymax=BELOW_LEGEND, color=ORANGE, alpha=0.25, label="its 95 % interval")
     axes.set(title="Margin of chosen over rejected", xlabel=section["margin"])
     _counts(axes, "pairs")
 
@@ -57,14 +58,14 @@ def _rewards(axes, section, baselines, columns):
     bins = shared_edges(np.stack(list(both.values())))
     for (side, values), colour in zip(both.items(), (BLUE, ORANGE), strict=True):
         axes.hist(values, bins=bins, color=colour, alpha=0.55, label=f"{side}, mean {values.mean():.3g}")
-    axes.axvline(0, color=GREY, linewidth=1)
+    axes.axvline(0, ymax=BELOW_LEGEND, color=GREY, linewidth=1)
     axes.set(title="Rewards", xlabel="beta x log(model / reference)")
     _counts(axes, "answers")
 
 
 def _counts(axes, what):
     """Whole numbers upwards, and room above the bars for the legend."""
-    axes.set(ylabel=what, ylim=(0, 1.3 * axes.get_ylim()[1]))
+    axes.set(ylabel=what, ylim=(0, axes.get_ylim()[1] / BELOW_LEGEND))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="upper left", ncols=2, fontsize=9)
 
@@ -77,10 +78,11 @@ def _calibration(axes, section, baselines, columns):
     spread = [[max(0, v - row["interval"][0]) for v, row in zip(y, rows, strict=True)],
               [max(0, row["interval"][1] - v) for v, row in zip(y, rows, strict=True)]]  # fmt: skip
     axes.errorbar(x, y, yerr=spread, color=BLUE, marker="o", linestyle="none", capsize=3, label="pairs, Wilson 95 %")
-    for a, b, row in zip(x, y, rows, strict=True):
-        axes.annotate(f"n={row['n']}", (a, b), xytext=(5, -10), textcoords="offset points", fontsize=8)
-    axes.set(title=f"Calibration: ECE {found['ece']['value']:.3f}", xlabel="confidence in the preferred answer",
-             ylabel="how often it is the chosen one", xlim=(0.48, 1.02), ylim=(-0.02, 1.04))  # fmt: skip
+    for row in rows:
+        axes.text((row["from"] + row["to"]) / 2, -0.08, row["n"], ha="center", fontsize=8)
+    axes.set(title=f"Calibration: ECE {found['ece']['value']:.3f}",
+             xlabel="confidence in the preferred answer; at the bottom: pairs",
+             ylabel="how often it is the chosen one", xlim=(0.48, 1.02), ylim=(-0.12, 1.04))  # fmt: skip
     axes.legend(frameon=False, loc="lower right", fontsize=9)
 
 

@@ -94,7 +94,8 @@ def trained(record: dict) -> dict | None:
         return None
     flags = record["flags"]
     return {"from": card.base_of(record)[0], "loss": flags.get("loss"), "beta": flags["beta"], "lr": flags.get("lr"),
-            "steps": record.get("steps"), "pairs": (record.get("data") or {}).get("groups"),
+            "steps": record.get("steps"), "batch_size": flags.get("batch_size"),
+            "pairs": (record.get("data") or {}).get("groups"),
             "data": card.shown_sources(record.get("data")),
             "reference": card.shown(record["reference_model"]) if record.get("reference_model") else None}  # fmt: skip
 

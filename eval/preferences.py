@@ -51,6 +51,7 @@ def measure(scores, beta: float, loss_of) -> tuple[dict, dict]:
         section["model"] = rewarded | section["model"]
         section["reference"] = likelihoods(pairs_of(scores, 1), units)
         section["calibration"] = calibration(margins, units)
+        section["loss_by_pair"] = by_pair(loss_of)
         columns |= more
     section["by_length"] = by_length(margins, pairs, units)
     section["length_correlation"] = length_correlation(margins, pairs)
@@ -75,6 +76,11 @@ def rewards(pairs: Pairs, units, beta: float, loss_of) -> tuple[dict, dict]:
     columns = {"ref_chosen_logp": pairs.ref_chosen.numpy(), "ref_rejected_logp": pairs.ref_rejected.numpy(),
                "chosen_reward": chosen, "rejected_reward": rejected, "loss": losses}  # fmt: skip
     return found, columns
+
+
+def by_pair(loss_of) -> bool:
+    """Whether a pair's loss here is the one that training would take; else it lacks what steps and tokens add."""
+    return not loss_of.couples and not loss_of.across.use_weighting and loss_of.across.ld_alpha == 1
 
 
 def likelihoods(pairs: Pairs, units) -> dict:

@@ -53,10 +53,10 @@ def verdict(preferences: dict, baselines: dict, distribution: dict, generations:
         "less likely than before" if losing else "more likely than before" if gaining else "about as likely as before"
     )
     written, disliked = _written(generations)
-    reasons = [f"The model {pairs}: reward accuracy {show(accuracy)} (0.5: no preference), margin {show(margin)}.",
+    reasons = [f"The model {pairs}: reward accuracy {percent(accuracy)} (no preference: 50 %), margin {show(margin)}.",
                *trivial,
-               f"The chosen answer itself became less likely in {show(fell)} of the pairs.",
-               f"Text from elsewhere is {other}: perplexity x {show(ratio)}.", *written]  # fmt: skip
+               f"The chosen answer itself became less likely in {percent(fell)} of the pairs.",
+               f"Text from elsewhere is {other}: perplexity x {show(ratio, 5)}.", *written]  # fmt: skip
     price = losing or disliked
     word = "better" if gain > 0 and not price else "worse" if gain < 0 or (gain == 0 and price) else "different"
     return {"word": word, "reasons": reasons}
@@ -68,8 +68,8 @@ def _trivial(baselines) -> list[str]:
     if bag["value"] is None:
         return []
     return [f"Without any model a bag of words is right on {bag['value']:.1%} of these pairs, \"longer wins\" on "
-            f"{longer['value']:.1%}; accuracy beyond the bag of words: "
-            f"{show(baselines['model_minus_bag_of_words'])}."]  # fmt: skip
+            f"{longer['value']:.1%}; the model's accuracy less the bag of words': "
+            f"{percent(baselines['model_minus_bag_of_words'])}."]  # fmt: skip
 
 
 def _written(generations) -> tuple[list[str], bool]:
@@ -78,14 +78,12 @@ def _written(generations) -> tuple[list[str], bool]:
     if "change" not in sampled:
         return [], False
     change = sampled["change"]
-    told = (f"Sampled answers: length {change['length']['value']:+.3g} tokens {_ends(change['length'])}, repeated "
-            f"4-grams {change['repetition']['value']:+.2g} {_ends(change['repetition'])}, ended by themselves "
-            f"{change['ended']['value']:+.2g} {_ends(change['ended'])}")  # fmt: skip
+    told = (f"Sampled answers changed in length by {show(change['length'], 3)} tokens, in repeated 4-grams by "
+            f"{percent(change['repetition'])}, in ending by themselves by {percent(change['ended'])}")  # fmt: skip
     if found := sampled["model"].get("kl_k3"):
-        told += f", KL to the reference {show(found)} nats an answer"
-    won = sampled.get("win_rate")
-    if won:
-        told += f"; the reward model prefers the new one in {show(won)}"
+        told += f"; KL to the reference {show(found, 3)} nats an answer"
+    if won := sampled.get("win_rate"):
+        told += f"; the reward model prefers the new one in {percent(won)}"
     return [f"{told}."], bool(won) and _side(won, 0.5) < 0
 
 
@@ -99,12 +97,14 @@ def show(measure: dict | None, digits: int = 4) -> str:
     """A measure as text: the value and its 95 % interval."""
     if not measure or measure["value"] is None or math.isnan(measure["value"]):
         return "-"
-    return f"{measure['value']:.{digits}g} {_ends(measure, digits)}".rstrip()
+    text, interval = lambda x: f"{x:.{digits}g}", measure.get("interval")
+    return text(measure["value"]) + (f" [{text(interval[0])}, {text(interval[1])}]" if interval else "")
 
 
-def _ends(measure: dict, digits: int = 4) -> str:
+def percent(measure: dict) -> str:
+    """A share, or a change of one, as text."""
     interval = measure.get("interval")
-    return f"[{interval[0]:.{digits}g}, {interval[1]:.{digits}g}]" if interval else ""
+    return f"{measure['value']:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
 
 
 def clean(thing):
@@ -127,10 +127,10 @@ def markdown(report: dict, figures: list[Path]) -> str:
     lines += [f"* {reason}" for reason in report["verdict"]["reasons"]] + [""]
     if made:
         known = {"the {} loss": made["loss"], "beta {:g}": made["beta"], "learning rate {:g}": made["lr"],
-                 "{} steps": made["steps"], "{} pairs": made["pairs"]}  # fmt: skip
+                 "{} steps": made["steps"], "{} pairs a step": made["batch_size"]}  # fmt: skip
         told = ", ".join(form.format(value) for form, value in known.items() if value is not None)
         other = made["reference"] and report["reference"] and made["reference"] != report["reference"]
-        lines += [f"Trained from {made['from']}: {told} of {made['data']}."
+        lines += [f"Trained from {made['from']}: {told}, on {made['data']} ({made['pairs']} pairs)."
                   + (f" Its reference in training was another: {made['reference']}." if other else ""), ""]  # fmt: skip
     lines += [
         f"Evaluated with beta {recipe['beta']:g}, at most {recipe['max_length']} tokens, prompts at most "
@@ -169,6 +169,9 @@ def _preferences(section, baselines) -> list[str]:
     rows = [[title, *(show(section[side].get(name)) for side in sides)] for name, title in TITLES.items()
             if name in section["model"]]  # fmt: skip
     lines = table(["measure", *sides.values()], rows)
+    if not section.get("loss_by_pair", True):
+        lines += ["The loss is that of each pair by itself, with a step's baseline 0 and no weights of tokens: not the "
+                  "one that training shows.", ""]  # fmt: skip
     lines += ["Without any model:", "", *table(["rule", "accuracy", "how"], [
         [name.replace("_", " "), show(baselines[name]), baselines[name].get("what", baselines[name]["method"])]
         for name in ("longer_wins", "bag_of_words")])]  # fmt: skip
@@ -208,12 +211,11 @@ def _distribution(report) -> list[str]:
         "",
     ]
     rows = []
-    for title, key, moved, sign in (
-        ("perplexity", "perplexity", "perplexity_ratio", "x "),
-        ("log-prob, nats a token", "logp_per_token", "logp_per_token", ""),
-    ):
+    for title, key, moved in (("perplexity", "perplexity", lambda side: f"x {show(side['perplexity_ratio'], 5)}"),
+                              ("log-prob, nats a token", "logp_per_token",
+                               lambda side: show(side["logp_per_token"], 3))):  # fmt: skip
         rows += [[f"{title}, {side}", *(show(section[name][side][key]) for name in names),
-                  *([sign + show(change[side][moved])] if change else [])] for side in ("in", "out")]  # fmt: skip
+                  *([moved(change[side])] if change else [])] for side in ("in", "out")]  # fmt: skip
     rows += [[f"{title}, {view.replace('_', ' ')}", *(show(section[name][view][measure]) for name in names),
               *([""] if change else [])] for view in ("by_text", "by_token")
              for measure, title in (("overlap", "overlap"), ("auroc", "AUROC, in over out"),
@@ -275,7 +277,7 @@ def closing(report: dict, folder: Path, carded: str | None) -> list[str]:
              for name in ("longer_wins", "bag_of_words")]  # fmt: skip
     change = report["distribution"].get("change")
     rows.append(("perplexity of other text", show(out["perplexity"])
-                 + (f", x {show(change['out']['perplexity_ratio'])}" if change else "")))  # fmt: skip
+                 + (f", x {show(change['out']['perplexity_ratio'], 5)}" if change else "")))  # fmt: skip
     word = WORDS[report["verdict"]["word"]]
     run = Path(carded).resolve().parent if carded else folder  # training's curves beside the evaluation's
     logs = run if folder.resolve().is_relative_to(run) else folder

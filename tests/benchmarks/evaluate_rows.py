@@ -44,7 +44,7 @@ def main():
     data = data.select(range(min(args.pairs, len(data))))
     module, whole = backbone.Backbone(backbone.load(path)), range(len(data))
     plans = {PACKED: passes(data.lengths.sum(1), memory.CPU_TOKENS)}
-    plans |= {f"padded, {n} pairs at a time": [tuple(whole[i : i + n]) for i in whole[::n]] for n in args.batch}
+    plans |= {f"padded, {n} at a time": [tuple(whole[i : i + n]) for i in whole[::n]] for n in args.batch}
     seconds, values = {name: [] for name in plans}, {}
     for _ in range(args.rounds):
         for name, plan in plans.items():
@@ -56,7 +56,7 @@ def main():
         f"{len(data)} pairs, {int(data.lengths.sum()):,} tokens with each prompt once; {args.rounds} rounds in turn, "
         f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f} at the end",
         "",
-        "| way | median s | fastest | slowest | pairs/s | times as long as packed | largest gap, nats an answer |",
+        "| way, pairs | median s | fastest | slowest | pairs/s | times packed | largest gap, nats an answer |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, median in medians.items():

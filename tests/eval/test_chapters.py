@@ -45,6 +45,13 @@ def test_rewards_by_hand():
     assert section["prompts"] == 3 and section["model"]["loss"]["prompts"] == 3
 
 
+def test_a_loss_that_looks_at_a_whole_step_is_told_from_others():
+    told = lambda name, **args: preferences.by_pair(preference.choose(name, 0.1, args))
+    assert told("sigmoid") and told("ipo") and told("sigmoid:0.5,sft:1.0")
+    assert not told("kto") and not told("aot") and not told("sigmoid:0.5,bco_pair:0.5")
+    assert not told("sigmoid", use_weighting=True) and not told("sigmoid", ld_alpha=0.5)
+
+
 def test_displacement_counts_the_pairs_whose_chosen_answer_lost():
     three = scores([[-5, -9], [-6, -9], [-4, -9]], [[2, 2]] * 3, [[-4, -9], [-5, -9], [-4, -9]])
     section, _ = preferences.measure(three, 0.5, LOSS)
@@ -234,8 +241,8 @@ def test_verdict(accuracy, margin, ratio, won, word):
         written["sampled"]["win_rate"] = measure(*won)
     found = report.verdict({"model": model}, trivial, text, written, unchanged=False)
     said = " ".join(found["reasons"])
-    assert found["word"] == word and "right on 100.0%" in said and "-0.125 [-0.25, 0]" in said
-    assert "length -7.5 tokens [-9, -6]" in said and "1.5 [1, 2] nats" in said and ("reward model" in said) == bool(won)
+    assert found["word"] == word and "right on 100.0%" in said and "-12.5% [-25.0%, 0.0%]" in said
+    assert "by -7.5 [-9, -6] tokens" in said and "1.5 [1, 2] nats" in said and ("reward model" in said) == bool(won)
     assert report.verdict({"model": model}, trivial, text, {}, unchanged=True)["word"] == "unchanged"
     assert report.verdict({"model": model}, trivial, {}, {}, unchanged=False)["word"] == "not compared"
 

@@ -232,8 +232,9 @@ def test_settings_come_from_the_models_run_and_flags_override(runs):
         "packed",
     )
     assert recipe["from"] == "run/run.json" and report["ood"]["truncated"] == 1
-    assert report["trained"] | {"from": None} == {"from": None, "loss": "sigmoid", "beta": 0.4, "lr": 0.01, "steps": 2,
-                                                  "pairs": 192, "data": "zeropref's built-in train.jsonl"}  # fmt: skip
+    assert report["trained"] == {"from": "llama", "loss": "sigmoid", "beta": 0.4, "lr": 0.01, "steps": 2, "pairs": 192,
+                                 "batch_size": 8, "data": "zeropref's built-in train.jsonl",
+                                 "reference": "llama"}  # fmt: skip
     assert load(runs / "padded")["recipe"]["layout"] == "padded"
     other = load(runs / "itself")["recipe"]
     assert (other["beta"], other["max_length"], other["from"]) == (2, 512, None)
@@ -282,14 +283,15 @@ def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
         (event,) = events.Scalars(f"eval/{name}")
         assert event.step == 2 and event.value == pytest.approx(report["preferences"]["model"][name]["value"], rel=1e-6)
     assert {
-        "eval/distribution/model/out/perplexity",
-        "eval/baselines/bag_of_words",
-        "eval/reference/logps/chosen",
+        "evaluation_distribution/model/out/perplexity",
+        "evaluation_baselines/bag_of_words",
+        "evaluation_reference/logps/chosen",
     } <= set(tags["scalars"])
     assert {
         "eval/histogram/margins",
         "eval/histogram/reference/logps_chosen",
         "eval/histogram/model/logp_per_token_out",
+        "evaluation_generations/histogram/sampled/model/length",
     } <= set(tags["histograms"])
     assert {"eval/preferences", "eval/distribution"} <= set(tags["images"])
     tensors = set(tags["tensors"])
@@ -438,7 +440,7 @@ def test_sharded_models_are_scored_alike_and_write_nothing(place, model_dir, run
     )
     assert done.returncode == 0, done.stderr[-3000:]
     sharded, whole = load(place / "sharded"), load(runs / "one")
-    assert "sharded" in sharded["generations"]["skipped"]
+    assert "shards the models" in sharded["generations"]["skipped"]
     assert sharded["preferences"]["model"]["loss"]["value"] == pytest.approx(
         whole["preferences"]["model"]["loss"]["value"], rel=1e-5
     )
