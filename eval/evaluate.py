@@ -78,6 +78,8 @@ class Settings:
     nothing. None: whole on each rank."""
     card: bool = True
     """Write results into the model card of a model directory that training wrote."""
+    allow_pickle: bool = False
+    """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's weights_only holds."""
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code."""
     seed: int = 0
@@ -159,6 +161,7 @@ def open_inputs(settings, folder):
 def open_models(settings, folder, opened, device):
     """The frozen model and reference, checked on the first pairs, and the reward model. Every rank calls this."""
     from eval import generations, inputs
+    from train.data import chat
     from train.engine import checks, generate, memory, run, zero
     from train.engine.reference import Live
 
@@ -172,9 +175,16 @@ def open_models(settings, folder, opened, device):
 
     def load(path):
         module = zero.load_backbone(
-            path, ds, precision, recipe["stage"], device, recipe["layout"], settings.trust_remote_code
+            path,
+            ds,
+            precision,
+            recipe["stage"],
+            device,
+            recipe["layout"],
+            settings.trust_remote_code,
+            settings.allow_pickle,
         )
-        run.check_fit(module, opened.tokenizer, recipe["max_length"])
+        chat.check_fit(module.lm.config, opened.tokenizer, recipe["max_length"])
         return Live(module, ds)
 
     model = load(opened.path)

@@ -120,6 +120,8 @@ class Settings:
     """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     log_every: int = 1
     """Steps between readings of the training measures."""
+    allow_pickle: bool = False
+    """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's weights_only holds."""
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code."""
     seed: int = 0
@@ -270,7 +272,7 @@ def open_data(settings, folder, loss_of):
 
 def open_models(settings, folder, tokenizer, data, held_out, device):
     """The policy under DeepSpeed, the reference, and the Plan."""
-    from train.data import order
+    from train.data import chat, order
     from train.engine import memory, run, zero
     from train.engine.reference import Base
     from train.models import adapters
@@ -282,7 +284,15 @@ def open_models(settings, folder, tokenizer, data, held_out, device):
     steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
     path, ref_path = folder.model_path(settings.model), folder.model_path(settings.reference_model or settings.model)
     load = lambda source, mode, change=None: zero.load_backbone(
-        source, mode, precision, stage, device, settings.layout, settings.trust_remote_code, change
+        source,
+        mode,
+        precision,
+        stage,
+        device,
+        settings.layout,
+        settings.trust_remote_code,
+        settings.allow_pickle,
+        change,
     )
     adapt = lambda lm: adapters.add(lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     budget = lambda module: (
@@ -295,7 +305,7 @@ def open_models(settings, folder, tokenizer, data, held_out, device):
         open_reference(settings, ds, ref_path, load, budget, sets, folder) if looked_up else (None, None)
     )
     module = load(path, ds, adapt if settings.lora_rank else None)
-    run.check_fit(module, tokenizer, settings.max_length)
+    chat.check_fit(module.lm.config, tokenizer, settings.max_length)
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
     policy = zero.Policy(module, ds, lr=settings.lr, weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,

@@ -79,8 +79,9 @@ def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens
 
 KINDS = {
     "pair": Kind(check_pair, PAIR_COLUMNS, 2, lambda item: item[0], _pair_encoder),
-    "labelled": Kind(check_labelled, LABELLED_COLUMNS, 1, lambda item: item[0], _labelled_encoder,
-                     lambda item: item[2]),  # fmt: skip
+    "labelled": Kind(
+        check_labelled, LABELLED_COLUMNS, 1, lambda item: item[0], _labelled_encoder, lambda item: item[2]
+    ),  # fmt: skip
     "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
 }
 
@@ -193,7 +194,7 @@ def collect(
 
 
 def kind_of(sources: Sequence[str], split: str = "train") -> str:
-    """"labelled" where the first row has an answer with a label and no pair, else "pair". Raises DataError."""
+    """ "labelled" where the first row has an answer with a label and no pair, else "pair". Raises DataError."""
     _, _, row = next(read_rows(sources, split))
     columns = row if isinstance(row, dict) else {}
     return "labelled" if {"completion", "label"} <= {*columns} and "chosen" not in columns else "pair"
