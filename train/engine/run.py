@@ -14,7 +14,7 @@ import transformers
 from tqdm import tqdm
 
 from train.config import Exit, fail
-from train.data.errors import DataError, one_line
+from train.data.errors import DataError
 from train.engine import dist
 from train.engine.export import write_json
 from train.models import builtin
@@ -153,7 +153,7 @@ def load_tokenizer(path, trust_remote_code=False):
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise a dozen types
-        raise ValueError(f"cannot load a tokenizer from {path}: {one_line(error)}") from error
+        raise ValueError(f"cannot load a tokenizer from {path}: {' '.join(str(error).split())}") from error
 
 
 def describe(data, sources) -> dict:
