@@ -23,12 +23,8 @@ def measure(chosen: list[str], rejected: list[str], units: np.ndarray, correct: 
     section = {"longer_wins": intervals.ratio(longer, units, share=True) | {"what": "the answer of more characters"}}
     scores = bag_of_words(chosen, rejected, units)
     if scores is None:
-        section["bag_of_words"] = {
-            "value": None,
-            "interval": None,
-            "n": len(chosen),
-            "method": "none: fewer than two prompts",
-        }
+        section["bag_of_words"] = {"value": None, "interval": None, "n": len(chosen),
+                                   "method": "none: fewer than two prompts"}  # fmt: skip
         return section, {}
     wins = (scores > 0) + 0.5 * (scores == 0)
     section["bag_of_words"] = intervals.ratio(wins, units, share=True) | {

@@ -8,13 +8,14 @@ scored tokens. Two views of the same tokens: by text (the mean of each response 
 import math
 
 import numpy as np
+import scipy.stats
 import torch
 
 from eval import intervals
 from train.losses import measures
 
-MOST_BINS = 40
-WIDTHS = tuple(round(base * 10**power, 6) for power in range(-4, 2) for base in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))  # nats
+MOST_BINS = 80
+WIDTHS = tuple(float(f"{base}e{power}") for power in range(-9, 4) for base in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))  # nats
 RESAMPLED_VALUES = 200_000_000  # values times resamples: 20 s on one core
 SEPARATION = {"overlap": (0, 1), "auroc": None, "wasserstein": (0, math.inf)}  # see intervals.resampled
 SHUFFLES = 500
@@ -25,27 +26,15 @@ def measure(pair_scores, text_scores, names: list[str]) -> tuple[dict, dict]:
     """(the report's section, columns of the texts' table). `names`: of the models in the scores' order."""
     inside = Sample.of(pair_scores, 0)
     outside = Sample.of(text_scores, 0)
-    edges = {
-        "by_text": shared_edges(inside.means, outside.means),
-        "by_token": shared_edges(inside.tokens, outside.tokens),
-    }
+    views = {"by_text": ((inside.means, inside.units), (outside.means, outside.units)),
+             "by_token": ((inside.tokens, inside.token_units), (outside.tokens, outside.token_units))}  # fmt: skip
+    edges = {view: shared_edges(values, others) for view, ((values, _), (others, _)) in views.items()}
     section = {"in_distribution": {"what": "chosen responses", **inside.size()},
                "out_of_distribution": {"what": "texts", **outside.size()}}  # fmt: skip
     for number, name in enumerate(names):
-        section[name] = {
-            "in": likelihood(inside, number),
-            "out": likelihood(outside, number),
-            "by_text": separation(
-                inside.means[number], outside.means[number], inside.units, outside.units, edges["by_text"]
-            ),
-            "by_token": separation(
-                inside.tokens[number],
-                outside.tokens[number],
-                np.repeat(inside.units, inside.lengths),
-                np.repeat(outside.units, outside.lengths),
-                edges["by_token"],
-            ),
-        }
+        section[name] = {"in": likelihood(inside, number), "out": likelihood(outside, number)}
+        for view, ((values, units), (others, their_units)) in views.items():
+            section[name][view] = separation(values[number], others[number], units, their_units, edges[view])
     if len(names) == 2:
         section["change"] = {side: change(sample) for side, sample in (("in", inside), ("out", outside))}
     columns = {"row": text_scores.rows, "tokens": outside.lengths, "logp": outside.sums[0]}
@@ -60,6 +49,7 @@ class Sample:
     def __init__(self, sums, lengths, tokens, prompts):
         self.sums, self.lengths, self.tokens = sums, lengths, tokens  # (M, n) nats, (n,) tokens, (M, T) nats
         self.units = intervals.units_of(prompts)  # (n,)
+        self.token_units = np.repeat(self.units, lengths)  # (T,)
         self.means = sums / lengths  # (M, n) nats a token
 
     @classmethod
@@ -72,12 +62,8 @@ class Sample:
 
     def size(self) -> dict:
         """How much text it is."""
-        return {
-            "texts": len(self.lengths),
-            "tokens": int(self.lengths.sum()),
-            "mean_tokens": float(self.lengths.mean()),
-            "longest": int(self.lengths.max()),
-        }
+        return {"texts": len(self.lengths), "tokens": int(self.lengths.sum()),
+                "mean_tokens": float(self.lengths.mean()), "longest": int(self.lengths.max())}  # fmt: skip
 
 
 def likelihood(sample: Sample, model: int) -> dict:
@@ -129,10 +115,13 @@ def alike(a, b, bins) -> dict:
 def shared_edges(*samples: np.ndarray) -> np.ndarray:
     """Bins for all samples (M, n) of all models: of a round width, at round places, which no rounding moves.
 
-    About 2 n^(1/3) of them (Rice's rule) for the smallest sample: with more, small samples overlap too little.
+    The width is Freedman and Diaconis' (1981), 2 IQR n^(-1/3), of the sample that it is least for: a few values far
+    out do not make it coarse. Wider where that would be more than MOST_BINS.
     """
     low, high = min(x.min() for x in samples), max(x.max() for x in samples)
-    most = min(MOST_BINS, math.ceil(2 * min(x.shape[-1] for x in samples) ** (1 / 3)))
-    width = next((w for w in WIDTHS if (high - low) / w <= most), WIDTHS[-1])
-    first, last = math.floor(low / width), math.floor(high / width) + 1
+    wanted = [2 * float(iqr) / x.shape[-1] ** (1 / 3) for x in samples for iqr in scipy.stats.iqr(x, axis=-1) if iqr]
+    wanted = max(min(wanted, default=0), (high - low) / MOST_BINS) or 1.0
+    width = next((w for w in WIDTHS if w >= wanted), WIDTHS[-1])
+    first = math.floor(low / width)
+    last = max(math.ceil(high / width), first + 1)  # 0 closes the bins of log-probabilities, and counts below it
     return np.arange(first, last + 1) * width

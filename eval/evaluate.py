@@ -21,6 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 from train import config  # noqa: E402
 
+SHARDED = ("--ds_config shards the models over the ranks, and decoding needs whole ones; leave it out where a model's "
+           "weights fit on one device")  # fmt: skip
+
 
 @dataclasses.dataclass
 class Settings:
@@ -47,7 +50,7 @@ class Settings:
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     temperature: float = 1.0
-    """Of the sampled answers; the KL to the reference is estimated at 1."""
+    """Of the sampled answers; at 1, and only there, they give the KL to the reference."""
     beta: float | None = None
     """Reward = beta * log(pi / pi_ref). None, also in the five below: from the model's run.json, else 0.1."""
     loss: str | None = None
@@ -71,32 +74,28 @@ class Settings:
     batch_size: int = 32
     """Answers decoded at once."""
     ds_config: str | None = None
-    """DeepSpeed JSON: ds_configs/frozen_zero3.json shards the models over the ranks. None: whole on each rank."""
+    """DeepSpeed JSON: ds_configs/frozen_zero3.json shards the models over the ranks, which then are scored but write
+    nothing. None: whole on each rank."""
     card: bool = True
     """Write results into the model card of a model directory that training wrote."""
+    allow_pickle: bool = False
+    """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's weights_only holds."""
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code."""
     seed: int = 0
     """Seed of the sampled answers."""
 
     def __post_init__(self):
-        at_least = {
-            "max_rows": 1,
-            "ood_tokens": 2,
-            "prompts": 0,
-            "max_new_tokens": 1,
-            "temperature": 0,
-            "micro_tokens": 1,
-            "max_dropped": 0,
-            "batch_size": 1,
-            "max_length": 2,
-            "max_prompt_length": 1,
-        }
+        at_least = {"max_rows": 1, "ood_tokens": 2, "prompts": 0, "max_new_tokens": 1, "temperature": 0,
+                    "micro_tokens": 1, "max_dropped": 0, "batch_size": 1, "max_length": 2,
+                    "max_prompt_length": 1}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"--{name} is at least {least}, not {getattr(self, name)}")
         if self.beta is not None and not self.beta > 0:
             raise ValueError(f"--beta is above 0, not {self.beta}")
+        if self.reward_model and not self.prompts:
+            raise ValueError("--reward_model scores what the models write, and with --prompts 0 they write nothing")
         if self.max_dropped > 1:
             raise ValueError(f"--max_dropped is a share of 1, not {self.max_dropped}")
 
@@ -118,8 +117,11 @@ def main():
             return dist.stop()
         inputs = open_inputs(settings, folder)
         loss_of = preference.choose(inputs.recipe["loss"], inputs.recipe["beta"], inputs.recipe["loss_args"])
-        models = open_models(settings, folder, inputs, device)
+        with scores.room_for("loading and checking the models", scores.LESS):
+            models = open_models(settings, folder, inputs, device)
     folder.start()
+    if models.sharded and settings.prompts:
+        folder.say(f"no generations: {SHARDED}")
     judged = list(models.by_name.values())
     of_pairs = scores.score_all(inputs.pairs, judged, models.budget, device, "pairs")
     of_texts = scores.score_all(inputs.texts, judged, models.budget, device, "texts")
@@ -134,8 +136,8 @@ def main():
 
 
 def open_inputs(settings, folder):
-    """The recipe of the model's training, the tokenizer, pairs and texts. Every rank calls this."""
-    from eval import inputs
+    """The recipe of the model's training, the tokenizer, pairs, texts and prompts. Every rank calls this."""
+    from eval import generations, inputs
     from train.engine import dist, run
 
     record, where = inputs.training_record(settings.model)
@@ -152,25 +154,37 @@ def open_inputs(settings, folder):
         inputs.same_tokens(tokenizer, settings.reference, answers[0], settings.trust_remote_code)
     described = {"data": run.describe(pairs, pair_sources), "ood": run.describe(texts, text_sources)}
     folder.note(**described)
-    return inputs.Inputs(path, record, recipe, tokenizer, pairs, texts, answers, pair_sources, described)
+    prompts = generations.prompts_of(pair_sources, pairs, settings.prompts) if settings.prompts else []
+    return inputs.Inputs(path, record, recipe, tokenizer, pairs, texts, answers, prompts, described)
 
 
 def open_models(settings, folder, opened, device):
     """The frozen model and reference, checked on the first pairs, and the reward model. Every rank calls this."""
     from eval import generations, inputs
-    from train.engine import checks, memory, run, zero
+    from train.data import chat
+    from train.engine import checks, generate, memory, run, zero
     from train.engine.reference import Live
 
     recipe = opened.recipe
     precision = zero.precision_of(recipe["precision"], device)
     policy = zero.resolve({"zero_optimization": {"stage": recipe["stage"]}}, precision)  # as the model was trained
     ds = zero.frozen(zero.read_config(settings.ds_config) if settings.ds_config else {}, policy)
+    sharded = zero.stage_of(ds) == 3
+    if sharded and settings.reward_model:
+        raise ValueError(f"--reward_model scores what the models write; {SHARDED}")
 
     def load(path):
         module = zero.load_backbone(
-            path, ds, precision, recipe["stage"], device, recipe["layout"], settings.trust_remote_code
+            path,
+            ds,
+            precision,
+            recipe["stage"],
+            device,
+            recipe["layout"],
+            settings.trust_remote_code,
+            settings.allow_pickle,
         )
-        run.check_fit(module, opened.tokenizer, recipe["max_length"])
+        chat.check_fit(module.lm.config, opened.tokenizer, recipe["max_length"])
         return Live(module, ds)
 
     model = load(opened.path)
@@ -178,40 +192,39 @@ def open_models(settings, folder, opened, device):
     reference = model if same else load(settings.reference) if settings.reference else None
     checks.start(model, reference or model, opened.pairs, device, precision, same_weights=bool(same))
     judge = None
-    if settings.reward_model and settings.prompts:
-        judge = generations.RewardModel(
-            settings.reward_model, device, model.module.autocast, settings.trust_remote_code
-        )
+    if settings.reward_model:
+        judge = generations.RewardModel(settings.reward_model, device, model.module.autocast,
+                                        settings.trust_remote_code)  # fmt: skip
+        judge.check(opened.prompts, settings.max_new_tokens)
+    for one in () if sharded or not opened.prompts else filter(None, (model, reference)):
+        generate.check(one.module.lm, [prompt.ids for prompt in opened.prompts], settings.max_new_tokens)
     budget = settings.micro_tokens or (memory.CUDA_TOKENS if device.type == "cuda" else memory.CPU_TOKENS)
     facts = {"precision": precision, "row_tokens": budget, "hardware": run.hardware(device), "versions": run.versions()}
     folder.note(**facts)
-    return inputs.Models(model, reference, judge, zero.stage_of(ds) == 3, budget, facts)
+    return inputs.Models(model, reference, judge, sharded, budget, facts)
 
 
 def generate(settings, opened, models, device):
-    """What the models write: eval.generations.Generated, or the reason why nothing is. Every rank calls this."""
+    """What the models write: eval.generations.Generated, or the reason why they do not. Every rank calls this."""
     from eval import generations
-    from train.config import Exit, fail
 
     if not settings.prompts:
         return "--prompts is 0"
     if models.sharded:
-        return "the models are sharded (--ds_config), and generation needs whole ones"
-    prompts = generations.prompts_of(opened.sources, opened.pairs, settings.prompts)
-    try:
-        return generations.compare(
-            models.model, models.reference, prompts, opened.tokenizer, device, budget=models.budget,
-            max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed,
-            batch_size=settings.batch_size, reward_model=models.judge,
-        )  # fmt: skip
-    except ValueError as error:
-        fail(str(error), Exit.FLAGS)
+        return SHARDED
+    return generations.compare(
+        models.model, models.reference, opened.prompts, opened.tokenizer, device, budget=models.budget,
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed,
+        batch_size=settings.batch_size, reward_model=models.judge,
+    )  # fmt: skip
 
 
 def measure(settings, opened, models, loss_of, scored, seconds):
     """The report, and the per-row tables by name. Rank 0 alone calls this."""
-    from eval import baselines, distribution, preferences
+    from eval import baselines, distribution, inputs, preferences
     from eval import report as reporting
+    from train.engine import card
+    from train.models import builtin
 
     of_pairs, of_texts, written = scored
     preferred, columns = preferences.measure(of_pairs, opened.recipe["beta"], loss_of)
@@ -219,38 +232,44 @@ def measure(settings, opened, models, loss_of, scored, seconds):
     names = list(models.by_name)
     text, text_columns = distribution.measure(of_pairs, of_texts, names)
     unchanged = len(names) == 2 and all((s.tokens[0] == s.tokens[1]).all() for s in (of_pairs, of_texts))
+    answered = {"skipped": written} if isinstance(written, str) else written.report
     tables = {"pairs": columns | more, "texts": text_columns}
     if not isinstance(written, str) and written.rows:
         tables["generations"] = {name: [row[name] for row in written.rows] for name in written.rows[0]}
     content = {
-        "model": settings.model or Path(opened.path).name, "reference": settings.reference, "recipe": opened.recipe,
-        **opened.described, "verdict": reporting.verdict(preferred, trivial, text, unchanged),
+        "model": card.shown(settings.model or builtin.REPOSITORY),
+        "reference": settings.reference and card.shown(settings.reference), "trained": inputs.trained(opened.record),
+        "recipe": opened.recipe, **{name: {**one, "sources": list(map(card.shown, one["sources"]))}
+                                    for name, one in opened.described.items()},
+        "verdict": reporting.verdict(preferred, trivial, text, answered, unchanged),
         "preferences": preferred, "baselines": trivial, "distribution": text,
-        "generations": {"skipped": written} if isinstance(written, str) else written.report,
-        "run": models.facts | {"flags": config.as_dict(settings), "seconds_scoring": seconds},
+        "generations": answered,
+        "run": models.facts | {"flags": inputs.shown_flags(settings), "seconds_scoring": seconds},
     }  # fmt: skip
     return reporting.clean(content), tables
 
 
 def write(settings, folder, opened, models, content, tables, scored):
     """Everything in --output and the model's card, then where it lies. Rank 0 alone calls this."""
-    from eval import figures
+    from eval import board, figures
     from eval import report as reporting
     from train.engine import card
     from train.engine.export import write_json
 
     of_pairs, of_texts, written = scored
-    none = isinstance(written, str)
     drawn = figures.draw(folder.path / "figures", content, tables["pairs"])
     page = reporting.markdown(content, drawn)
     write_json(folder.path / "report.json", content)
     (folder.path / "report.md").write_text(page, encoding="utf-8")
     for name, columns in tables.items():
         reporting.parquet(folder.path / f"{name}.parquet", columns)
-    histograms = reporting.histograms(tables["pairs"], of_pairs, of_texts, list(models.by_name))
-    pages = {"report": page, "generations": reporting.samples([] if none else written.rows, settings.prompts)}
-    reporting.tensorboard(folder.path / "tensorboard", content, pages, histograms | ({} if none else written.values),
-                          drawn, opened.record.get("steps", 0))  # fmt: skip
+    values = board.histograms(tables["pairs"], of_pairs, of_texts, list(models.by_name))
+    pages = {"report": reporting.markdown(content, [])}  # the figures stand among TensorBoard's images
+    if not isinstance(written, str):
+        values |= {name: column for name, column in written.values.items() if not name.endswith("ended")}
+        pages |= {f"generations/{mode}": "\n".join(reporting.samples(written.rows, mode, settings.prompts))
+                  for mode in ("greedy", "sampled")}  # fmt: skip
+    board.write(folder.path / "tensorboard", content, pages, values, drawn, opened.record.get("steps", 0))
     carded = settings.card and opened.recipe["from"] is not None
     if carded:
         card.update(Path(opened.path), content, drawn, opened.record)

@@ -18,17 +18,18 @@ import transformers
 from tqdm import tqdm
 
 from eval.intervals import point, ratio
-from eval.scores import score_all
+from eval.scores import room_for, score_all
 from train.data.chat import Chat
 from train.data.rows import PAIR_COLUMNS, check_pair
 from train.data.tokens import Tokenised, check_rows
-from train.engine import dist
+from train.engine import card, dist
 from train.engine.generate import Completion, batches, generate
 from train.engine.run import load_tokenizer
 from train.losses.measures import wilson, wins
 
 MODES = ("greedy", "sampled")
 EXAMPLES = 3  # rows that the report itself holds, for the model card
+COMPARED = ("length", "ended", "repetition", "reward")  # measures of an answer, compared prompt by prompt
 REPEATED = 4  # tokens of an n-gram that counts as a repetition (seq-rep-4)
 
 
@@ -81,7 +82,7 @@ def compare(model, reference, prompts: Sequence[Prompt], tokenizer, device: torc
             title = f"{mode} answers of the {side}"
             written[side] = write(one.module, prompts, ends, max_new_tokens, heat, seed, batch_size, title)
             columns = _columns(written[side], prompts, ends, tokenizer, reward_model)
-            if mode == "sampled" and side == "model" and reference:
+            if mode == "sampled" and side == "model" and reference and temperature == 1:
                 columns |= kl(model, reference, prompts, written[side], budget, device)
             found[mode][side] = summary(columns, _bare(written[side], ends))
             for row, *cells in zip(rows, *columns.values(), strict=True):
@@ -89,7 +90,9 @@ def compare(model, reference, prompts: Sequence[Prompt], tokenizer, device: torc
             values |= {f"{mode}/{side}/{name}": np.asarray(column, dtype=np.float64)
                        for name, column in columns.items() if name != "text"}  # fmt: skip
         if reference:
-            found[mode] |= _against(written, {side: values.get(f"{mode}/{side}/reward") for side in sides})
+            found[mode] |= _against(written, *(
+                {name: values[f"{mode}/{side}/{name}"] for name in COMPARED if f"{mode}/{side}/{name}" in values}
+                for side in ("model", "reference")))  # fmt: skip
     return Generated(found | {"examples": rows[:EXAMPLES]}, rows, values)
 
 
@@ -111,9 +114,11 @@ def write(backbone, prompts, ends, max_new_tokens, temperature, seed, batch_size
         total=sum(map(len, mine)), desc=title, unit="answer", disable=not dist.first(), dynamic_ncols=True
     ) as bar:
         for places in mine:
-            answers = generate(backbone.lm, [prompts[i].ids for i in places], ends=ends, max_new_tokens=max_new_tokens,
-                               temperature=temperature, seed=seed, numbers=[prompts[i].row for i in places],
-                               batch_size=len(places), autocast=backbone.autocast, watch=bar.update)  # fmt: skip
+            with room_for(f"{len(places)} answers decoded at once", f"--batch_size is {batch_size}: lower it"):
+                answers = generate(backbone.lm, [prompts[i].ids for i in places], ends=ends, seed=seed,
+                                   max_new_tokens=max_new_tokens, temperature=temperature, batch_size=len(places),
+                                   numbers=[prompts[i].row for i in places], autocast=backbone.autocast,
+                                   watch=bar.update)  # fmt: skip
             done += zip(places, answers, strict=True)
     everyone = sorted((item for part in dist.gather(done) for item in part), key=lambda item: item[0])
     assert [place for place, _ in everyone] == list(range(len(prompts))), "a prompt was answered twice or never"
@@ -143,7 +148,8 @@ def kl(model, reference, prompts, answers, budget, device) -> dict[str, list]:
 
     With r = log(reference / model) of a sampled token, k1 sums -r and k3 sums exp(r) - 1 - r (Schulman 2020,
     "Approximating KL divergence"). Both have the divergence of the first max_new_tokens tokens' distribution as their
-    mean; k1 may be negative, k3 has less noise near 0. They hold for answers sampled at temperature 1.
+    mean; k1 may be negative, k3 has less noise near 0. They hold for answers sampled at temperature 1, and are made for
+    no others.
     """
     data = as_data(
         [prompt.ids for prompt in prompts], [answer.ids for answer in answers], [prompt.row for prompt in prompts]
@@ -186,14 +192,13 @@ def summary(columns: dict[str, list], bare: Sequence[Sequence[int]]) -> dict:
     return found
 
 
-def _against(written: dict, rewards: dict) -> dict:
-    """The model's answers beside the reference's, prompt by prompt."""
+def _against(written: dict, ours: dict, theirs: dict) -> dict:
+    """The model's answers beside the reference's, prompt by prompt: written, and measures (N,) of COMPARED by name."""
+    units = np.arange(len(written["model"]))
     same = [float(a == b) for a, b in zip(written["model"], written["reference"], strict=True)]
-    found = {"unchanged": ratio(same, np.arange(len(same)), share=True)}
-    if rewards["model"] is not None:
-        gain = rewards["model"] - rewards["reference"]
-        found |= {"win_rate": win_rate(gain), "reward_gain": ratio(gain, np.arange(len(gain)))}
-    return found
+    found = {"unchanged": ratio(same, units, share=True),
+             "change": {name: ratio(ours[name] - theirs[name], units) for name in ours}}  # fmt: skip
+    return found | ({"win_rate": win_rate(ours["reward"] - theirs["reward"])} if "reward" in ours else {})
 
 
 def win_rate(gain) -> dict:
@@ -240,12 +245,9 @@ class RewardModel:
         """ValueError: not loadable, no head in it, more than one output, no chat template."""
         try:
             self.model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-                path,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
+                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-            )
+            )  # fmt: skip
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load a reward model from {path}: {error}") from error
         if loading["missing_keys"]:
@@ -255,7 +257,17 @@ class RewardModel:
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         self.chat = Chat(self.tokenizer, True)
         self.model.to(device).eval()
-        self.autocast, self.name = autocast, str(path)
+        self.autocast, self.path = autocast, path
+
+    def check(self, prompts: Sequence[Prompt], max_new_tokens: int):
+        """ValueError where a conversation may outrun the model's positions."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
+        if positions and longest + max_new_tokens > positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} positions of "
+                f"--reward_model {self.path}: lower --max_new_tokens or --prompts"
+            )
 
     @property
     def description(self) -> dict:
@@ -263,7 +275,7 @@ class RewardModel:
         ids = self.ids([{"role": "user", "content": "question"}], "answer", True)
         pad = self.model.config.get_text_config().pad_token_id
         pooled = next(token for token in reversed(ids) if token != pad)
-        return {"name": self.name, "reads": self.tokenizer.convert_ids_to_tokens(pooled)}
+        return {"name": card.shown(self.path), "reads": self.tokenizer.convert_ids_to_tokens(pooled)}
 
     def ids(self, messages, text: str, ended: bool) -> list[int]:
         """The conversation's token ids as training makes them; an answer that was cut gets no end token."""

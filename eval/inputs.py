@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from train import config
 from train.data import tokens
 from train.data.rows import PAIR_COLUMNS, DataError, Dropped, check_pair
-from train.engine import dist, run
+from train.engine import card, dist, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "train/data/builtin/held_out.jsonl"
@@ -32,7 +33,7 @@ class Inputs(NamedTuple):
     pairs: Any  # train.data.tokens.Tokenised
     texts: Any  # train.data.tokens.Tokenised, without prompts
     answers: tuple[list[str], list[str]]  # chosen and rejected as text, as `pairs`
-    sources: list  # of the pairs
+    prompts: list  # of eval.generations.Prompt: those that are to be answered
     described: dict  # both data sets, for the report
 
 
@@ -42,7 +43,7 @@ class Models(NamedTuple):
     model: Any
     reference: Any  # None where there is none
     judge: Any  # eval.generations.RewardModel, or None
-    sharded: bool
+    sharded: bool  # over the ranks: scored like others, but not decoded
     budget: int  # tokens a packed row
     facts: dict  # of the machine, for the report
 
@@ -54,7 +55,7 @@ class Models(NamedTuple):
 
 def training_record(model: str | None) -> tuple[dict, str | None]:
     """What training wrote beside a model directory (MODEL/../run.json, as OUTPUT/model has it) or in it, and where."""
-    for folder in (Path(model).resolve().parent, Path(model)) if model and Path(model).is_dir() else ():
+    for folder in (Path(model).resolve().parent, Path(model).resolve()) if model and Path(model).is_dir() else ():
         path = folder / "run.json"
         if not path.is_file():
             continue
@@ -63,7 +64,7 @@ def training_record(model: str | None) -> tuple[dict, str | None]:
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         if isinstance(record, dict) and "beta" in (record.get("flags") or {}):
-            return record, str(path)
+            return record, f"{folder.name}/run.json"
     return {}, None
 
 
@@ -76,6 +77,27 @@ def recipe(settings, record: dict, where: str | None) -> dict:
     given = {name: getattr(settings, name) for name in INHERITED if getattr(settings, name) is not None}
     stage = record.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
     return found | given | {"stage": stage, "from": where}
+
+
+def shown_flags(settings) -> dict:
+    """The settings for the report, which others read: of local paths the end, and not where it was written."""
+    found = config.as_dict(settings)
+    for name in ("model", "reference", "reward_model", "ds_config", "data", "ood"):
+        value = found[name]
+        found[name] = list(map(card.shown, value)) if isinstance(value, list) else value and card.shown(value)
+    return {name: value for name, value in found.items() if name != "output"}
+
+
+def trained(record: dict) -> dict | None:
+    """What the report says of the training that made the model; None where there is no record of it."""
+    if not record:
+        return None
+    flags = record["flags"]
+    return {"from": card.base_of(record)[0], "loss": flags.get("loss"), "beta": flags["beta"], "lr": flags.get("lr"),
+            "steps": record.get("steps"), "batch_size": flags.get("batch_size"),
+            "pairs": (record.get("data") or {}).get("groups"),
+            "data": card.shown_sources(record.get("data")),
+            "reference": card.shown(record["reference_model"]) if record.get("reference_model") else None}  # fmt: skip
 
 
 def read_pairs(settings, recipe: dict, tokenizer):
@@ -155,11 +177,8 @@ def same_tokens(tokenizer, path: str, texts: list[str], trust_remote_code: bool)
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
         problem = f"{len(ours):,} against {len(theirs):,} tokens, of which {odd[0][0]!r} is not the same"
     else:
-        split = lambda text: (
-            tokenizer.encode(text, add_special_tokens=False),
-            other.encode(text, add_special_tokens=False),
-        )
-        differing = [text for text in texts[:PROBES] if len(set(map(tuple, split(text)))) > 1]
+        split = lambda one, text: one.encode(text, add_special_tokens=False)
+        differing = [text for text in texts[:PROBES] if split(tokenizer, text) != split(other, text)]
         if differing:
             problem = f"{differing[0][:60]!r} is split otherwise"
     if problem:

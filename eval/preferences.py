@@ -51,6 +51,7 @@ def measure(scores, beta: float, loss_of) -> tuple[dict, dict]:
         section["model"] = rewarded | section["model"]
         section["reference"] = likelihoods(pairs_of(scores, 1), units)
         section["calibration"] = calibration(margins, units)
+        section["loss_by_pair"] = by_pair(loss_of)
         columns |= more
     section["by_length"] = by_length(margins, pairs, units)
     section["length_correlation"] = length_correlation(margins, pairs)
@@ -75,6 +76,11 @@ def rewards(pairs: Pairs, units, beta: float, loss_of) -> tuple[dict, dict]:
     columns = {"ref_chosen_logp": pairs.ref_chosen.numpy(), "ref_rejected_logp": pairs.ref_rejected.numpy(),
                "chosen_reward": chosen, "rejected_reward": rejected, "loss": losses}  # fmt: skip
     return found, columns
+
+
+def by_pair(loss_of) -> bool:
+    """Whether a pair's loss here is the one that training would take; else it lacks what steps and tokens add."""
+    return not loss_of.couples and not loss_of.across.use_weighting and loss_of.across.ld_alpha == 1
 
 
 def likelihoods(pairs: Pairs, units) -> dict:
@@ -107,28 +113,17 @@ def calibration(margins: torch.Tensor, units) -> dict:
     correct = measures.wins(margins).double()
     edges = torch.tensor(CONFIDENCE_EDGES, dtype=torch.float64)
     table, _ = measures.calibration(confidence, correct, edges)
-    rows = [
-        {
-            "from": low,
-            "to": high,
-            "n": int(n),
-            "confidence": sure if n else None,
-            "accuracy": right if n else None,
-            "interval": list(measures.wilson(right, n)) if n else None,
-        }
-        for low, high, (n, sure, right) in zip(CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:], table.tolist(), strict=False)
-    ]
+    rows = [{"from": low, "to": high, "n": int(n), "confidence": sure if n else None, "accuracy": right if n else None,
+             "interval": list(measures.wilson(right, n)) if n else None}
+            for low, high, (n, sure, right) in zip(CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:], table.tolist(),
+                                                   strict=False)]  # fmt: skip
     error = lambda weights: (measures.calibration(confidence, correct, edges, weights)[1],)
     found = intervals.resampled(error, units, measures={"ece": (0, 1)}, what=(len(margins),))
     draws = torch.from_numpy(np.random.default_rng(0).random((SIMULATIONS, len(margins))))  # (S, N)
     simulated = [measures.calibration(confidence, (draw < confidence).double(), edges)[1] for draw in draws]
     chance = torch.quantile(torch.stack(simulated), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {
-        "confidence": intervals.ratio(confidence.numpy(), units),
-        **found,
-        "ece_if_calibrated": chance,
-        "table": rows,
-    }
+    return {"confidence": intervals.ratio(confidence.numpy(), units), **found, "ece_if_calibrated": chance,
+            "table": rows}  # fmt: skip
 
 
 def by_length(margins: torch.Tensor, pairs: Pairs, units) -> list[dict]:

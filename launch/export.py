@@ -53,7 +53,7 @@ def write(checkpoint, told, folder, kind) -> int:
     config = transformers.AutoConfig.from_pretrained(checkpoint / "model")
     with torch.device("meta"):
         lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    names = [key.removesuffix(f"/{state.WEIGHT}") for key in read.keys() if key.endswith(f"/{state.WEIGHT}")]
+    names = [key.removesuffix(f"/{state.WEIGHT}") for key in read.shapes() if key.endswith(f"/{state.WEIGHT}")]
     weights = {name.removeprefix("lm."): read(f"{name}/{state.WEIGHT}").to(DTYPES[kind]) for name in names}
     lm.load_state_dict(weights, strict=False, assign=True)
     lm.tie_weights()

@@ -114,11 +114,14 @@ class Settings:
     keep: int = 2
     """Checkpoints to keep, the newest ones."""
     resume: str = "auto"
-    """auto: continue from the newest sound checkpoint in --output. never: start over. Else a checkpoint's path."""
+    """auto: continue from the newest sound checkpoint in --output. never: start over. Else the path of a checkpoint to
+    begin from where --output has none of its own, or of one of its own to go back to."""
     max_skipped: int = 5
     """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     log_every: int = 1
     """Steps between readings of the training measures."""
+    allow_pickle: bool = False
+    """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's weights_only holds."""
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code."""
     seed: int = 0
@@ -159,7 +162,7 @@ def main():
         loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
         refuse(settings, loss_of)
         zero.read_config(settings.ds_config)
-        tokenizer, data, held_out = open_data(settings, folder)
+        tokenizer, data, held_out = open_data(settings, folder, loss_of)
         policy, reference, plan = open_models(settings, folder, tokenizer, data, held_out, device)
         first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
         moving = reference if settings.reference_every else None
@@ -238,7 +241,7 @@ class Plan(NamedTuple):
     begun: int = 0  # steps that an interrupted run has done already
 
 
-def open_data(settings, folder):
+def open_data(settings, folder, loss_of):
     """The tokenizer, the training pairs and the held-out pairs (None where there are none), tokenised."""
     from train.data import tokens
     from train.engine import dist, run
@@ -252,8 +255,12 @@ def open_data(settings, folder):
     options = dict(max_length=settings.max_length, max_prompt_length=settings.max_prompt_length,
                    allow_control_tokens=settings.allow_control_tokens, max_dropped=settings.max_dropped)  # fmt: skip
     with dist.one_at_a_time():  # rank 0 tokenises, the others find it in the cache
+        options |= {"kind": tokens.kind_of(sources)}  # the held-out data are of the same kind
         data = tokens.prepare(sources, tokenizer, **options)
         held_out = tokens.prepare(eval_sources, tokenizer, **options) if eval_sources else None
+    if data.labels is not None and not loss_of.takes_labelled:
+        raise ValueError(f"--loss {settings.loss} compares pairs, and the data has single answers with labels: kto, "
+                         "bco_pair and aot_unpaired take those")  # fmt: skip
     folder.dropped({"train": data.dropped, "eval": held_out.dropped if held_out else []})
     if not eval_sources and settings.eval_split:
         data, held_out = tokens.split_by_prompt(data, settings.eval_split, settings.data_split_seed)
@@ -265,7 +272,7 @@ def open_data(settings, folder):
 
 def open_models(settings, folder, tokenizer, data, held_out, device):
     """The policy under DeepSpeed, the reference, and the Plan."""
-    from train.data import order
+    from train.data import chat, order
     from train.engine import memory, run, zero
     from train.engine.reference import Base
     from train.models import adapters
@@ -277,7 +284,15 @@ def open_models(settings, folder, tokenizer, data, held_out, device):
     steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
     path, ref_path = folder.model_path(settings.model), folder.model_path(settings.reference_model or settings.model)
     load = lambda source, mode, change=None: zero.load_backbone(
-        source, mode, precision, stage, device, settings.layout, settings.trust_remote_code, change
+        source,
+        mode,
+        precision,
+        stage,
+        device,
+        settings.layout,
+        settings.trust_remote_code,
+        settings.allow_pickle,
+        change,
     )
     adapt = lambda lm: adapters.add(lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     budget = lambda module: (
@@ -290,7 +305,7 @@ def open_models(settings, folder, tokenizer, data, held_out, device):
         open_reference(settings, ds, ref_path, load, budget, sets, folder) if looked_up else (None, None)
     )
     module = load(path, ds, adapt if settings.lora_rank else None)
-    run.check_fit(module, tokenizer, settings.max_length)
+    chat.check_fit(module.lm.config, tokenizer, settings.max_length)
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
     policy = zero.Policy(module, ds, lr=settings.lr, weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
@@ -317,6 +332,8 @@ def open_reference(settings, ds, path, load, budget, sets, folder):
     if frozen is None and zero.stage_of(ds) == 3:
         frozen = str(ROOT / "ds_configs/frozen_zero3.json")
     config = zero.frozen(zero.read_config(frozen) if frozen else {}, ds)
+    if zero.stage_of(config) in (1, 2):
+        raise ValueError(f"{frozen}: stages 1 and 2 shard gradients, which a reference has not; take stage 0 or 3")
     live = Live(load(path, config), config, bool(settings.reference_every))
     if settings.reference == "live":
         return config, live

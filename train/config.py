@@ -33,6 +33,7 @@ LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 PARSER_FLAGS = ("config", "print_config", "help")  # what is there besides the fields
 NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 REQUIRED = re.compile(r"following arguments are required: (.*)")
+SECRET = re.compile(r"://\S*[@?]|\bhf_\w{20,}")  # an address with a user or a signature in it; a hub token
 
 
 class Exit(enum.IntEnum):
@@ -61,7 +62,9 @@ def parse(settings_class, argv=None):
         with contextlib.redirect_stdout(quiet or sys.stdout):
             # the files first: what is parsed later wins
             values = parser.parse_args([f"--config={path}" for path in configs] + flags)
-        return settings_class(**{f.name: values[f.name] for f in dataclasses.fields(settings_class) if f.init})
+        settings = settings_class(**{f.name: values[f.name] for f in dataclasses.fields(settings_class) if f.init})
+        _refuse_unwritable(settings)
+        return settings
     except jsonargparse.ArgumentError as error:
         fail(f"{_explain(str(error), settings_class)}; see --help")
     except ValueError as error:
@@ -78,6 +81,17 @@ def fail(message, code=Exit.FLAGS):
     if _rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(int(code))
+
+
+def _refuse_unwritable(settings):
+    """ValueError for a value that must not, or cannot, stand in run.json, logs and model cards."""
+    for name, value in as_dict(settings).items():
+        text = json.dumps(value, ensure_ascii=False)
+        if SECRET.search(text):
+            raise ValueError(f"--{name} seems to hold a password or a token, and flags are written to run.json: "
+                             "set HF_TOKEN for the hub, or fetch the file and name it")  # fmt: skip
+        if text != text.encode("utf-8", "replace").decode("utf-8"):
+            raise ValueError(f"--{name} is not UTF-8: {value!a}")
 
 
 def _rank():

@@ -17,19 +17,13 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from train import config  # noqa: E402
 
 
-def main():
-    if len(sys.argv) < 4:
-        config.fail("sweep.py (count | NUMBER) VALUES.yaml SCRIPT [flags]")
-    which, path, *command = sys.argv[1:]
+def main(which, path, *command):
     try:
-        if not Path(command[0]).is_file():
-            raise ValueError(f"{command[0]} is no script")
         runs = combinations(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         folders = [folder_of(run) for run in runs]
         if twice := [folder for folder in folders if folders.count(folder) > 1]:
@@ -40,25 +34,20 @@ def main():
             raise ValueError(f"there are {len(runs)} combinations, no number {which}")
     except (OSError, ValueError, yaml.YAMLError) as error:
         config.fail(f"sweep of {path}: {error}")
-    flags = [f"--{name}={value}" for name, value in runs[int(which)].items()]
-    for flag in (*flags, f"--output={Path(output_of(command)) / folders[int(which)]}"):
-        sys.stdout.write(flag + "\0")
+    output = Path(output_of(command)) / folders[int(which)]
+    sys.stdout.write("".join(f"--{flag}={value}\0" for flag, value in (runs[int(which)] | {"output": output}).items()))
 
 
 def combinations(values) -> list[dict[str, str]]:
     """What each run sets, as the text of a flag's value; ValueError where `values` has neither of the two shapes."""
     if isinstance(values, dict) and all(isinstance(choices, list) for choices in values.values()):
-        runs = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
-    elif isinstance(values, list) and all(isinstance(run, dict) for run in values):
-        runs = values
-    else:
+        values = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    if not isinstance(values, list) or not values or not all(isinstance(run, dict) and run for run in values):
         raise ValueError("expected lines of `flag: [values]`, or a list of `{flag: value}`")
-    for name in {name for run in runs for name in run}:
+    for name in {name for run in values for name in run}:
         if not re.fullmatch(r"[A-Za-z][\w.]*", str(name)) or name == "output":
             raise ValueError(f"{name!r} is not a flag to sweep")
-    if not runs or not all(runs):
-        raise ValueError("no values")
-    return [{k: v if isinstance(v, str) else json.dumps(v) for k, v in run.items()} for run in runs]
+    return [{k: v if isinstance(v, str) else json.dumps(v) for k, v in run.items()} for run in values]
 
 
 def folder_of(run: dict[str, str]) -> str:
@@ -66,13 +55,11 @@ def folder_of(run: dict[str, str]) -> str:
     return "_".join(re.sub(r"[^\w.+-]+", "-", f"{name}-{value}") for name, value in run.items())
 
 
-def output_of(command: list[str]) -> str:
+def output_of(command) -> str:
     """The --output that a script has settled on, from its flags, its recipe or its default."""
     shown = subprocess.run([sys.executable, *command, "--print_config"], stdout=subprocess.PIPE, text=True)
-    if shown.returncode:
-        raise SystemExit(shown.returncode)
-    return yaml.safe_load(shown.stdout)["output"]
+    return yaml.safe_load(shown.stdout)["output"] if shown.returncode == 0 else sys.exit(shown.returncode)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:]) if len(sys.argv) > 3 else config.fail("sweep.py (count | NUMBER) VALUES.yaml SCRIPT [flags]")

@@ -1,8 +1,9 @@
 """Prompt and response ids against token lists spelt out by hand (fixture `letters`: a token a byte)."""
 
 import pytest
+import transformers
 
-from train.data.chat import Chat, PairEncoder, TextEncoder, check_lengths, tokenise
+from train.data.chat import Chat, PairEncoder, TextEncoder, check_fit, check_lengths, tokenise
 from train.data.packing import Group
 from train.data.rows import Pair, RowError
 
@@ -166,6 +167,16 @@ def test_lengths_that_leave_no_room(letters):
     assert check_lengths(16, None) == 15 and check_lengths(16, 11, 11) == 11
 
 
+def test_model_and_tokenizer_that_do_not_fit(letters):
+    """Ids 0 to 258, then one more with a gap before it: it is the largest id that needs an embedding."""
+    config = lambda size: transformers.LlamaConfig(vocab_size=size, max_position_embeddings=64)
+    check_fit(config(259), letters, 64)
+    with pytest.raises(ValueError, match="the tokenizer has 259 tokens, the model's vocabulary 258"):
+        check_fit(config(258), letters, 64)
+    with pytest.raises(ValueError, match="--max_length 65 is more than the model's 64 positions"):
+        check_fit(config(259), letters, 65)
+
+
 @pytest.mark.parametrize("place", ["chosen", "rejected", "prompt"])
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
 def test_control_tokens(letters, place, token):
@@ -189,6 +200,22 @@ def test_added_special_tokens_count_as_control(letters):
     with pytest.raises(RowError, match="control token"):
         Chat(letters).encode_pair(pair("<|tool|>"), 200)
     assert Chat(letters).response_ids(HI, "<plain>") == [letters.convert_tokens_to_ids("<plain>"), END]
+
+
+def test_tokens_that_frame_turns_are_control_tokens_special_or_not(letters):
+    """`<turn>` and `</turn>` are plain added tokens: what the template writes around a turn, no text may hold."""
+    letters.add_tokens(["<turn>", "</turn>", "<think>", "user", "\n\n"])
+    template = (
+        "{% for m in messages %}{{ '<turn>' + m.role + '\n\n' }}"
+        "{{ '<think>' if m.role == 'assistant' and loop.last else '' }}"
+        "{{ m.content + '</turn>\n\n' }}{% endfor %}{% if add_generation_prompt %}<turn>assistant\n\n<think>{% endif %}"
+    )
+    chat = Chat(with_template(letters, template))
+    assert (chat.end, chat.end_id) == ("</turn>", letters.convert_tokens_to_ids("</turn>"))
+    assert chat.response_ids(HI, "<think>ok\n\nuser")[-1] == chat.end_id
+    for token in ("<turn>", "</turn>"):
+        with pytest.raises(RowError, match=f"control token '{token}' in the text"):
+            chat.encode_pair(pair(f"a{token}b"), 200)
 
 
 def test_text_encoder(letters):

@@ -3,6 +3,8 @@
 import json
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -180,6 +182,50 @@ def test_odd_rows_are_rows(tmp_path):
     assert rows[:3] == [7, {"prompt": 1}, {"prompt": ["x"]}]
     assert isinstance(rows[3], RowError) and str(rows[3]) == "nested too deeply"
     assert rows[4:] == [{"a": 2}, {"n": float("inf")}]
+    with pytest.raises(RowError, match="^the row has the key 'a' twice$"):
+        check_pair(rows[4])
+
+
+def test_a_key_twice_counts_where_it_is_read(tmp_path):
+    """In the row and in its messages, the same value or another; not inside a column that nobody reads."""
+    lines = [
+        '{"prompt": "Hi", "chosen": "Hey there!", "rejected": "Greetings.", "rejected": "Greetings."}',
+        '{"prompt": [{"role": "user", "content": "Hi", "content": "Ho"}], "chosen": "a", "rejected": "b"}',
+        '{"prompt": "Hi", "chosen": "Hey there!", "rejected": "Greetings.", "votes": {"up": 1, "up": 2}}',
+    ]
+    jsonl = write(tmp_path / "a.jsonl", "\n".join(lines))
+    array = write(tmp_path / "b.json", "[" + ",".join(lines) + "]")
+    for path in (jsonl, array):
+        first, second, third = (row for _, _, row in read_rows([path]))
+        with pytest.raises(RowError, match="^the row has the key 'rejected' twice$"):
+            check_pair(first)
+        with pytest.raises(RowError, match="^prompt message 0 has the key 'content' twice$"):
+            check_pair(second)
+        assert check_pair(third) == GOOD
+
+
+def test_tables_are_read_as_they_are(tmp_path):
+    """A name with a pattern in it, a picture that is none, a value that no Python object holds."""
+    picture = datasets.Features({**dict.fromkeys(ROW, datasets.Value("string")), "picture": datasets.Image()})
+    data = datasets.Dataset.from_list([{**ROW, "picture": write(tmp_path / "a.png", "none")}] * 2, features=picture)
+    with pytest.raises(Exception):  # noqa: B017 - Pillow is not there, or does not know it; nobody has asked to see it
+        data[0]
+    data.to_parquet(tmp_path / "pairs[1]*.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    for name in ("pairs[1]*.parquet", "saved"):
+        assert [check_pair(row) for _, _, row in read_rows([str(tmp_path / name)])] == [GOOD, GOOD]
+    text = pyarrow.array([b"Hi", b"\xff", b"Hi"]).cast(pyarrow.string(), safe=False)
+    year = pyarrow.array([0, 0, 9 * 10**12], pyarrow.timestamp("s"))
+    table = pyarrow.table({"prompt": text, "chosen": ["Hey there!"] * 3, "rejected": ["Greetings."] * 3, "when": year})
+    pyarrow.parquet.write_table(table, tmp_path / "odd.parquet")
+    first, second, third = (row for _, _, row in read_rows([str(tmp_path / "odd.parquet")]))
+    assert check_pair(first) == check_pair(third) == GOOD
+    with pytest.raises(RowError, match=r"^prompt is unreadable \('utf-8' codec can't decode.*\), not a string"):
+        check_pair(second)
+    twice = pyarrow.Table.from_arrays([text, text], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="twice.parquet: a column stands twice in 'prompt', 'prompt'"):
+        list(read_rows([str(tmp_path / "twice.parquet")]))
 
 
 def test_csv_rows_are_judged_alone(tmp_path):
@@ -231,6 +277,22 @@ def test_sources_that_are_not_there(tmp_path):
     datasets.DatasetDict(test=datasets.Dataset.from_list([ROW])).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match="no split 'train'; found 'test'"):
         list(read_rows([str(tmp_path / "saved")]))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("https://user:secret@host.org:80/a/b.jsonl", "https://host.org:80/...: addresses are not read"),
+        ("s3://bucket?X-Amz-Signature=secret", "s3://bucket/...: addresses are not read"),
+        ("hf://datasets/org/name/secret.parquet", "hf://datasets/...: addresses are not read"),
+        ("csv", "csv: no such file or folder, nor org/name as on the hub"),
+    ],
+)
+def test_addresses_and_builders_are_no_data(source, said):
+    """`load_dataset("csv")` would read what lies in the working folder; an address may hold a secret."""
+    with pytest.raises(DataError) as error:
+        list(read_rows([source]))
+    assert str(error.value).startswith(said) and "secret" not in str(error.value)
 
 
 def test_hub_names(monkeypatch):

@@ -5,7 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
+from tests import tiny
 from train.data import tokens
 from train.data.chat import Chat
 from train.data.packing import Group
@@ -105,7 +108,11 @@ def test_missing_columns(letters, tmp_path):
         "expected 'prompt', 'chosen', 'rejected'; rename 'rejectd'?"
     )
     rows = [{"Prompt": "Hi", "chosen": "a", "rejected": "b"}] * 2
-    with pytest.raises(DataError, match="no column 'prompt'; .*rename 'Prompt'?"):
+    for odd in ([], [7], [{"Prompt": "Hi", "chosen": "a"}]):  # another row that is of no use either
+        with pytest.raises(DataError, match="no column 'prompt'; .*rename 'Prompt'?"):
+            prepare([write(tmp_path / "a.jsonl", odd + rows)], letters, **LENGTHS)
+    rows = [{"prompt": "Hi", "chosen": "a"}, {"prompt": "Hi", "rejected": "b"}]  # each column is there somewhere
+    with pytest.raises(DataError, match="2 of 2 rows .*row 0: no column 'rejected'; .*row 1: no column 'chosen'"):
         prepare([write(tmp_path / "a.jsonl", rows)], letters, **LENGTHS)
 
 
@@ -120,10 +127,34 @@ def test_plain_text(letters, tmp_path):
     assert tokenised.dropped == [Dropped(path, 1, "empty text")]
     letters(["a", "b b"], padding=True, truncation=True, max_length=1)  # leaves its settings in the tokenizer
     assert prepare([path], letters, kind="text", max_length=3, max_dropped=0.5).fingerprint == tokenised.fingerprint
-    with pytest.raises(ValueError, match="kind 'pairs' of data; expected one of pair, text"):
+    with pytest.raises(ValueError, match="kind 'pairs' of data; expected one of pair, labelled, text"):
         prepare([path], letters, kind="pairs", **LENGTHS)
     with pytest.raises(ValueError, match="max_prompt_length must be None"):
         prepare([path], letters, kind="text", **LENGTHS)
+
+
+@pytest.mark.parametrize("model, reason", [
+    ("BPE", "no tokens: the tokenizer makes nothing of a response"),
+    ("WordLevel", "the tokenizer refuses it: WordLevel error: Missing [UNK] token from the vocabulary"),
+])  # fmt: skip
+def test_characters_that_a_tokenizer_does_not_know(tmp_path, model, reason):
+    """Without bytes to fall back on, BPE leaves them out and WordLevel gives up: on their rows, not on the others."""
+    letters = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *map(chr, range(32, 127)), "\n"]
+    core = tokenizers.Tokenizer(
+        getattr(tokenizers.models, model)(
+            {letter: i for i, letter in enumerate(letters)}, **({"merges": []} if model == "BPE" else {})
+        )
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
+    )
+    tokenizer.chat_template = tiny.CHATML
+    rows = [{"prompt": "Hi", "chosen": f"a{i}", "rejected": "\u4f60" if i in (3, 7) else "b"} for i in range(9)]
+    tokenised = prepare(write(tmp_path / "a.jsonl", rows), tokenizer, max_dropped=0.5, max_length=200)
+    assert tokenised.rows.tolist() == [0, 1, 2, 4, 5, 6, 8]
+    assert [(d.row, d.reason) for d in tokenised.dropped] == [(3, reason), (7, reason)]
+    assert tokenised.group(5).responses == ((letters.index("a"), letters.index("6"), 2), (letters.index("b"), 2))
 
 
 # ------------------------------------------------------------ the cache
@@ -260,3 +291,28 @@ def test_split_edges(letters, source):
     for share in (-0.1, 1, 1.5):
         with pytest.raises(ValueError, match="expected 0 <= share < 1"):
             split_by_prompt(data, share, 0)
+
+
+def test_answers_with_labels(merged, tmp_path):
+    """k = 1, the label beside it, and every spelling of one; what is no label is dropped and listed."""
+    answer = {"prompt": "Hi!", "completion": "Hello there."}
+    labels = [True, False, 1, 0, "true", "False", 1.0, None, "maybe", 2, [True], 0.5]
+    rows = [answer | {"label": label} for label in labels]
+    rows += [{"completion": [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Yes."}], "label": True},
+             {"prompt": "Other", "completion": [{"role": "user", "content": "Hi!"},
+                                                {"role": "assistant", "content": "Yes."}], "label": True},
+             {"prompt": "Hi!", "label": True, "completion": " "}]  # fmt: skip
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tokens.kind_of([str(path)]) == "labelled"
+    data = tokens.prepare([str(path)], merged, max_length=200, kind="labelled", cache_dir=tmp_path, max_dropped=1.0)
+    assert data.labels.tolist() == [True, False, True, False, True, False, True, True]
+    assert data.rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 12]
+    assert [drop.row for drop in data.dropped] == [7, 8, 9, 10, 11, 13, 14]
+    assert {drop.reason for drop in data.dropped[:5]} <= {f"label is {kind} other than true and false" for kind in
+                                                         ("null", "a string", "a number", "a list")}  # fmt: skip
+    assert data.group(1).label is False and len(data.group(1).responses) == 1
+    assert data.select([1, 7]).labels.tolist() == [False, True]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Hi!", "chosen": "a", "rejected": "b", "completion": "c", "label": True}))
+    assert tokens.kind_of([str(pairs)]) == "pair"

@@ -105,6 +105,7 @@ def report(accuracy=0.875):
         row |= {f"{key}/{name}": value for name, value in columns.items()}
     return {
         "reference": f"{HOME}/models/base-7b",
+        "verdict": {"word": "better", "reasons": ["It is."]},
         "data": {"sources": [f"{HOME}/held.jsonl"]},
         "preferences": {
             "model": {
@@ -250,6 +251,8 @@ def test_evaluation_fills_its_section_and_only_that(tmp_path):
         "40",
     ]
     assert rows_of(section, "sampled answers: length, tokens")[1:4] == ["28.25", "31.5", "[29, 34]"]
+    assert "Against base-7b: **better**." in section and "* It is.\n" in section
+    assert "before is base-7b, after this model" in section
     assert "| loss |" not in section and "reward margin" not in section  # not a number: not shown
     assert (
         "![log probs](figures/log_probs.png)" in section and (folder / "figures/log_probs.png").read_bytes() == b"png"
@@ -300,6 +303,9 @@ def test_names_of_sources(tmp_path, monkeypatch):
         assert card.is_hub(source) == hub, source
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/name").mkdir(parents=True)
+    for path, name in (("/runs/dpo/model", "dpo/model"), ("dpo/model/", "dpo/model"), ("model", "model"),
+                       ("/model", "model"), ("/x/eval/passages.jsonl", "zeropref's built-in passages.jsonl")):  # fmt: skip
+        assert card.shown(path) == card.shown(card.shown(path)) == name, path  # the second time changes nothing
     assert not card.is_hub("org/name")  # a folder of that name goes before the hub
     assert card.shown("org/name") == "name" and card.shown("/a/b/") == "b"
 

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics
 import torch
 
-from eval import baselines, distribution, preferences, report
-from eval.scores import Scores
+from eval import baselines, board, distribution, generations, preferences, report
+from eval.scores import Scores, room_for, score_all
 from train.losses import preference
 
 LOSS = preference.choose("sigmoid", 0.5, {})
@@ -42,6 +43,13 @@ def test_rewards_by_hand():
     assert value["logps/accuracies_per_token"] == (0 + 0.5 + 1 + 0.5) / 4
     assert section["reference"]["logps/margins"]["value"] == (0 + 0 - 2 - 1) / 4
     assert section["prompts"] == 3 and section["model"]["loss"]["prompts"] == 3
+
+
+def test_a_loss_that_looks_at_a_whole_step_is_told_from_others():
+    told = lambda name, **args: preferences.by_pair(preference.choose(name, 0.1, args))
+    assert told("sigmoid") and told("ipo") and told("sigmoid:0.5,sft:1.0")
+    assert not told("kto") and not told("aot") and not told("sigmoid:0.5,bco_pair:0.5")
+    assert not told("sigmoid", use_weighting=True) and not told("sigmoid", ld_alpha=0.5)
 
 
 def test_displacement_counts_the_pairs_whose_chosen_answer_lost():
@@ -130,6 +138,25 @@ def test_shared_edges_hold_all_and_do_not_follow_rounding():
     assert np.array_equal(edges, distribution.shared_edges(values + 1e-7, values - 1 - 1e-7))
 
 
+def test_bins_follow_the_bulk_of_the_narrower_sample():
+    """Freedman and Diaconis: 2 IQR / n^(1/3); of 64 normal values of spread 0.3 that is 2 x 0.405 / 4 = 0.2."""
+    rng = np.random.default_rng(0)
+    quantiles = scipy.stats.norm.ppf((np.arange(64) + 0.5) / 64)
+    narrow, wide = -2 + 0.3 * quantiles[None], rng.normal(-3, 1, (1, 500))
+    width = lambda *samples: float(np.diff(distribution.shared_edges(*samples)).mean())
+    assert width(narrow, wide) == pytest.approx(0.2)
+    assert width(narrow, np.append(wide, [[-12.0]], 1)) == pytest.approx(0.2)  # one value far out changes nothing
+    assert width(1e-4 * narrow) == pytest.approx(2e-5) and width(1e3 * narrow) == pytest.approx(200)
+    assert len(distribution.shared_edges(narrow, np.array([[-1e4]]))) <= distribution.MOST_BINS + 2
+    assert distribution.shared_edges(np.zeros((2, 9))).tolist() == [0, 1]  # all alike: one bin
+    # a token that is certain: 0, or a rounding error below it, in the same last bin
+    assert np.array_equal(*(distribution.shared_edges(np.array([[-3.0, -1.2, -0.6, top]])) for top in (0.0, -1e-7)))
+    for samples in ((narrow, wide), (np.array([[3.0]]), np.array([[-0.0004]])), (np.full((1, 5), -2.5),)):
+        edges = distribution.shared_edges(*samples)
+        assert edges[0] <= min(x.min() for x in samples) and max(x.max() for x in samples) <= edges[-1]
+        assert (np.diff(edges) > 0).all()
+
+
 def test_what_chance_shows_of_alike_samples():
     rng = np.random.default_rng(0)
     a, b = (torch.from_numpy(rng.normal(0, 1, n)) for n in (60, 50))
@@ -183,29 +210,41 @@ def measure(value, low, high):
     return {"value": value, "interval": [low, high], "n": 9, "method": "m"}
 
 
+FINE, CHANCE, SAME = (0.8, 0.7, 0.9), (0.5, 0.4, 0.6), (1.0, 0.99, 1.01)
+
+
 @pytest.mark.parametrize(
-    ("accuracy", "margin", "ratio", "word"),
+    ("accuracy", "margin", "ratio", "won", "word"),
     [
-        ((0.8, 0.7, 0.9), (1, 0.5, 1.5), (1.0, 0.99, 1.01), "better"),
-        ((0.8, 0.7, 0.9), (1, 0.5, 1.5), (0.9, 0.85, 0.95), "better"),
-        ((0.8, 0.7, 0.9), (1, 0.5, 1.5), (1.3, 1.2, 1.4), "different"),  # the gain has a price
-        ((0.8, 0.7, 0.9), (1, -0.5, 1.5), (1.0, 0.99, 1.01), "different"),  # the margin is not shown
-        ((0.3, 0.2, 0.4), (-1, -1.5, -0.5), (1.0, 0.99, 1.01), "worse"),
-        ((0.5, 0.4, 0.6), (0, -0.5, 0.5), (1.3, 1.2, 1.4), "worse"),
+        (FINE, (1, 0.5, 1.5), SAME, None, "better"),
+        (FINE, (1, 0.5, 1.5), (0.9, 0.85, 0.95), CHANCE, "better"),
+        (FINE, (1, 0.5, 1.5), (1.3, 1.2, 1.4), None, "different"),  # the gain has a price
+        (FINE, (1, 0.5, 1.5), SAME, (0.3, 0.2, 0.4), "different"),  # and so here: the reward model likes it less
+        (FINE, (1, -0.5, 1.5), SAME, FINE, "different"),  # the margin is not shown
+        ((0.3, 0.2, 0.4), (-1, -1.5, -0.5), SAME, FINE, "worse"),
+        (CHANCE, (0, -0.5, 0.5), (1.3, 1.2, 1.4), None, "worse"),
+        (CHANCE, (0, -0.5, 0.5), SAME, (0.3, 0.2, 0.4), "worse"),
     ],
 )
-def test_verdict(accuracy, margin, ratio, word):
+def test_verdict(accuracy, margin, ratio, won, word):
     model = {
         "rewards/accuracies": measure(*accuracy),
         "rewards/margins": measure(*margin),
         "chosen_fell": measure(0.1, 0, 0.2),
     }
-    trivial = {"bag_of_words": measure(1.0, 0.9, 1), "longer_wins": measure(0.5, 0.4, 0.6)}
+    trivial = {"bag_of_words": measure(1.0, 0.9, 1), "longer_wins": measure(0.5, 0.4, 0.6),
+               "model_minus_bag_of_words": measure(-0.125, -0.25, 0)}  # fmt: skip
     text = {"change": {"out": {"perplexity_ratio": measure(*ratio)}}}
-    found = report.verdict({"model": model}, trivial, text, unchanged=False)
-    assert found["word"] == word and any("bag of words" in reason for reason in found["reasons"])
-    assert report.verdict({"model": model}, trivial, text, unchanged=True)["word"] == "unchanged"
-    assert report.verdict({"model": model}, trivial, {}, unchanged=False)["word"] == "not compared"
+    change = {"length": measure(-7.5, -9, -6), "ended": measure(0.25, 0, 0.5), "repetition": measure(0.01, 0, 0.02)}
+    written = {"sampled": {"model": {"kl_k3": measure(1.5, 1, 2)}, "change": change}}
+    if won:
+        written["sampled"]["win_rate"] = measure(*won)
+    found = report.verdict({"model": model}, trivial, text, written, unchanged=False)
+    said = " ".join(found["reasons"])
+    assert found["word"] == word and "right on 100.0%" in said and "-12.5% [-25.0%, 0.0%]" in said
+    assert "by -7.5 [-9, -6] tokens" in said and "1.5 [1, 2] nats" in said and ("reward model" in said) == bool(won)
+    assert report.verdict({"model": model}, trivial, text, {}, unchanged=True)["word"] == "unchanged"
+    assert report.verdict({"model": model}, trivial, {}, {}, unchanged=False)["word"] == "not compared"
 
 
 def test_clean_has_no_nan_and_plain_numbers():
@@ -213,3 +252,36 @@ def test_clean_has_no_nan_and_plain_numbers():
         "a": [1.5, None, [2]],
         "b": None,
     }
+
+
+def test_curves_rank_the_values_wherever_they_lie():
+    """TensorBoard's thresholds lie 1/127 apart: log-probabilities a token near e^-9 would all fall below the first."""
+    values = {"margins": np.array([0.001, 0.002, -0.001]), "model/logp_per_token_in": np.array([-9.1, -9.2]),
+              "model/logp_per_token_out": np.array([-9.3, -9.15])}  # fmt: skip
+    found = board.curves({}, values)
+    labels, chances = found["in_or_out/model"]
+    assert labels.tolist() == [1, 1, 0, 0] and chances.tolist() == [1, 0.5, 0.25, 0.75]
+    labels, chances = found["chosen_or_rejected"]
+    assert sklearn.metrics.roc_auc_score(labels, chances) == pytest.approx(
+        sklearn.metrics.roc_auc_score([1] * 3 + [0] * 3, [0.001, 0.002, -0.001, -0.001, -0.002, 0.001])
+    )
+    assert set(found) == {"in_or_out/model", "chosen_or_rejected"}
+
+
+def test_out_of_memory_ends_with_advice(capsys):
+    """A model that runs out of memory in a row, as torch says it on CUDA and on a CPU."""
+    data = generations.as_data([(1, 2)], [(3, 4)], [0])
+
+    def too_large(row):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def too_large_here(row):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    for model in (too_large, too_large_here):
+        with pytest.raises(SystemExit) as ended:
+            score_all(data, [model], 64, torch.device("cpu"), "rows")
+        assert ended.value.code == 1
+        assert "out of memory in a row of 4 tokens (--micro_tokens is 64: lower it" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="shapes"), room_for("a row", "nothing helps"):
+        raise RuntimeError("shapes do not match")

@@ -154,6 +154,17 @@ def test_two_ranks_write_the_same_digits(runs):
         assert one.equals(two) and one.num_rows > 0, name
 
 
+@pytest.mark.slow
+def test_torchrun_writes_the_same_digits(runs, model_dir):
+    line = ["--model", runs / "run/model", "--reference", model_dir, "--data", runs / "pairs.jsonl", "--ood",
+            runs / "texts.jsonl", *SMALL, "--micro_tokens", 700, "--output", runs / "torchrun"]  # fmt: skip
+    command = ["torchrun", "--master_port", free_port(), "--nproc_per_node", 2, "eval/evaluate.py", *line]
+    done = launched(command, runs / "cache")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((runs / "torchrun/report.json").read_text())["run"]["hardware"]["world"] == 2
+    assert differences(load(runs / "one"), load(runs / "torchrun")) == []
+
+
 def test_other_token_budgets_change_no_more_than_rounding(runs):
     small, large = load(runs / "512"), load(runs / "8192")
     for where, a, b in differences(small, large):
@@ -220,7 +231,10 @@ def test_settings_come_from_the_models_run_and_flags_override(runs):
         100,
         "packed",
     )
-    assert recipe["from"] == str(runs / "run/run.json") and report["ood"]["truncated"] == 1
+    assert recipe["from"] == "run/run.json" and report["ood"]["truncated"] == 1
+    assert report["trained"] == {"from": "llama", "loss": "sigmoid", "beta": 0.4, "lr": 0.01, "steps": 2, "pairs": 192,
+                                 "batch_size": 8, "data": "zeropref's built-in train.jsonl",
+                                 "reference": "llama"}  # fmt: skip
     assert load(runs / "padded")["recipe"]["layout"] == "padded"
     other = load(runs / "itself")["recipe"]
     assert (other["beta"], other["max_length"], other["from"]) == (2, 512, None)
@@ -269,21 +283,23 @@ def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
         (event,) = events.Scalars(f"eval/{name}")
         assert event.step == 2 and event.value == pytest.approx(report["preferences"]["model"][name]["value"], rel=1e-6)
     assert {
-        "eval/distribution/model/out/perplexity",
-        "eval/baselines/bag_of_words",
-        "eval/reference/logps/chosen",
+        "evaluation_distribution/model/out/perplexity",
+        "evaluation_baselines/bag_of_words",
+        "evaluation_reference/logps/chosen",
     } <= set(tags["scalars"])
     assert {
         "eval/histogram/margins",
         "eval/histogram/reference/logps_chosen",
         "eval/histogram/model/logp_per_token_out",
+        "evaluation_generations/histogram/sampled/model/length",
     } <= set(tags["histograms"])
     assert {"eval/preferences", "eval/distribution"} <= set(tags["images"])
     tensors = set(tags["tensors"])
     assert {
         "eval/pr/chosen_or_rejected",
         "eval/pr/in_or_out/model",
-        "eval/generations/text_summary",
+        "eval/generations/greedy/text_summary",
+        "eval/generations/sampled/text_summary",
         "eval/report/text_summary",
     } <= tensors
     (layout,) = (tensor for tag in tensors if tag.startswith("custom_scalars") for tensor in events.Tensors(tag))
@@ -291,10 +307,28 @@ def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
     assert all(f"{split}/rewards/margins".encode() in text for split in ("train", "val", "eval"))
 
 
-def test_the_card_of_a_trained_model_has_the_results(runs):
+def test_the_card_of_a_trained_model_has_the_results(runs, model_dir):
     card = (runs / "run/model/README.md").read_text(encoding="utf-8")
     assert "reward accuracy" in card.lower() and "figures/preferences.png" in card
-    assert not (Path(load(runs / "itself")["model"]) / "README.md").exists()  # training did not write that directory
+    assert not (model_dir / "README.md").exists()  # training did not write that directory
+
+
+def test_nothing_that_others_read_names_a_place_on_this_machine(runs):
+    """Model directories, data, flags: by their last components, in the report, the card and on TensorBoard."""
+    events = EventAccumulator(str(runs / "one/tensorboard"))
+    events.Reload()
+    (page,) = events.Tensors("eval/report/text_summary")
+    texts = {"report.json": (runs / "one/report.json").read_text(), "report.md": (runs / "one/report.md").read_text(),
+             "card": (runs / "run/model/README.md").read_text(), "page": str(page.tensor_proto.string_val)}  # fmt: skip
+    for name, text in texts.items():
+        assert str(runs) not in text and str(runs.parent) not in text and str(Path.home()) not in text, name
+        assert str(ROOT) not in text, name
+    report = json.loads(texts["report.json"])
+    assert report["model"] == "run/model" and report["reference"] == "llama"
+    assert report["data"]["sources"] == ["pairs.jsonl"] and report["ood"]["sources"] == ["texts.jsonl"]
+    flags = report["run"]["flags"]
+    assert flags["data"] == ["pairs.jsonl"] and flags["model"] == "run/model" and "output" not in flags
+    assert json.loads((runs / "one/run.json").read_text())["flags"]["data"] == [str(runs / "pairs.jsonl")]  # this does
 
 
 def test_the_same_command_again_says_so(runs, model_dir):
@@ -317,7 +351,11 @@ def test_bad_input_is_answered_in_one_line(place, model_dir):
         (["--reference", other_tokenizer(model_dir, place / "other", "<new>")], 2, "the tokenizer of --reference"),
         (["--reference", other_merges(model_dir, place / "merges")], 2, "is split otherwise"),
         (["--reference", place / "nowhere"], 2, "nowhere"),
-        (["--reward_model", model_dir], 2, "reward model"),
+        (["--reward_model", model_dir], 2, "is no reward model"),
+        (["--reward_model", place / "nowhere"], 2, "cannot load a reward model from"),
+        (["--reward_model", place / "nowhere", "--prompts", 0], 2, "with --prompts 0 they write nothing"),
+        (["--reward_model", model_dir, "--ds_config", "ds_configs/frozen_zero3.json"], 2, "decoding needs whole ones"),
+        (["--max_new_tokens", 500], 2, "exceed the model's 512 positions: lower --max_new_tokens"),
         (["--data", file("empty.jsonl", "")], 4, "no rows in it"),
         (["--data", place / "none.jsonl"], 4, "none.jsonl"),
         (["--data", place / "texts.jsonl"], 4, "no column"),
@@ -344,6 +382,7 @@ def test_bad_input_is_answered_in_one_line(place, model_dir):
         assert len(said) == 1 and words in said[0], (extra, err[-2000:])
         assert "Traceback" not in out + err
     assert not list(place.glob("bad*/report.json"))
+    assert not list(place.glob("bad*/run.json"))  # refused at the door: nothing was scored, nothing stands in the way
 
 
 def test_one_row_a_text_file_and_a_bound_on_tokens(place, model_dir):
@@ -401,7 +440,7 @@ def test_sharded_models_are_scored_alike_and_write_nothing(place, model_dir, run
     )
     assert done.returncode == 0, done.stderr[-3000:]
     sharded, whole = load(place / "sharded"), load(runs / "one")
-    assert "sharded" in sharded["generations"]["skipped"]
+    assert "shards the models" in sharded["generations"]["skipped"]
     assert sharded["preferences"]["model"]["loss"]["value"] == pytest.approx(
         whole["preferences"]["model"]["loss"]["value"], rel=1e-5
     )

@@ -109,7 +109,9 @@ def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
         pair = [[row[f"{mode}/{side}/reward"] for row in found.rows] for side in lms]
         won = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(*pair, strict=True)])
         assert found.report[mode]["win_rate"]["value"] == pytest.approx(won)
-        assert found.report[mode]["reward_gain"]["value"] == pytest.approx(np.mean(np.subtract(*pair)))
+        for name in ("reward", "length", "ended", "repetition"):
+            sides = [[row[f"{mode}/{side}/{name}"] for row in found.rows] for side in lms]
+            assert found.report[mode]["change"][name]["value"] == pytest.approx(np.mean(np.subtract(*sides)))
     assert found.report["examples"] == found.rows[:3]
     assert found.values["sampled/model/length"].tolist() == [row["sampled/model/length"] for row in found.rows]
 
@@ -121,6 +123,8 @@ def test_a_model_beside_itself_has_changed_nothing(tokenizer):
         assert found.report[mode]["unchanged"]["value"] == 1
         assert found.report[mode]["model"]["length"] == found.report[mode]["reference"]["length"]
     assert found.report["sampled"]["model"]["kl_k1"]["value"] == found.report["sampled"]["model"]["kl_k3"]["value"] == 0
+    cool = compare(model, model, prompts(), tokenizer, CPU, budget=128, max_new_tokens=2, temperature=0.5)
+    assert not any("kl" in name for name in cool.report["sampled"]["model"])  # it would be another distribution's
     alone = compare(model, None, prompts(), tokenizer, CPU, budget=128, max_new_tokens=8)
     assert set(alone.report["greedy"]) == {"model"} and "kl_k1" not in alone.report["sampled"]["model"]
     assert alone.report["sampled"]["model"]["length"] == found.report["sampled"]["model"]["length"]
@@ -250,7 +254,7 @@ def test_reward_is_read_off_the_end_token(judge_dir):
     for i in (0, 1, 3):
         assert found[i] == pytest.approx(_judged(judge, ASK, texts[i], ended[i]), abs=1e-5)
     assert np.isfinite(found[2]) and len(set(found.tolist())) == 4
-    assert judge.description == {"name": str(judge_dir), "reads": "<|im_end|>"}
+    assert judge.description == {"name": judge_dir.name, "reads": "<|im_end|>"}
     assert judge.score([ASK], texts[3:], ended[3:])[0] == found[3]
     assert judge.ids(ASK, "Fine", True)[-1] == 2 and judge.ids(ASK, "Fine", False) == judge.ids(ASK, "Fine", True)[:-1]
     assert judge.ids(ASK, " ", True)[-1] == 2
@@ -258,6 +262,15 @@ def test_reward_is_read_off_the_end_token(judge_dir):
         2  # SmolLM's own case: the class passes over the end token, and the report says so
     )
     assert judge.description["reads"] != "<|im_end|>"
+
+
+def test_a_conversation_too_long_for_the_reward_model_is_refused(judge_dir):
+    judge = RewardModel(judge_dir, CPU)
+    asked = [Prompt(0, (1,), ASK), Prompt(1, (1,), [{"role": "user", "content": "word " * 60}])]
+    longest = len(judge.ids(asked[1].messages, "", True)) - 1  # without the end token
+    judge.check(asked, 512 - longest)
+    with pytest.raises(ValueError, match=f"a prompt of {longest} tokens and {513 - longest} new ones exceed the 512"):
+        judge.check(asked, 513 - longest)
 
 
 def test_no_reward_model_is_refused_with_its_reason(model_dir, judge_dir, tmp_path):

@@ -70,8 +70,8 @@ def at_checkpoint(out, step):
         time.sleep(0.002)
 
 
-def straight(warm, model_dir, few, out, stage, ranks):
+def straight(warm, model_dir, few, out, stage, ranks, *extra):
     began = time.monotonic()
-    codes, text = warm.run(flags(model_dir, few, out, stage), ranks)
+    codes, text = warm.run(flags(model_dir, few, out, stage, *extra), ranks)
     assert codes == [0] * ranks, text[-3000:]
     return time.monotonic() - began

@@ -33,11 +33,11 @@ def inside_a_save(out):
         pass
 
 
-def killed_and_continued(warm, model_dir, few, out, stage, ranks, kills, seconds, seed):
+def killed_and_continued(warm, model_dir, few, out, stage, ranks, kills, seconds, seed, *extra):
     """Kill `kills` times, every second time inside a save, then let it end; how far each kill let it come."""
     draw, reached = random.Random(seed), []
     for number in range(kills):
-        job = warm.start(flags(model_dir, few, out, stage), ranks)
+        job = warm.start(flags(model_dir, few, out, stage, *extra), ranks)
         if number % 2 == 0:
             at_checkpoint(out, min(STEPS - 1, 1 + number + draw.randint(0, 1)))
             inside_a_save(out)
@@ -47,7 +47,7 @@ def killed_and_continued(warm, model_dir, few, out, stage, ranks, kills, seconds
         job.kill()
         job.wait()
         reached.append(sorted(path.name for path in (out / "checkpoints").glob("step-*")))
-    codes, text = warm.run(flags(model_dir, few, out, stage), ranks)
+    codes, text = warm.run(flags(model_dir, few, out, stage, *extra), ranks)
     assert codes == [0] * ranks, text[-3000:]
     return reached, text
 
@@ -60,6 +60,17 @@ def test_killed_once_and_continued_is_bit_for_bit_the_same(warm, model_dir, few,
     same_run(tmp_path / "killed", tmp_path / "straight")
     codes, text = warm.run(flags(model_dir, few, tmp_path / "killed", stage), ranks)
     assert codes == [0] * ranks and "finished" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_in_bf16_too(warm, model_dir, few, tmp_path, stage):
+    """Under autocast, and with bf16 weights beside fp32 masters, which are what a checkpoint holds."""
+    bf16 = ["--precision", "bf16"]
+    seconds = straight(warm, model_dir, few, tmp_path / "straight", stage, 1, *bf16)
+    _, text = killed_and_continued(warm, model_dir, few, tmp_path / "killed", stage, 1, 1, seconds, stage, *bf16)
+    assert "continues after step" in text
+    same_run(tmp_path / "killed", tmp_path / "straight")
 
 
 @pytest.mark.matrix
@@ -113,7 +124,8 @@ def moved(warm, model_dir, few, out, legs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("legs", [[(0, 2), (0, 1), (0, 2)], [(2, 2), (2, 1), (2, 2)], [(3, 2), (3, 1), (3, 2)],
-                                  [(0, 1), (2, 2), (3, 2), (0, 1)], [(1, 2), (3, 1), (1, 1)]])  # fmt: skip
+                                  [(0, 1), (2, 2), (3, 2), (0, 1)], [(1, 2), (3, 1), (1, 1)],
+                                  [("3_offload", 2), (2, 1), ("3_offload", 1)]])  # fmt: skip
 def test_other_ranks_and_stages(warm, model_dir, few, tmp_path, legs):
     straight(warm, model_dir, few, tmp_path / "straight", 0, 1)
     moved(warm, model_dir, few, tmp_path / "moved", legs)
@@ -195,12 +207,17 @@ def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
     codes, text = warm.run(flags(model_dir, few, tmp_path / "two", 0, "--resume", path))
     assert codes == [0] and "continues after step 7" in text
     same_bits(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    told = json.loads((tmp_path / "two/run.json").read_text())
+    (tmp_path / "two/run.json").write_text(json.dumps(told | {"status": "running"}))
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "two", 0, "--resume", path))
+    assert codes == [0] and "continues after step 8" in text  # by now it has one of its own
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(few.read_text().splitlines(keepends=True)[:-1]))
     codes, text = warm.run(flags(model_dir, fewer, tmp_path / "three", 0, "--resume", path))
     assert codes == [3] and "another order of the data (data was" in text and "Traceback" not in text
     other = tmp_path / "qwen"
     shutil.copytree(model_dir, other)
-    tiny.make_model("qwen2").save_pretrained(other)  # its head is not tied: it has a weight more
-    codes, text = warm.run(flags(other, few, tmp_path / "four", 0, "--resume", path))
-    assert codes == [3] and "another model's" in text and "Traceback" not in text
+    for name, change in (("deeper", {"num_hidden_layers": 3}), ("wider", {"intermediate_size": 104})):
+        tiny.make_model("llama", **change).save_pretrained(other)
+        codes, text = warm.run(flags(other, few, tmp_path / name, 0, "--resume", path))
+        assert codes == [3] and "another model's" in text and "Traceback" not in text, text[-2000:]

@@ -126,7 +126,8 @@ def test_a_sweep_is_every_combination_once_and_stays_in_its_folder(tmp_path):
     "text, said",
     [
         ("beta: 0.1", "expected lines of"),
-        ("{}", "no values"),
+        ("{}", "expected lines of"),
+        ("beta: []", "expected lines of"),
         ("output: [a, b]", "'output' is not a flag to sweep"),
         ("'--beta; rm -rf': [1]", "is not a flag to sweep"),
         ("beta: [0.1, '0.1']", "two combinations would write to beta-0.1"),

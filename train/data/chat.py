@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from train.data.errors import RowError, one_line
 from train.data.packing import Group
-from train.data.rows import Pair, RowError
+from train.data.rows import Pair
 
 QUESTION = [{"role": "user", "content": "probe question"}]
 ANSWER = "probe answer"
@@ -27,10 +28,14 @@ class Encoded(NamedTuple):
 
 
 class ControlTokens:
-    """The strings that a tokenizer reads as control tokens wherever they stand in a text."""
+    """The strings that a tokenizer reads as control tokens wherever they stand in a text.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, allowed: bool = False):
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    Some models forget to call theirs special: what frames the turns of `conversation`, a rendered one, counts too.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, allowed: bool = False, conversation: str = ""):
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special or _frames(token.content, conversation)}
         self.tokens = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self.allowed = allowed
         self._pattern = re.compile("|".join(map(re.escape, self.tokens)))
@@ -43,6 +48,11 @@ class ControlTokens:
         """Raises RowError where a text has one: as a token it would end a turn, or begin one, in the user's name."""
         if not self.allowed and (token := self.first(text)) is not None:
             raise RowError(f"control token {token!r} in the text")
+
+
+def _frames(token: str, conversation: str) -> bool:
+    """Whether an added token is one of the conversation's marks: neither a word nor white space."""
+    return len(token.strip()) > 2 and not (token[0].isalnum() or token[-1].isalnum()) and token in conversation
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -88,6 +98,9 @@ class Chat:
             raise ValueError(
                 f"the chat template of {name} renders {whole!r}, which does not start with the prompt {prompt!r}"
             )
+        # of turns that are over, which keep no <think>: answers to train on may have that
+        turns = self._render([(QUESTION + [{"role": "assistant", "content": ANSWER}] + QUESTION, False)])[0]
+        self.control = ControlTokens(self.tokenizer, self.control.allowed, turns if isinstance(turns, str) else "")
         body, answer, self._tail = whole[len(prompt) :].rpartition(ANSWER)
         if not answer:
             raise ValueError(f"the chat template of {name} leaves out the assistant's answer: {whole!r}")
@@ -98,6 +111,7 @@ class Chat:
             self._kept_tail = self._tail.rstrip() + self.end
         else:
             self._kept_tail = self._tail[: self._tail.index(found) + len(found)]
+        self.tail_ids = tokenise(self.tokenizer, [self._kept_tail])[0]
         ids = self.response_ids(QUESTION, ANSWER)
         if ids[-1] != self.end_id or ids.count(self.end_id) != 1:
             text = body + ANSWER + self._kept_tail
@@ -124,7 +138,7 @@ class Chat:
         try:
             return self._apply([messages], header)[0]
         except Exception as error:  # a template is a program: raise_exception(), a type error, an undefined name
-            return RowError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}")
+            return RowError(f"the chat template refuses it: {one_line(error)}")
 
     def _apply(self, conversations: list, header: bool) -> list[str]:
         return self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=header)
@@ -185,6 +199,35 @@ class Chat:
         return body + self._kept_tail
 
 
+def tokenise_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]) -> list[list[list[int]] | RowError]:
+    """Token ids of each row's texts, all in one call; a RowError in place of a row that the tokenizer refuses."""
+    try:
+        ids = iter(tokenise(tokenizer, [text for texts in rows for text in texts]))
+        return [[next(ids) for _ in texts] for texts in rows]
+    except Exception as error:  # say, an unknown character and no token for it; halves find the row
+        if len(rows) == 1:
+            return [RowError(f"the tokenizer refuses it: {one_line(error)}")]
+        half = len(rows) // 2
+        return tokenise_rows(tokenizer, rows[:half]) + tokenise_rows(tokenizer, rows[half:])
+
+
+def check_fit(config, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """ValueError where the tokenizer has ids that the model has no embedding for, or rows outrun its positions.
+
+    `config`: the model's, as transformers has it; no weight is needed.
+    """
+    config = config.get_text_config()
+    ids = 1 + max(tokenizer.get_vocab().values(), default=-1)  # not their number: there may be gaps
+    if ids > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {ids:,} tokens, the model's vocabulary {config.vocab_size:,}: "
+            "they do not belong together"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise ValueError(f"--max_length {max_length} is more than the model's {positions} positions")
+
+
 def check_lengths(max_length: int, max_prompt_length: int | None, header_length: int = 0) -> int:
     """The most tokens that a prompt may have: one token at least is left to the response. Raises ValueError."""
     limit = max_length - 1 if max_prompt_length is None else max_prompt_length
@@ -213,15 +256,25 @@ class PairEncoder:
         return self.chat.render(items)
 
     def finish(self, ids: Sequence[list[int]]) -> Encoded:
-        """Truncate; a response that is cut gets no end token. Raises RowError for answers equal by now."""
+        """Truncate; a response that is cut gets no end token. Raises RowError for answers empty or equal by now."""
         prompt, *responses = ids
+        if self.chat.tail_ids in responses:  # some tokenizers leave out what they do not know
+            raise RowError("no tokens: the tokenizer makes nothing of a response")
         kept = prompt[-self.max_prompt :]
         room = self.max_length - len(kept)
         cut = tuple(response[:room] for response in responses)
         truncated = (len(prompt) > len(kept), *(len(response) > room for response in responses))
-        if cut[0] == cut[1]:
+        if len(cut) == 2 and cut[0] == cut[1]:
             raise RowError("equal after truncation" if any(truncated[1:]) else "equal after the chat template")
         return Encoded(kept, cut, truncated)
+
+
+class LabelledEncoder(PairEncoder):
+    """Single answers under the same limits."""
+
+    def render(self, items: Sequence[tuple]) -> list[tuple | RowError]:
+        """(messages, answer, label) each -> two texts each."""
+        return self.chat.render([item[:2] for item in items])
 
 
 class TextEncoder:

@@ -9,7 +9,8 @@ A file or folder that exists goes before a hub name. Globs and plain folders of 
 
 What is wrong with a whole file is a DataError. What is wrong with one row is a RowError: that row is dropped with the
 reason, the others stand. JSON is read here, line by line, because Arrow allows one type a column and would refuse a
-whole file for one odd row. Of a key given twice in an object the last counts, as everywhere in Python.
+whole file for one odd row. A row that names a key twice, or a message in it that does, is dropped: nobody knows which
+of the two is meant.
 """
 
 import csv
@@ -17,35 +18,33 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import datasets
+from train.data import tables
+from train.data.errors import DataError, MissingColumn, RowError, listed
 
 ROLES = ("system", "user", "assistant")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+LABELLED_COLUMNS = ("prompt", "completion", "label")
 TEXT_COLUMNS = ("text",)
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # text: of a CSV
+# With an organisation always: `load_dataset("csv")` would read whatever lies in the working folder.
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 JSON_SHAPES = "one JSON object a line (.jsonl, .json) or one array of objects (.json)"
-TYPE_WORDS = {dict: "an object", list: "a list", tuple: "a list", str: "a string", bool: "a boolean",
-              type(None): "null", int: "a number", float: "a number"}  # fmt: skip
 
 
-class DataError(ValueError):
-    """The user's data is at fault; launch scripts print the message and exit with 4."""
+class TwoValues(dict):
+    """A JSON object that names a key twice; `key` is that key. As a dict it holds the last value."""
+
+    def __init__(self, pairs: list):
+        super().__init__(pairs)
+        self.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
 
 
-class RowError(ValueError):
-    """One row is of no use; the message is the reason, short and printable."""
-
-
-class MissingColumn(RowError):
-    """The row has no such column. When no row of a source has it, the source is at fault: see check_rows."""
-
-    column = property(lambda self: self.args[0])
-
-    def __str__(self) -> str:
-        return f"no column {self.column!r}"
+TYPE_WORDS = {dict: "an object", TwoValues: "an object", list: "a list", tuple: "a list", str: "a string",
+              bool: "a boolean", type(None): "null", int: "a number", float: "a number"}  # fmt: skip
 
 
 class Dropped(NamedTuple):
@@ -90,21 +89,28 @@ def _read(source: str, split: str) -> Iterator[Any]:
         return READERS[suffix](path)
     folder, _, named = path.rpartition("@")
     if os.path.isdir(path):
-        return _foreign(source, lambda: _saved_folder(path, split))
+        return tables.saved_folder(source, path, split)
     if os.path.isdir(folder):
-        return _foreign(source, lambda: _saved_folder(folder, named))
+        return tables.saved_folder(source, folder, named)
+    if "://" in source:  # what follows the host may hold a password or a signature, and this line goes to a log
+        scheme, _, rest = source.partition("://")
+        host = re.split("[/?#]", rest)[0].rpartition("@")[2]
+        raise DataError(f"{scheme}://{host}/...: addresses are not read; fetch the file and name it here")
     hub = HUB_NAME.fullmatch(source)
-    if source.lower().endswith(tuple(READERS)) or source.startswith((".", "/", "~")) or hub is None:
+    if source.lower().endswith(tuple(READERS)) or source.startswith((".", "/", "~")):
         raise DataError(f"{source}: no such file or folder{_neighbours(path)}")
-    name, config, split = hub["name"], hub["config"], hub["split"] or split
-    problem = "neither a file here nor readable from the hub"
-    return _foreign(source, lambda: datasets.load_dataset(name, config, split=split), problem)
+    if hub is None:
+        raise DataError(f"{source}: no such file or folder{_neighbours(path)}, nor org/name as on the hub")
+    return tables.hub(source, hub["name"], hub["config"], hub["split"] or split)
 
 
 def _neighbours(path: str) -> str:
     """ " (did you mean ...?)" with the nearest names in the path's folder, or nothing."""
     folder, name = os.path.split(path)
-    near = difflib.get_close_matches(name, os.listdir(folder or "."), 2) if os.path.isdir(folder or ".") else []
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), 2)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        near = []
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
@@ -129,10 +135,18 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) < 4000 else float(digits)
 
 
+def _object(pairs: list) -> dict:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else TwoValues(pairs)
+
+
+DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
+
+
 def _parse(text: str, path: str, line: int) -> Any:
     """Parse one JSON value that begins on `line`; a RowError instead where it is nested beyond Python's stack."""
     try:
-        return json.loads(text, parse_int=_integer)
+        return DECODER.decode(text)
     except RecursionError:
         return RowError("nested too deeply")
     except json.JSONDecodeError as error:
@@ -165,7 +179,7 @@ def _read_csv(path: str) -> Iterator[Any]:
     try:
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
-            raise DataError(f"{path}, line {reader.line_num}: a column stands twice in {_names(names)}")
+            raise DataError(f"{path}, line {reader.line_num}: a column stands twice in {listed(names)}")
         for row in reader:  # fields beyond the header come under None, missing ones as None
             odd = None in row or None in row.values()
             yield RowError(f"not {len(names)} fields, as the header has") if odd else row
@@ -173,59 +187,16 @@ def _read_csv(path: str) -> Iterator[Any]:
         raise DataError(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from error
 
 
-def _read_parquet(path: str) -> Iterator[Any]:
-    return _foreign(path, lambda: datasets.load_dataset("parquet", data_files=path, split="train"))
-
-
-READERS = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-def _saved_folder(path: str, split: str) -> datasets.Dataset:
-    """Load what save_to_disk wrote; of several splits the named one. Raises DataError."""
-    if not any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        raise DataError(f"{path}: a folder that save_to_disk did not write; name the files in it one by one")
-    found = datasets.load_from_disk(path)
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if split not in found:
-        raise DataError(f"{path}: no split {split!r}; found {_names(found)}; name one as {path}@SPLIT")
-    return found[split]
-
-
-def _foreign(source: str, load: Callable[[], datasets.Dataset], problem: str = "cannot be read") -> Iterator[Any]:
-    """The rows of what `load` returns, without progress bars; whatever it or its rows raise becomes a DataError."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield from load()
-    except DataError:
-        raise
-    except Exception as error:  # readers and the hub's client raise a dozen unrelated types, and the cure is the same
-        raise DataError(f"{source}: {problem}: {_innermost(error)}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _innermost(error: BaseException) -> str:
-    """The first cause in one line: datasets wraps "Expected 2 fields, saw 3" in "An error occurred"."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+READERS = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": tables.parquet}
 
 
 def columns_missing(source: str, column: str, found: list, columns: Sequence[str]) -> DataError:
     lower = {str(name).lower(): name for name in found}
     near = [lower[name] for name in difflib.get_close_matches(column, list(lower), 2, 0.5)]
     return DataError(
-        f"{source}: no column {column!r}; found {_names(found)}; expected {_names(columns)}"
+        f"{source}: no column {column!r}; found {listed(found)}; expected {listed(columns)}"
         + (f"; rename {near[0]!r}?" if near else "")
     )
-
-
-def _names(names) -> str:
-    names = list(names)
-    return (", ".join(repr(name)[:60] for name in names[:20]) + (", ..." if len(names) > 20 else "")) or "none"
 
 
 def check_pair(row: Any) -> tuple[list, str, str]:
@@ -255,6 +226,26 @@ def check_pair(row: Any) -> tuple[list, str, str]:
     return messages, chosen, rejected
 
 
+def check_labelled(row: Any) -> tuple[list, str, bool]:
+    """Return (messages of the prompt, answer, whether it is desirable) of one row; other columns are ignored.
+
+    prompt and completion: as prompt and chosen of a pair. label: true or false, 1 or 0. Raises RowError.
+    """
+    for column in ("completion", "label"):
+        _need(row, column)
+    label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
+    if not isinstance(label, (bool, int, float, str)) or label not in LABELS:
+        raise RowError(f"label is {_type(label)} other than true and false")
+    before, completion = _response(row["completion"], "completion")
+    if row.get("prompt") is None and before is None:
+        raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
+    messages = before or _prompt(row["prompt"])
+    if before is not None and row.get("prompt") is not None and _prompt(row["prompt"]) != before:
+        raise RowError("prompt differs from the conversation in completion")
+    _check_turns(messages)
+    return messages, completion, LABELS[label]
+
+
 def check_text(row: Any) -> str:
     """Return the text of one row of plain text. Raises RowError."""
     _need(row, "text")
@@ -269,11 +260,19 @@ def _need(row: Any, column: str) -> None:
         raise row
     if not isinstance(row, dict):
         raise RowError(f"the row is {_type(row)}, not an object")
+    _unambiguous(row, "the row")
     if column not in row:
         raise MissingColumn(column)
 
 
+def _unambiguous(found: dict, name: str) -> None:
+    if isinstance(found, TwoValues):
+        raise RowError(f"{name} has the key {found.key[:40]!r} twice")
+
+
 def _type(value: Any) -> str:
+    if isinstance(value, RowError):
+        return f"unreadable ({value})"
     return TYPE_WORDS.get(type(value), type(value).__name__)
 
 
@@ -294,6 +293,7 @@ def _messages(value: list, name: str) -> list[dict]:
     for number, message in enumerate(value):
         if not isinstance(message, dict):
             raise RowError(f"{name} message {number} is {_type(message)}, not an object with role and content")
+        _unambiguous(message, f"{name} message {number}")
         role = _string(message.get("role"), f"{name} message {number}: role")
         if role not in ROLES:
             raise RowError(f"unknown role {role[:40]!r} in {name}; known: {', '.join(ROLES)}")

@@ -24,22 +24,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat import Chat, PairEncoder, TextEncoder, tokenise
+from train.data.chat import Chat, LabelledEncoder, PairEncoder, TextEncoder, tokenise_rows
+from train.data.errors import DataError, MissingColumn, RowError
 from train.data.packing import Group
 from train.data.rows import (
+    LABELLED_COLUMNS,
     PAIR_COLUMNS,
     TEXT_COLUMNS,
-    DataError,
     Dropped,
-    MissingColumn,
-    RowError,
+    check_labelled,
     check_pair,
     check_text,
     columns_missing,
     read_rows,
 )
 
-FORMAT = 1  # raise it when the same rows would give other ids or another file
+FORMAT = 2  # raise it when the same rows would give other ids or another file
 CHUNK = 4096  # rows rendered and tokenised at once: enough for every core, and a bounded peak of memory
 
 
@@ -60,10 +60,15 @@ class Kind(NamedTuple):
     k: int  # responses a group
     prompt_of: Callable[[Any], Any]  # item -> what two rows with the same prompt have in common, for splitting
     encoder: Callable  # (tokenizer, max_length, max_prompt_length, allow_control_tokens) -> encoder
+    label_of: Callable[[Any], bool] | None = None  # item -> its label, where it has one
 
 
 def _pair_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
     return PairEncoder(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
+
+
+def _labelled_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
+    return LabelledEncoder(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
 
 
 def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
@@ -74,6 +79,9 @@ def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens
 
 KINDS = {
     "pair": Kind(check_pair, PAIR_COLUMNS, 2, lambda item: item[0], _pair_encoder),
+    "labelled": Kind(
+        check_labelled, LABELLED_COLUMNS, 1, lambda item: item[0], _labelled_encoder, lambda item: item[2]
+    ),  # fmt: skip
     "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
 }
 
@@ -90,6 +98,7 @@ class Tokenised:
     prompts: np.ndarray  # (N,) int64 hash of the prompt's messages, or of a plain text; no template or truncation in it
     dropped: list  # of Dropped, of all sources, also in a view
     fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
+    labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -103,13 +112,15 @@ class Tokenised:
         for length in rest:
             responses.append(flat[at : at + length])
             at += length
-        return Group(flat[:first], tuple(responses), int(self.rows[i]))
+        label = None if self.labels is None else bool(self.labels[i])
+        return Group(flat[:first], tuple(responses), int(self.rows[i]), label)
 
     def select(self, indices: Sequence[int]) -> "Tokenised":
         """A view of the groups `indices`, in that order. Raises IndexError."""
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
-        per_group = ("offsets", "lengths", "truncated", "rows", "prompts")
+        per_group = ["offsets", "lengths", "truncated", "rows", "prompts"]
+        per_group += [] if self.labels is None else ["labels"]
         return dataclasses.replace(self, fingerprint=digest, **{name: getattr(self, name)[index] for name in per_group})
 
 
@@ -134,21 +145,31 @@ def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Toke
 
 
 def prepare(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_dropped: float = 0.05, **options
+) -> Tokenised:
+    """What `collect(sources, tokenizer, **options)` gives, if no more than the share `max_dropped` of the rows is lost.
+
+    (wikitext's blank lines need about 0.4.) Raises DataError besides.
+    """
+    tokenised = collect(sources, tokenizer, **options)
+    refuse_too_many(tokenised, max_dropped)
+    return tokenised
+
+
+def collect(
     sources: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     max_prompt_length: int | None = None,
     allow_control_tokens: bool = False,
-    max_dropped: float = 0.05,
     cache_dir: str | os.PathLike | None = None,
     split: str = "train",
     kind: str = "pair",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tokenised:
-    """Read, check and tokenise `sources`, or find them done in the cache.
+    """Read, check and tokenise `sources`, or find them done in the cache, however many rows are dropped.
 
-    `max_dropped` is the largest share of the rows that may be dropped (wikitext's blank lines need about 0.4).
     `cache_dir` stands for $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens.
     `progress(done, total)` is called now and then while rows are tokenised. Several processes may do this at once.
     Raises DataError for the data, ValueError for the tokenizer, the lengths or the kind, OSError for the cache folder.
@@ -169,12 +190,19 @@ def prepare(
     arrays, late = cached
     places = {row.number: row for row in rows}
     dropped = refused + [Dropped(places[n].source, places[n].index, reason) for n, reason in late]
-    _refuse_too_many(dropped, len(rows) + len(refused), max_dropped)
     return Tokenised(**arrays, dropped=dropped, fingerprint=key)
 
 
-def _refuse_too_many(dropped: list[Dropped], total: int, most: float) -> None:
+def kind_of(sources: Sequence[str], split: str = "train") -> str:
+    """ "labelled" where the first row has an answer with a label and no pair, else "pair". Raises DataError."""
+    _, _, row = next(read_rows(sources, split))
+    columns = row if isinstance(row, dict) else {}
+    return "labelled" if {"completion", "label"} <= {*columns} and "chosen" not in columns else "pair"
+
+
+def refuse_too_many(tokenised: Tokenised, most: float) -> None:
     """Raises DataError when more than the share `most` of the rows is dropped, or all of them."""
+    dropped, total = tokenised.dropped, len(tokenised) + len(tokenised.dropped)
     if len(dropped) <= most * total and len(dropped) < total:
         return
     first = "; ".join(f"{d.source} row {d.row}: {d.reason}" for d in dropped[:5])
@@ -189,11 +217,12 @@ def check_rows(
 ) -> tuple[list[Row], list[Dropped]]:
     """Read every source and keep what `check(row)` returns; rows for which it raises RowError are dropped.
 
-    Raises DataError: as read_rows does; or every row of a source lacks a column (`columns` are those expected).
+    Raises DataError: as read_rows does; or no row of a source is sound and none has some column (`columns` are those
+    expected).
     """
     rows, dropped, number = [], [], -1
     for source in [sources] if isinstance(sources, str) else sources:
-        found, missing, index = {}, [], -1
+        found, missing, before = {}, [], len(rows)
         for _, index, row in read_rows([source], split):
             number += 1
             if isinstance(row, dict):
@@ -204,8 +233,9 @@ def check_rows(
                 dropped.append(Dropped(source, index, str(error)))
                 if isinstance(error, MissingColumn):
                     missing.append(error.column)
-        if len(missing) == index + 1:
-            raise columns_missing(source, missing[0], list(found), columns)
+        absent = [column for column in missing if column not in found]
+        if absent and len(rows) == before:
+            raise columns_missing(source, absent[0], list(found), columns)
     if number < 0:
         raise DataError("no source of data was named")
     return rows, dropped
@@ -217,17 +247,18 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[
     Texts are rendered in this process: 170 us a pair, a fifth of what tokenising takes on two cores. A worker started
     without fork (unsafe beside Rust's threads) needs 4 s to import transformers: the time of 25,000 pairs.
     """
-    flat, lengths, truncated, numbers, prompts, dropped = [], [], [], [], [], []
+    flat, lengths, truncated, numbers, prompts, dropped, labels = [], [], [], [], [], [], []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         rendered = encoder.render([row.item for row in chunk])
         sound = [texts for texts in rendered if not isinstance(texts, RowError)]
-        ids = iter(tokenise(tokenizer, [text for texts in sound for text in texts]))
+        ids = iter(tokenise_rows(tokenizer, sound))
         for row, texts in zip(chunk, rendered, strict=True):
             try:
-                if isinstance(texts, RowError):
-                    raise texts
-                encoded = encoder.finish([next(ids) for _ in texts])
+                found = texts if isinstance(texts, RowError) else next(ids)
+                if isinstance(found, RowError):
+                    raise found
+                encoded = encoder.finish(found)
             except RowError as error:
                 dropped.append([row.number, str(error)])
                 continue
@@ -236,6 +267,8 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[
             lengths.append([len(part) for part in parts])
             truncated.append(encoded.truncated)
             numbers.append(row.number)
+            if kind.label_of:
+                labels.append(kind.label_of(row.item))
             prompts.append(int.from_bytes(_sha256(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True))
         if progress is not None:
             progress(start + len(chunk), len(rows))
@@ -247,7 +280,7 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[
         "truncated": np.array(truncated, dtype=bool).reshape(-1, 1 + kind.k),
         "rows": np.array(numbers, dtype=np.int64),
         "prompts": np.array(prompts, dtype=np.int64),
-    }
+    } | ({"labels": np.array(labels, dtype=bool)} if kind.label_of else {})
     return arrays, dropped
 
 

@@ -132,12 +132,14 @@ def _between(body: str, section: str) -> str:
 
 
 def shown(source) -> str:
-    """A hub name as it is, of a local path its last component."""
+    """A hub name as it is; of a local path its last component, or the last two where that is "model", as of a run's."""
     text = str(source)
     if is_hub(text):
         return text
-    ours = "zeropref's built-in " if Path(text).parent.parts[-3:] == ("train", "data", "builtin") else ""
-    return ours + (Path(text).name or text)
+    parts = Path(text).parts
+    if parts[-4:-1] == ("train", "data", "builtin") or parts[-2:] == ("eval", "passages.jsonl"):
+        return f"zeropref's built-in {parts[-1]}"
+    return "/".join(parts[-2 if parts[-1:] == ("model",) else -1 :]).lstrip("/") or text
 
 
 def is_hub(source) -> bool:
@@ -161,7 +163,8 @@ def base_of(record: dict) -> tuple[str, bool]:
 def _method(flags: dict) -> tuple[str, str | None]:
     """(short name, arXiv number) of the run's loss; the paper is the first that the loss's docstring cites."""
     loss = flags.get("loss") or "preference"
-    cited = re.search(r"arXiv (\d{4}\.\d{4,5})", LOSSES[loss].__doc__ or "") if loss in LOSSES else None
+    first = LOSSES.get(re.split("[:,]", loss)[0].strip())  # of a weighted sum
+    cited = re.search(r"arXiv (\d{4}\.\d{4,5})", first.of.__doc__) if first else None
     return "dpo" if loss == "sigmoid" else loss, cited and cited.group(1)
 
 
@@ -185,12 +188,9 @@ def _metadata(record: dict) -> ModelCardData:
 
 
 def _result(metric: str, title: str, measure: dict, dataset: str) -> EvalResult:
-    args = {"n": measure.get("n"), "interval_95": measure.get("interval")}
-    args = {
-        name: value
-        for name, value in args.items()
-        if value is not None and not (name == "interval_95" and _broken(value))
-    }
+    interval = measure.get("interval")
+    args = {"n": measure.get("n"), "interval_95": None if interval and _broken(interval) else interval}
+    args = {name: value for name, value in args.items() if value is not None}
     return EvalResult(**TASK, dataset_type=dataset, dataset_name=dataset, metric_type=metric, metric_name=title,
                       metric_value=measure["value"], metric_args=args or None)  # fmt: skip
 
@@ -316,12 +316,12 @@ def _evaluation(report: dict, figures: Sequence[str]) -> str:
         if found:
             rows.append((title, _number(before["value"]) if before else "", _number(found["value"]),
                          _interval(found.get("interval")), found.get("n", "")))  # fmt: skip
-    before = (
-        "before is the reference, after this model"
-        if report.get("reference")
-        else "without a reference to compare with"
-    )
-    parts = [f"## Evaluation\n\nPairs of {shown_sources(report.get('data'))}; {before}.\n"]
+    reference, verdict = report.get("reference"), report.get("verdict") or {"reasons": ()}
+    before = f"before is {shown(reference)}, after this model" if reference else "without a reference to compare with"
+    parts = ["## Evaluation\n", *(f"* {reason}" for reason in verdict["reasons"]),
+             f"\nPairs of {shown_sources(report.get('data'))}; {before}.\n"]  # fmt: skip
+    if reference and "word" in verdict:
+        parts.insert(1, f"Against {shown(reference)}: **{verdict['word']}**.\n")
     if rows:
         parts.append(_table(("", "before", "after", "95 % interval", "n"), rows))
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({FIGURES}/{name})\n" for name in figures]

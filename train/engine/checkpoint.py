@@ -69,7 +69,7 @@ class Saves:
         self._load(told, path)
         same = told["world"] == dist.world()
         self.plan = plan._replace(begun=told["step"], row_tokens=told["row_tokens"] if same else plan.row_tokens)
-        self.saved = told["step"]
+        self.saved = told["step"] if path.parent.resolve() == self.path.resolve() else 0
         self.folder.say(f"continues after step {told['step']} from {path}")
         return self.plan
 
@@ -80,9 +80,11 @@ class Saves:
             if dist.first():
                 shutil.rmtree(self.path, ignore_errors=True)
             return None, None
-        named = [] if choice == "auto" else [Path(choice)]
+        named, own = [] if choice == "auto" else [Path(choice)], files.found(self.path) if dist.first() else []
+        if named and named[0].parent.resolve() != self.path.resolve() and dist.share(bool(own)):
+            named = []  # where this run began; by now it has come further
         problems = []
-        for path in dist.share(named or files.found(self.path)):
+        for path in dist.share(named or own):
             told, problem = self._look(path)
             if problem is None:
                 return told, path
@@ -118,14 +120,9 @@ class Saves:
     def _load(self, told, path):
         policy = self.policy
         reader = files.Reader(path, told)
-        problem = None
-        try:
-            if strange := sorted(set(self._shapes(told["updates"])) - set(reader.keys())):
-                raise files.Damaged(f"{path} has no {strange[0]}: it is another model's")
-        except files.Damaged as error:
-            problem = str(error)
-        if problem := next((other for other in dist.gather(problem) if other), None):
-            fail(problem, Exit.CHECKPOINT)
+        kept, wanted = reader.shapes(), self._shapes(told["updates"])
+        if strange := sorted(key for key in wanted if kept.get(key) != wanted[key]):
+            fail(f"{path} has no {strange[0]} of shape {wanted[strange[0]]}: it is another model's", Exit.CHECKPOINT)
         state.restore(policy, reader, told["updates"])
         if self.moving:
             self.moving.restore(reader)

@@ -170,6 +170,6 @@ class Reader:
             raise Damaged(f"the checkpoint has no {key}: it is another model's")
         return self._where[key].get_tensor(key)
 
-    def keys(self):
-        """All keys."""
-        return self._where.keys()
+    def shapes(self) -> dict[str, tuple]:
+        """All keys, and the shapes of their tensors."""
+        return {key: tuple(file.get_slice(key).get_shape()) for key, file in self._where.items()}

@@ -43,7 +43,7 @@ def generate(lm, prompts: Sequence[Sequence[int]], *, ends: Collection[int], max
     by default their places. `batch_size`: sequences decoded at once. `watch` gets the number of sequences just done.
     ValueError for prompts that are empty or too long for the model, and for models that cannot be decoded here.
     """
-    _check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt)
+    check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt)
     numbers = range(len(prompts)) if numbers is None else numbers
     keys = [_key(seed, number, sample) for number in numbers for sample in range(samples_per_prompt)]
     out = [None] * len(keys)
@@ -69,7 +69,8 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[len(order) * b // count : len(order) * (b + 1) // count] for b in range(count)]
 
 
-def _check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt):
+def check(lm, prompts, max_new_tokens: int, temperature=1.0, batch_size=1, samples_per_prompt=1):
+    """ValueError where `generate` would raise one: to be asked before other work begins."""
     config = lm.config.get_text_config()
     for name, value in (
         ("max_new_tokens", max_new_tokens),
@@ -92,7 +93,8 @@ def _check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_pro
             raise ValueError(f"prompt {i} has no tokens")
         if most and len(prompt) + max_new_tokens > most:
             raise ValueError(
-                f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's {most} positions"
+                f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's {most} "
+                "positions: lower --max_new_tokens or --max_prompt_length"
             )
 
 

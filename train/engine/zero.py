@@ -153,14 +153,14 @@ def sharded_load(config: dict):
 
 
 def load_backbone(path, config: dict, precision: str, policy_stage: int, device, layout="packed", trust=False,
-                  change=None):  # fmt: skip
+                  allow_pickle=False, change=None):  # fmt: skip
     """A Backbone from a model directory or hub name, on `device` or in `config`'s ZeRO-3 shards. Every rank calls this.
 
     `policy_stage` decides the mode that policy and reference share: autocast over fp32 weights, or bf16 weights.
     `change`: called with the causal LM before it is wrapped, to add adapters, say.
     """
     with sharded_load(config):
-        lm = models.load(path, weights_of(policy_stage, precision), trust)
+        lm = models.load(path, weights_of(policy_stage, precision), trust, allow_pickle)
     if change:
         change(lm)
     if stage_of(config) < 3:

@@ -7,6 +7,8 @@ fp32 (fp64 for fp64 weights), whatever the matrix product's type.
 Legend: T scored tokens, V vocabulary, H hidden size, N responses.
 """
 
+import math
+
 import torch
 
 from train.losses.products import times_transposed, weight_gradient
@@ -39,6 +41,12 @@ def _log_softmax(hidden, weight, bias):
     return torch.log_softmax(logits if bias is None else logits.add_(bias), dim=1)
 
 
+def _norm(rows):
+    """(t, V) -> (t,) 2-norms, in parts: on CPU torch adds up a whole row one by one, which costs fp32 two digits."""
+    norm = torch.linalg.vector_norm
+    return norm(norm(rows.unflatten(1, (-1, math.gcd(rows.shape[1], 64))), dim=2), dim=1)
+
+
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, bias, product, budget, log_p2):
@@ -53,7 +61,7 @@ class _TokenLogps(torch.autograd.Function):
             every = _log_softmax(h[start:end], w, bias)  # (t, V)
             logps[start:end] = every.gather(1, target[start:end, None]).squeeze(1)
             if log_p2:  # the backward pass wants p as well: what is kept is p then, not its logarithm
-                squares[start:end] = 2 * torch.linalg.vector_norm(every.exp_(), dim=1).log()
+                squares[start:end] = 2 * _norm(every.exp_()).log()
         if ctx.spans and any(ctx.needs_input_grad):
             ctx.kept[ctx.spans[-1]] = every  # alive anyway: the backward pass starts with it
         ctx.save_for_backward(h, w, target, bias)

@@ -29,8 +29,7 @@ def of_pairs(examples: Pairs | Labelled, losses: torch.Tensor, beta: float) -> t
             rewards, desired = examples.rewards(beta), examples.desired
             right = wins(torch.where(desired, rewards, -rewards))
             one = torch.ones_like(rewards)
-            sides = [(x * side for side in (desired, ~desired))
-                     for x in (rewards, examples.logps, examples.lengths, one)]  # fmt: skip
+            sides = [(x * desired, x * ~desired) for x in (rewards, examples.logps, examples.lengths, one)]
             fell = (examples.logps < examples.ref_logps) & desired
         else:
             chosen, rejected = examples.rewards(beta)

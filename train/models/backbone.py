@@ -4,10 +4,12 @@ Body and head are called inside this module's forward, so that ZeRO-3's hooks se
 """
 
 import contextlib
+import json
+import os
+from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from train.losses.logprobs import LOGITS_BYTES, token_logps
@@ -26,6 +28,8 @@ UNSUPPORTED = {
     "is_encoder_decoder": "an encoder-decoder",
 }
 STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "chunked_attention")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NO_PICKLE = "a pickle can run its author's code; convert it to safetensors, or pass --allow_pickle if you trust it"
 
 
 class Backbone(nn.Module):
@@ -142,18 +146,43 @@ def refuse(lm):
         raise ValueError(f"{kind} has no output head: not a causal language model")
 
 
-def load(path, dtype=torch.float32, trust_remote_code=False):
-    """A causal LM from a directory or hub name, safetensors only.
+def load(path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False):
+    """A causal LM from a directory or hub name: safetensors only, unless `allow_pickle`, which prefers them still.
 
     Raises ValueError that names the path where the model is not there, is damaged, or lacks weights, which
     transformers would draw at random.
     """
+    # Without it, transformers asks a service to convert a repository that has pickles only, in the user's name.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
+        if not allow_pickle:
+            _refuse_pickle(path)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load a causal language model from {path}: {error}") from error
+            path, dtype=dtype, use_safetensors=None if allow_pickle else True, trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # configuration, code and weights raise a dozen types, and the cure is the same
+        advice = "" if allow_pickle or "use_safetensors" not in str(error) else f"; {NO_PICKLE}"
+        found = " ".join(str(error).split())
+        raise ValueError(f"cannot load a causal language model from {path}: {found}{advice}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
     return lm
+
+
+def _refuse_pickle(path):
+    """ValueError for a directory whose weights, or some shard of them, are no safetensors."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    named = set()
+    if (index := folder / "model.safetensors.index.json").is_file():
+        named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if (config := folder / "config.json").is_file():
+        named |= {json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") or "model.safetensors"}
+    if not any(folder.glob("*.safetensors")):
+        named |= {file.name for file in folder.iterdir() if file.suffix in PICKLES}
+    if pickled := sorted(name for name in named if Path(name).suffix in PICKLES):
+        raise ValueError(f"its weights are a pickle, {pickled[0]}: {NO_PICKLE}")
+    if outside := sorted(name for name in named if Path(name).name != name):
+        raise ValueError(f"{outside[0]} is not a file of its own")

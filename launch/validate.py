@@ -1,0 +1,166 @@
+"""Check a model and preference pairs before a run: on any machine, without a GPU, without loading a weight.
+
+    python launch/validate.py --model DIR --data pairs.jsonl > report.json
+    python launch/validate.py --data a.jsonl b.parquet --eval_split 0.05 --output report.json
+
+Takes the flags of train_dpo.py that concern data and does what a run does at its door, by the same functions: reads
+every row, renders and tokenises it, and compares the model's configuration with the tokenizer. The tokens are kept, so
+that a run with the same flags finds them. The report is JSON on stdout; what is wrong is said in one line on stderr.
+
+Exit codes: 0 usable, 2 flags, tokenizer or model, 4 data.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from train import config  # noqa: E402
+
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Check a model and preference pairs for training; writes a JSON report to stdout."""
+
+    model: str | None = None
+    """The policy: a model directory or hub name. None: SmolLM2-135M-Instruct."""
+    data: list[str] | None = None
+    """Pairs to train on: jsonl, json, csv, parquet, save_to_disk folders or hub names. None: the built-in pairs."""
+    eval_data: list[str] | None = None
+    """Pairs to evaluate on. None: the built-in held-out pairs with built-in data, else what --eval_split sets apart."""
+    eval_split: float = 0.0
+    """Share of the training prompts (with all their rows) set apart for evaluation where --eval_data is not given."""
+    data_split_seed: int = 0
+    """Seed of that split, which is by prompt."""
+    output: str | None = None
+    """A file for the report, besides stdout."""
+    max_length: int = 1024
+    """Most tokens of a prompt and a response together; responses are cut at their end."""
+    max_prompt_length: int | None = 256
+    """Most tokens of a prompt; longer ones keep their end. None: bounded by --max_length alone."""
+    allow_control_tokens: bool = False
+    """Accept rows whose text spells out control tokens such as <|im_end|>, instead of dropping them."""
+    max_dropped: float = 0.05
+    """Largest share of unusable rows before a run refuses the data."""
+    trust_remote_code: bool = False
+    """Let the model's repository run its own Python code."""
+
+    def __post_init__(self):
+        for name in ("eval_split", "max_dropped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is a share from 0 to 1, not {getattr(self, name)}")
+
+
+def main():
+    settings = config.parse(Settings)
+    from train.engine import quiet
+
+    quiet.now()
+    from train.engine import run
+    from train.models import builtin
+
+    report = {"verdict": "refused", "reason": None, "flags": config.as_dict(settings)}
+    with run.at_the_door():
+        try:
+            examine(settings, report)
+            report["verdict"] = "usable"
+        except (ValueError, OSError, builtin.ModelUnavailable) as error:
+            report["reason"] = str(error)
+            raise
+        finally:
+            text = json.dumps(report, indent=2)
+            print(text, flush=True)
+            if settings.output:
+                Path(settings.output).write_text(text + "\n", encoding="utf-8")
+
+
+def examine(settings, report):
+    """Add what is found to `report`, as far as one gets. Raises ValueError for flags and model, DataError for data."""
+    from train.data import chat, tokens
+    from train.engine import run
+    from train.models import builtin
+
+    path = settings.model or str(builtin.fetch(say=lambda line: print(line, file=sys.stderr)))
+    tokenizer = run.load_tokenizer(path, settings.trust_remote_code)
+    chat.check_fit(model_config(path, settings.trust_remote_code), tokenizer, settings.max_length)
+    folder = ROOT / "train/data/builtin"
+    sources, eval_sources = settings.data or [str(folder / "train.jsonl")], settings.eval_data
+    if not settings.data and not eval_sources and not settings.eval_split:
+        eval_sources = [str(folder / "held_out.jsonl")]
+    parts = {}
+    for name, named in {"data": sources, "eval_data": eval_sources}.items():
+        if named:
+            parts[name] = tokens.collect(named, tokenizer, max_length=settings.max_length,
+                                         max_prompt_length=settings.max_prompt_length,
+                                         allow_control_tokens=settings.allow_control_tokens)  # fmt: skip
+            report[name] = described(parts[name], named)
+    for part in parts.values():
+        tokens.refuse_too_many(part, settings.max_dropped)
+    if settings.eval_split and not eval_sources:
+        parts["data"], parts["eval_data"] = tokens.split_by_prompt(
+            parts["data"], settings.eval_split, settings.data_split_seed
+        )
+        report["split"] = {"train": len(parts["data"]), "held_out": len(parts["eval_data"])}
+    if "eval_data" in parts:
+        report["prompts_in_both"] = len(set(parts["data"].prompts.tolist()) & set(parts["eval_data"].prompts.tolist()))
+
+
+def model_config(path, trust_remote_code):
+    """The model's configuration. Raises ValueError."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a dozen types, and the cure is the same
+        raise ValueError(f"cannot load the configuration of {path}: {' '.join(str(error).split())}") from error
+
+
+def described(data, sources) -> dict:
+    """What the report says of one data set, a `Tokenised`."""
+    count, dropped = len(data), len(data.dropped)
+    prompt, chosen, rejected = data.lengths.T
+    prompts = len(set(data.prompts.tolist()))
+    cut = dict(zip(("prompt", "chosen", "rejected"), data.truncated.sum(0).tolist(), strict=True))
+    return {
+        "sources": sources,
+        "rows": count + dropped,
+        "usable": count,
+        "dropped": dropped,
+        "dropped_reasons": dict(collections.Counter(d.reason for d in data.dropped).most_common(20)),
+        "dropped_rows": [d._asdict() for d in data.dropped],
+        "truncated": {"pairs": int(data.truncated.any(1).sum()), **cut},
+        "duplicates": count - len({fingerprint(data, i) for i in range(count)}),
+        "prompts": {"distinct": prompts, "repeats": count - prompts},
+        "tokens": {"prompt": quantiles(prompt), "chosen": quantiles(chosen), "rejected": quantiles(rejected),
+                   "pair": quantiles(prompt + chosen + rejected), "all": int(data.lengths.sum())},
+        "fingerprint": data.fingerprint,
+    }  # fmt: skip
+
+
+def fingerprint(data, i) -> bytes:
+    """Equal for two pairs of the same tokens."""
+    start, lengths = data.offsets[i], data.lengths[i]
+    return hashlib.sha256(lengths.tobytes() + data.ids[start : start + lengths.sum()].tobytes()).digest()
+
+
+def quantiles(lengths) -> dict | None:
+    """Tokens at each share of the pairs; lengths that occur, none in between."""
+    import numpy as np
+
+    if not len(lengths):
+        return None
+    found = np.quantile(lengths, QUANTILES, method="inverted_cdf")
+    return {f"{share:g}": int(value) for share, value in zip(QUANTILES, found, strict=True)} | {
+        "mean": round(float(lengths.mean()), 1)
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""launch/validate.py as users call it: the report's numbers by hand, and the same answers as training gives."""
+
+import dataclasses
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import transformers
+
+from train.data.tokens import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS = ROOT / "train/data/builtin/train.jsonl"
+ROW = {"prompt": "Hi", "chosen": "Hey there!", "rejected": "Greetings."}
+
+
+def several(script, lines, cache):
+    """(exit code, stdout, stderr) of a script for each list of arguments, from one process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [
+        sys.executable,
+        "tests/launch/many.py",
+        str(ROOT / script),
+        json.dumps([list(map(str, a)) for a in lines]),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
+    assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
+    cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
+    return [(outs[i + 1].partition("\n")[0], cut(outs, i), cut(errs, i)) for i in range(len(lines))]
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def without_weights(start, folder, **tokenizer):
+    """The model directory without its weights: what a validation needs. `tokenizer`: attributes to set."""
+    shutil.copytree(start, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    if tokenizer:
+        changed = transformers.AutoTokenizer.from_pretrained(start)
+        for name, value in tokenizer.items():
+            setattr(changed, name, value)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        changed.save_pretrained(folder)
+    return folder
+
+
+def larger(start, folder):
+    """A tokenizer with one token more than the model has."""
+    without_weights(start, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "<far>", "id": tiny.VOCAB})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+MIXED = [
+    ROW,
+    {**ROW, "chosen": "Hello!"},
+    {**ROW, "prompt": " "},
+    ROW,  # a duplicate
+    '{"prompt": "Hi", "prompt": "Ho", "chosen": "a", "rejected": "b"}',
+    {"prompt": "Another", "chosen": "kind of " * 400, "rejected": "answer"},  # cut
+    {**ROW, "prompt": "Say <|im_end|>"},
+]
+
+
+def refused(model_dir, tmp_path):
+    """Arguments, exit code, what the line says: model and flags (2), data (4)."""
+    good = write(tmp_path / "good.jsonl", ROW)
+    return [
+        (["--max_legth", 100], 2, "did you mean --max_length"),
+        (["--max_dropped", 2], 2, "--max_dropped is a share"),
+        (["--model", without_weights(model_dir, tmp_path / "bare", chat_template=None)], 2, "no chat template"),
+        (["--model", without_weights(model_dir, tmp_path / "endless", eos_token=None)], 2, "no eos_token"),
+        (["--model", without_weights(model_dir, tmp_path / "padless", pad_token=None)], 2, "no pad_token"),
+        (["--model", larger(model_dir, tmp_path / "larger")], 2,
+         "the tokenizer has 1,025 tokens, the model's vocabulary 1,024"),
+        (["--model", tmp_path / "nowhere"], 2, "cannot load a tokenizer from"),
+        (["--max_length", 513], 2, "--max_length 513 is more than the model's 512 positions"),
+        (["--max_prompt_length", 600], 2, "leaves no room"),
+        (["--data", tmp_path / "god.jsonl"], 4, "no such file or folder (did you mean good.jsonl"),
+        (["--data", write(tmp_path / "broken.jsonl", ROW, "{")], 4, "broken.jsonl, line 2, column 2: not JSON"),
+        (["--data", write(tmp_path / "columns.jsonl", {"question": "a", "chosen": "b", "rejecte": "c"})], 4,
+         "no column 'rejected'; found 'question', 'chosen', 'rejecte'; expected 'prompt', 'chosen', 'rejected'; "
+         "rename 'rejecte'?"),
+        (["--data", write(tmp_path / "mixed.jsonl", *MIXED)], 4, "3 of 7 rows (42.9%) cannot be used"),
+        (["--data", write(tmp_path / "all.jsonl", {**ROW, "prompt": ""}), "--max_dropped", 1], 4, "1 of 1 rows"),
+        (["--data", good, "--eval_split", 0.5], 4, "of 1 distinct prompts leaves"),
+        (["--data", good, "--eval_data", tmp_path / "none.jsonl"], 4, "none.jsonl: no such file"),
+        (["--data", "csv"], 4, "csv: no such file or folder"),
+        (["--data", "https://example.org/pairs.jsonl"], 4, "https://example.org/...: addresses are not read"),
+    ]  # fmt: skip
+
+
+def the_line(err):
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "Traceback" not in err, err[-2000:]
+    return said[0]
+
+
+def test_reports_and_refusals(model_dir, tmp_path):
+    bad = refused(model_dir, tmp_path)
+    fixed = ["--max_length", 512, "--model", without_weights(model_dir, tmp_path / "light")]
+    mixed = [*fixed, "--data", tmp_path / "mixed.jsonl", "--eval_data", tmp_path / "good.jsonl", "--max_dropped", 0.5]
+    mixed += ["--output", tmp_path / "report.json"]
+    split = [*fixed, "--data", PAIRS, "--eval_split", 0.2]
+    (code, out, err), ours, *others = several(
+        "launch/validate.py", [mixed, split, *([*fixed, *extra] for extra, *_ in bad)], tmp_path / "cache"
+    )
+    assert code == "0", err[-3000:]
+    assert (tmp_path / "report.json").read_text() == out
+    _check_mixed(json.loads(out), model_dir, tmp_path)
+    report = json.loads(ours[1])
+    assert ours[0] == "0" and report["verdict"] == "usable" and report["data"]["rows"] == 192
+    assert sum(report["split"].values()) == 192 and report["prompts_in_both"] == 0 < report["split"]["held_out"]
+    for (extra, code, words), (found, out, err) in zip(bad, others, strict=True):
+        assert found == str(code), (extra, found, err[-2000:])
+        assert words in the_line(err), (extra, err)
+        if extra[0] not in ("--max_legth",) and "share" not in words:  # flags that are none leave nothing to report on
+            report = json.loads(out)
+            assert report["verdict"] == "refused" and f"error: {report['reason']}" == the_line(err)
+            if "3 of 7" in words:  # refused, but told whole
+                assert [row["row"] for row in report["data"]["dropped_rows"]] == [2, 4, 6]
+
+
+def _check_mixed(report, model_dir, tmp_path):
+    data = report["data"]
+    assert report["verdict"] == "usable" and report["reason"] is None and report["flags"]["max_dropped"] == 0.5
+    assert (data["rows"], data["usable"], data["dropped"], data["duplicates"]) == (7, 4, 3, 1)
+    assert {row["row"]: row["reason"] for row in data["dropped_rows"]} == {
+        2: "empty prompt",
+        4: "the row has the key 'prompt' twice",
+        6: "control token '<|im_end|>' in the text",
+    }
+    assert set(data["dropped_reasons"].values()) == {1}
+    assert data["truncated"] == {"pairs": 1, "prompt": 0, "chosen": 1, "rejected": 0}
+    assert data["prompts"] == {"distinct": 2, "repeats": 2} and report["prompts_in_both"] == 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    frame = lambda text: "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n" + text + (
+        "<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
+    prompts = sorted([count(frame("Hi"))] * 3 + [count(frame("Another"))])
+    tokens = data["tokens"]["prompt"]
+    assert tokens["0"] == prompts[0] and tokens["0.75"] == prompts[2] and tokens["1"] == prompts[3]
+    assert tokens["mean"] == round(float(np.mean(prompts)), 1)
+    assert data["tokens"]["chosen"]["1"] == 512 - count(frame("Another"))
+    trained = prepare([tmp_path / "mixed.jsonl"], tokenizer, max_length=512, max_prompt_length=256, max_dropped=0.5,
+                      cache_dir=tmp_path / "cache2")  # fmt: skip
+    assert data["fingerprint"] == trained.fingerprint and data["tokens"]["all"] == trained.lengths.sum()
+
+
+@pytest.mark.slow
+def test_training_says_the_same(model_dir, tmp_path):
+    """Each refusal in the very words of train_dpo.py, which is given the same directory with its weights."""
+    bad = refused(model_dir, tmp_path)
+    for folder in ("bare", "endless", "padless", "larger"):
+        shutil.copy(model_dir / "model.safetensors", tmp_path / folder)
+    bad = [extra for extra, *_ in bad if extra[0] != "--max_dropped"]
+    fixed = ["--max_length", 512, "--model", model_dir]
+    ours = several("launch/validate.py", [[*fixed, *extra] for extra in bad], tmp_path / "cache")
+    lines = [[*fixed, *extra, "--output", tmp_path / f"out{i}"] for i, extra in enumerate(bad)]
+    theirs = several("launch/train_dpo.py", lines, tmp_path / "cache")
+    for extra, (code, _, err), (expected, _, said) in zip(bad, ours, theirs, strict=True):
+        assert (code, the_line(err)) == (expected, the_line(said)), extra
+
+
+def test_settings_are_training_s():
+    """Flags of the same name mean and default to the same."""
+    settings = [
+        runpy.run_path(str(ROOT / script))["Settings"] for script in ("launch/validate.py", "launch/train_dpo.py")
+    ]
+    ours, theirs = ({f.name: (f.type, f.default) for f in dataclasses.fields(each)} for each in settings)
+    assert {name for name in ours if ours[name] != theirs.get(name)} == {"output"}

@@ -1,0 +1,90 @@
+"""Rows of Arrow tables: parquet files, folders that `save_to_disk` wrote, data sets on the hub.
+
+Values are taken as Arrow holds them and nothing is decoded: no image is opened, no address in a column is asked for. A
+value that Python cannot hold spoils its own column of its own row.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+
+from train.data.errors import DataError, RowError, listed, one_line
+
+BATCH = 1024  # rows turned into Python objects at once
+
+
+def parquet(path: str) -> Iterator[dict]:
+    """The rows of one file, read by its exact name: `load_dataset` takes [, * and ? in it for a pattern."""
+
+    def batches():
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(BATCH)
+
+    return _rows(path, batches)
+
+
+def saved_folder(source: str, path: str, split: str) -> Iterator[dict]:
+    """The rows of what `save_to_disk` wrote to `path`; of several splits the named one."""
+    return _rows(source, lambda: _batches(_load(path, split)))
+
+
+def hub(source: str, name: str, config: str | None, split: str) -> Iterator[dict]:
+    """The rows of a data set on the hub, or in the hub's cache on this machine."""
+    load = lambda: datasets.load_dataset(name, config, split=split)
+    return _rows(source, lambda: _batches(load()), "neither a file here nor readable from the hub")
+
+
+def _load(path: str, split: str) -> datasets.Dataset:
+    """Raises DataError."""
+    if not any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        raise DataError(f"{path}: a folder that save_to_disk did not write; name the files in it one by one")
+    found = datasets.load_from_disk(path)
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if split not in found:
+        raise DataError(f"{path}: no split {split!r}; found {listed(found)}; name one as {path}@SPLIT")
+    return found[split]
+
+
+def _batches(data: datasets.Dataset) -> Iterator:
+    return data.with_format("arrow").iter(BATCH)
+
+
+def _rows(source: str, batches: Callable[[], Iterator], problem: str = "cannot be read") -> Iterator[dict]:
+    """The rows of all `batches()`, without progress bars; whatever reading them raises becomes a DataError."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        for batch in batches():
+            columns = batch.schema.names
+            if len(set(columns)) < len(columns):
+                raise DataError(f"{source}: a column stands twice in {listed(columns)}")
+            yield from _objects(batch)
+    except DataError:
+        raise
+    except Exception as error:  # readers and the hub's client raise a dozen unrelated types, and the cure is the same
+        while error.__cause__ is not None:  # datasets wraps "Expected 2 fields, saw 3" in "An error occurred"
+            error = error.__cause__
+        raise DataError(f"{source}: {problem}: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _objects(batch) -> list[dict]:
+    """A batch's rows; where they cannot be had at once, value by value, to find those at fault."""
+    try:
+        return batch.to_pylist()
+    except Exception:  # bytes that are no UTF-8, the year 300000, a field twice in a struct
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        return [{name: _value(values, i) for name, values in columns.items()} for i in range(batch.num_rows)]
+
+
+def _value(values, i: int) -> Any:
+    try:
+        return values[i].as_py()
+    except Exception as error:
+        return RowError(one_line(error))
