@@ -17,10 +17,6 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from train import config  # noqa: E402
-
 
 def main(which, path, *command):
     try:
@@ -33,7 +29,7 @@ def main(which, path, *command):
         if int(which) >= len(runs):
             raise ValueError(f"there are {len(runs)} combinations, no number {which}")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        config.fail(f"sweep of {path}: {error}")
+        sys.exit(f"error: sweep of {path}: {error}")
     output = Path(output_of(command)) / folders[int(which)]
     sys.stdout.write("".join(f"--{flag}={value}\0" for flag, value in (runs[int(which)] | {"output": output}).items()))
 
@@ -44,9 +40,8 @@ def combinations(values) -> list[dict[str, str]]:
         values = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
     if not isinstance(values, list) or not values or not all(isinstance(run, dict) and run for run in values):
         raise ValueError("expected lines of `flag: [values]`, or a list of `{flag: value}`")
-    for name in {name for run in values for name in run}:
-        if not re.fullmatch(r"[A-Za-z][\w.]*", str(name)) or name == "output":
-            raise ValueError(f"{name!r} is not a flag to sweep")
+    if no := [f for run in values for f in run if not re.fullmatch(r"[A-Za-z][\w.]*", str(f)) or f == "output"]:
+        raise ValueError(f"{no[0]!r} is not a flag to sweep")
     return [{k: v if isinstance(v, str) else json.dumps(v) for k, v in run.items()} for run in values]
 
 
@@ -62,4 +57,4 @@ def output_of(command) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) > 3 else config.fail("sweep.py (count | NUMBER) VALUES.yaml SCRIPT [flags]")
+    main(*sys.argv[1:])

@@ -137,7 +137,10 @@ def test_a_sweep_is_every_combination_once_and_stays_in_its_folder(tmp_path):
 )
 def test_what_is_wrong_with_a_sweep_is_said(tmp_path, text, said):
     code, out, err = sweep(tmp_path, text, 9)
-    assert code == 2 and out == "" and said in err and "Traceback" not in err
+    assert code == 1 and out == "" and said in err and "Traceback" not in err
+    words = [SLURM / "sweep.sbatch", tmp_path / "values.yaml", "launch/train_dppo.py"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": PATH})
+    assert done.returncode == 2 and "VALUES.yaml SCRIPT" in done.stderr
 
 
 def test_a_pipeline_without_a_script_submits_nothing(tmp_path):
