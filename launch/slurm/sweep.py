@@ -1,0 +1,78 @@
+"""The combinations of values that a sweep runs.
+
+    python launch/slurm/sweep.py count values.yaml launch/train_dpo.py --config recipe.yaml    # 6
+    python launch/slurm/sweep.py 4 values.yaml launch/train_dpo.py --config recipe.yaml        # the flags of number 4
+
+values.yaml maps flags to lists of values, of which all combinations are made, the last flag changing fastest; or it is
+a list of mappings from flags to a value. Flags end in a NUL, so that a shell reads values with blanks whole; the last
+one is `--output`, a folder in the script's own with the values in its name.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from train import config  # noqa: E402
+
+
+def main():
+    if len(sys.argv) < 4:
+        config.fail("sweep.py (count | NUMBER) VALUES.yaml SCRIPT [flags]")
+    which, path, *command = sys.argv[1:]
+    try:
+        if not Path(command[0]).is_file():
+            raise ValueError(f"{command[0]} is no script")
+        runs = combinations(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        folders = [folder_of(run) for run in runs]
+        if twice := [folder for folder in folders if folders.count(folder) > 1]:
+            raise ValueError(f"two combinations would write to {twice[0]}")
+        if which == "count":
+            return print(len(runs))
+        if int(which) >= len(runs):
+            raise ValueError(f"there are {len(runs)} combinations, no number {which}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        config.fail(f"sweep of {path}: {error}")
+    flags = [f"--{name}={value}" for name, value in runs[int(which)].items()]
+    for flag in (*flags, f"--output={Path(output_of(command)) / folders[int(which)]}"):
+        sys.stdout.write(flag + "\0")
+
+
+def combinations(values) -> list[dict[str, str]]:
+    """What each run sets, as the text of a flag's value; ValueError where `values` has neither of the two shapes."""
+    if isinstance(values, dict) and all(isinstance(choices, list) for choices in values.values()):
+        runs = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    elif isinstance(values, list) and all(isinstance(run, dict) for run in values):
+        runs = values
+    else:
+        raise ValueError("expected lines of `flag: [values]`, or a list of `{flag: value}`")
+    for name in {name for run in runs for name in run}:
+        if not re.fullmatch(r"[A-Za-z][\w.]*", str(name)) or name == "output":
+            raise ValueError(f"{name!r} is not a flag to sweep")
+    if not runs or not all(runs):
+        raise ValueError("no values")
+    return [{k: v if isinstance(v, str) else json.dumps(v) for k, v in run.items()} for run in runs]
+
+
+def folder_of(run: dict[str, str]) -> str:
+    """A name for a combination that cannot leave its folder: letters, digits and `.+-_`, flags and values only."""
+    return "_".join(re.sub(r"[^\w.+-]+", "-", f"{name}-{value}") for name, value in run.items())
+
+
+def output_of(command: list[str]) -> str:
+    """The --output that a script has settled on, from its flags, its recipe or its default."""
+    shown = subprocess.run([sys.executable, *command, "--print_config"], stdout=subprocess.PIPE, text=True)
+    if shown.returncode:
+        raise SystemExit(shown.returncode)
+    return yaml.safe_load(shown.stdout)["output"]
+
+
+if __name__ == "__main__":
+    main()
