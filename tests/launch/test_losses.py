@@ -128,6 +128,7 @@ def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(warm, model
     assert found["train/loss"] == expected["train/loss"] and found["train/grad_norm"] == expected["train/grad_norm"]
 
 
+@pytest.mark.slow
 def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
     extra = ["--reference_every", 2, "--reference_mixup", 0.5]
     codes, text = warm.run(flags(model_dir, few, tmp_path / "straight", 2, *extra), 2)
@@ -149,7 +150,8 @@ def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
 
 
 @pytest.mark.parametrize("stage, ranks", [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow),
-                                          pytest.param(2, 2, marks=pytest.mark.slow), (3, 2)])  # fmt: skip
+                                          pytest.param(2, 2, marks=pytest.mark.slow),
+                                          pytest.param(3, 2, marks=pytest.mark.slow)])  # fmt: skip
 def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
     """The base model is the reference: the first margin is exactly 0. Merged weights give what adapters gave."""
     pytest.importorskip("peft")

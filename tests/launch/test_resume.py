@@ -86,7 +86,7 @@ def test_killed_five_times(warm, model_dir, few, tmp_path, stage, ranks, capsys)
         print(f"\nZeRO {stage}, {ranks} ranks: five kills, left behind: {reached}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_told_to_stop(warm, model_dir, few, tmp_path, number):
     """One of two ranks is told; both stop with 85, and the same command continues without a trace of it."""
     seconds = straight(warm, model_dir, few, tmp_path / "straight", 0, 2)
@@ -142,6 +142,7 @@ def test_other_ranks_and_stages(warm, model_dir, few, tmp_path, legs):
         assert (one[name] - other[name]).abs().max() <= 0.02 * scale + 1e-12, name
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_and_export(warm, model_dir, few, tmp_path):
     """The newest one that is sound is used and the others named; none sound, or another run's: exit code 3."""
     out = tmp_path / "out"
@@ -199,6 +200,7 @@ def exported(out, folder):
     assert done.returncode == 3 and "config.json has 2 bytes" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
     """A checkpoint named by its path continues in another folder; not over other data, not with another model."""
     codes, text = warm.run(flags(model_dir, few, tmp_path / "one"))
