@@ -36,8 +36,8 @@ def made(path, count, seed, labelled=False):
 
 
 def line(model_dir, data, held_out, out, loss, *extra):
-    return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128, "--max_prompt_length", 64,
-            "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3", "--batch_size", 16, "--max_steps", 24,
+    return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128,
+            "--max_prompt_length", 64, "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3", "--batch_size", 16, "--max_steps", 24,
             "--epochs", 8, "--micro_tokens", 600, *extra]  # fmt: skip
 
 
@@ -172,8 +172,8 @@ def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
         job.wait()
         assert warm.run(flags(model_dir, few, tmp_path / "killed", stage, *extra), ranks)[0] == [0]
         assert all(torch.equal(weights(out)[name], value) for name, value in weights(tmp_path / "killed").items())
-        exported = subprocess.run([sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}", tmp_path / "model"],
-                                  cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+        command = [sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}", tmp_path / "model"]
+        exported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # fmt: skip
         assert exported.returncode == 2 and "adapters" in exported.stderr and "Traceback" not in exported.stderr
 
 
