@@ -37,8 +37,8 @@ def made(path, count, seed, labelled=False):
 
 def line(model_dir, data, held_out, out, loss, *extra):
     return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128,
-            "--max_prompt_length", 64, "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3", "--batch_size", 16,
-            "--max_steps", 24, "--epochs", 8, "--micro_tokens", 600, *extra]  # fmt: skip
+            "--max_prompt_length", 64, "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3",
+            "--batch_size", 16, "--max_steps", 24, "--epochs", 8, "--micro_tokens", 600, *extra]  # fmt: skip
 
 
 def trained(warm, arguments, out):
