@@ -66,7 +66,9 @@ def same_run(out, straight):
 def at_checkpoint(out, step):
     """Come back when this checkpoint, or a later one, is complete."""
     reached = lambda path: int(path.name.removeprefix("step-")) if path.suffix != ".tmp" else 0
+    end = time.monotonic() + 120
     while max(map(reached, (out / "checkpoints").glob("step-*")), default=0) < step:
+        assert time.monotonic() < end, f"no checkpoint after step {step}"
         time.sleep(0.002)
 
 

@@ -54,6 +54,7 @@ def test_a_rank_that_hangs_is_noticed(warm, model_dir, few, tmp_path):
     assert codes == [1, -signal.SIGKILL] and "error: rank 1 has been silent for 2 s: this rank ends" in text
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(warm, model_dir, few, tmp_path):
     """No file may outgrow the limit, which lies between a model and a checkpoint: saves fail, training does not."""
     out = tmp_path / "out"

@@ -36,9 +36,9 @@ def made(path, count, seed, labelled=False):
 
 
 def line(model_dir, data, held_out, out, loss, *extra):
-    return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128, "--max_prompt_length", 64,
-            "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3", "--batch_size", 16, "--max_steps", 24,
-            "--epochs", 8, "--micro_tokens", 600, *extra]  # fmt: skip
+    return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128,
+            "--max_prompt_length", 64, "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3",
+            "--batch_size", 16, "--max_steps", 24, "--epochs", 8, "--micro_tokens", 600, *extra]  # fmt: skip
 
 
 def trained(warm, arguments, out):
@@ -128,6 +128,7 @@ def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(warm, model
     assert found["train/loss"] == expected["train/loss"] and found["train/grad_norm"] == expected["train/grad_norm"]
 
 
+@pytest.mark.slow
 def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
     extra = ["--reference_every", 2, "--reference_mixup", 0.5]
     codes, text = warm.run(flags(model_dir, few, tmp_path / "straight", 2, *extra), 2)
@@ -149,7 +150,8 @@ def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
 
 
 @pytest.mark.parametrize("stage, ranks", [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow),
-                                          pytest.param(2, 2, marks=pytest.mark.slow), (3, 2)])  # fmt: skip
+                                          pytest.param(2, 2, marks=pytest.mark.slow),
+                                          pytest.param(3, 2, marks=pytest.mark.slow)])  # fmt: skip
 def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
     """The base model is the reference: the first margin is exactly 0. Merged weights give what adapters gave."""
     pytest.importorskip("peft")
@@ -170,8 +172,8 @@ def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
         job.wait()
         assert warm.run(flags(model_dir, few, tmp_path / "killed", stage, *extra), ranks)[0] == [0]
         assert all(torch.equal(weights(out)[name], value) for name, value in weights(tmp_path / "killed").items())
-        exported = subprocess.run([sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}", tmp_path / "model"],
-                                  cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+        command = [sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}", tmp_path / "model"]
+        exported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # fmt: skip
         assert exported.returncode == 2 and "adapters" in exported.stderr and "Traceback" not in exported.stderr
 
 

@@ -54,7 +54,7 @@ class Training:
             self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "train/")
             self.board.scalars({"train/grad_norm": update.grad_norm, "train/learning_rate": update.lr,
                                 "train/epoch": step.epoch, "health/skipped_steps": self.policy.skipped,
-                                "health/chosen_fell": mean["chosen_fell"]} | perf, number)  # fmt: skip
+                                **self._displaced(mean, "health/")} | perf, number)  # fmt: skip
             self.folder.log.info("step %d %s", number, {**mean, **perf, **update._asdict()})
         if self.last:
             shown = {"loss": f"{self.last['loss']:.4f}", "margin": f"{self.last['margin']:.3f}",
@@ -80,12 +80,19 @@ class Training:
             examples, losses = held_out.score(policy, reference, running, watch)
             mean = measures.means(measures.of_pairs(examples, losses, self.settings.beta))
             self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "val/")
-            self.board.scalars({"val/chosen_fell": mean["chosen_fell"]}, number)
+            self.board.scalars(self._displaced(mean, "val/"), number)
             for name, values in distributions(examples, self.settings.beta).items():
                 self.board.histogram(f"val/histogram/{name}", values, number)
             self.evaluated[number] = mean | {"pairs": len(losses)} | intervals(mean, examples, self.settings.beta)
             self.looked = number
             self.folder.note(evaluations=self.evaluated)
+
+    def _displaced(self, mean, prefix):
+        """The share of chosen answers that became less likely than under the reference, where there is one."""
+        if getattr(self.settings, "reference", "live") == "none":
+            mean.pop("chosen_fell")
+            return {}
+        return {f"{prefix}chosen_fell": mean["chosen_fell"]}
 
     def _training_histograms(self, number):
         values = self.meter.values()
@@ -174,7 +181,8 @@ def table(first: dict, last: dict) -> list[str]:
         interval = last.get(f"{name}_interval")
         shown = f"   [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         lines.append(f"{title:<22} {first[name]:>9.4f}  {last[name]:>9.4f}{shown}")
-    lines.append(f"{'chosen not less likely':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}")
+    if "chosen_fell" in last:
+        lines.append(f"{'chosen not less likely':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}")
     return lines
 
 
