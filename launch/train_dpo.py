@@ -149,6 +149,7 @@ def main():
     from train.engine import quiet
 
     quiet.now()  # before the libraries that it quiets
+    from train.data import order
     from train.engine import checkpoint, checks, dist, export, memory, objective, report, run, scoring, zero
     from train.losses import preference
 
@@ -179,7 +180,9 @@ def main():
     with saves.guard():
         if due(settings, plan.begun):
             evaluate(plan.begun)
-        for step, rows in scoring.ahead(steps_of(settings, data, plan), data, device):
+        steps = order.steps(data.lengths.sum(1), settings.batch_size, plan.row_tokens, seed=settings.seed,
+                            start=plan.begun, total=plan.steps, rank=dist.rank(), world=dist.world())  # fmt: skip
+        for step, rows in scoring.ahead(steps, data, device):
             shares = [None] * len(rows)
             if loss_of.couples:  # an example's loss depends on the others of its step: score them all first
                 shares = objective.whole_step(policy, reference, data, step, loss_of, running, plan.row_tokens,
@@ -339,15 +342,6 @@ def open_reference(settings, ds, path, load, budget, sets, folder):
         return config, live
     return config, Cached(live, sets, 2 * budget(live.module), zero.precision_of(settings.precision, live.device),
                           folder.say)  # fmt: skip
-
-
-def steps_of(settings, data, plan):
-    """The run's steps as this rank sees them."""
-    from train.data import order
-    from train.engine import dist
-
-    return order.steps(data.lengths.sum(1), settings.batch_size, plan.row_tokens, seed=settings.seed, total=plan.steps,
-                       start=plan.begun, rank=dist.rank(), world=dist.world())  # fmt: skip
 
 
 if __name__ == "__main__":

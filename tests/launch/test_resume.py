@@ -44,7 +44,7 @@ def killed_and_continued(warm, model_dir, few, out, stage, ranks, kills, seconds
             inside_a_save(out)
             time.sleep(draw.random() * 0.01)
         else:
-            time.sleep(draw.uniform(0.1, 0.6) * seconds)
+            time.sleep(draw.uniform(0.05, 0.35) * seconds)
         job.kill()
         codes, text = job.wait()
         assert codes == [-signal.SIGKILL] * ranks, text[-2000:]  # it had not ended before

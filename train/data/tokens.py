@@ -166,12 +166,11 @@ def collect(
     cache_dir: str | os.PathLike | None = None,
     split: str = "train",
     kind: str = "pair",
-    progress: Callable[[int, int], None] | None = None,
 ) -> Tokenised:
     """Read, check and tokenise `sources`, or find them done in the cache, however many rows are dropped.
 
     `cache_dir` stands for $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens.
-    `progress(done, total)` is called now and then while rows are tokenised. Several processes may do this at once.
+    Several processes may do this at once.
     Raises DataError for the data, ValueError for the tokenizer, the lengths or the kind, OSError for the cache folder.
     """
     if kind not in KINDS:
@@ -183,7 +182,7 @@ def collect(
     path = _cache_folder(cache_dir) / f"{key}.safetensors"
     cached = _load(path, key)
     if cached is None:
-        _save(path, key, *_encode(rows, KINDS[kind], encoder, tokenizer, progress))
+        _save(path, key, *_encode(rows, KINDS[kind], encoder, tokenizer))
         cached = _load(path, key)
         if cached is None:
             raise OSError(f"{path}: the token cache cannot be read back after writing it; is the disk sound?")
@@ -241,7 +240,7 @@ def check_rows(
     return rows, dropped
 
 
-def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[dict, list]:
+def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list]:
     """Arrays by their names in Tokenised, and the rows dropped on the way as [number, reason].
 
     Texts are rendered in this process: 170 us a pair, a fifth of what tokenising takes on two cores. A worker started
@@ -270,8 +269,6 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer, progress) -> tuple[
             if kind.label_of:
                 labels.append(kind.label_of(row.item))
             prompts.append(int.from_bytes(_sha256(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True))
-        if progress is not None:
-            progress(start + len(chunk), len(rows))
     sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)
     arrays = {
         "ids": np.concatenate([np.zeros(0, dtype=np.int32), *flat]),

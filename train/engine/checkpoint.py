@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import random
 import shutil
 import sys
@@ -76,6 +77,9 @@ class Saves:
     def _find(self):
         """The manifest and the path of the checkpoint to continue from, or (None, None)."""
         choice = self.settings.resume
+        if dist.first():  # what a run left that was killed while it saved
+            for path in self.path.glob("step-*.tmp"):
+                shutil.rmtree(path, ignore_errors=True)
         if choice == "never":
             if dist.first():
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -305,7 +309,10 @@ class Saves:
         dist.barrier()
         preempt.stop()
         dist.stop()
-        sys.exit(int(code))
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # taking the interpreter down in order costs 5 s of the 30 that a launcher leaves after TERM
 
 
 def _rank_file(rank):
