@@ -68,16 +68,14 @@ def test_equals_encode_pair(merged, tmp_path):
     """The batch is what one by one gives, over several chunks."""
     rows = [{"prompt": f"Hi {i}", "chosen": "the answer " * (i % 7 + 1), "rejected": f"no {i}"} for i in range(50)]
     chunk, tokens.CHUNK = tokens.CHUNK, 16
-    seen = []
     try:
-        tokenised = prepare(write(tmp_path / "a.jsonl", rows), merged, **LENGTHS, progress=lambda *at: seen.append(at))
+        tokenised = prepare(write(tmp_path / "a.jsonl", rows), merged, **LENGTHS)
     finally:
         tokens.CHUNK = chunk
     chat = Chat(merged)
     for i, row in enumerate(rows):
         pair = Pair([{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"], i)
         assert tokenised.group(i) == chat.encode_pair(pair, 120, 90)
-    assert seen == [(16, 50), (32, 50), (48, 50), (50, 50)]
 
 
 def test_several_sources_number_on(letters, tmp_path):
