@@ -178,12 +178,12 @@ def main():
     saves.attach(board, running=running)
     evaluate = lambda number: board.evaluate(number, evaluation, policy, reference, running)
     with saves.guard():
-        if due(settings, plan.begun):
+        if due(settings, plan.begun) or saves.foreign:
             evaluate(plan.begun)
         steps = order.steps(data.lengths.sum(1), settings.batch_size, plan.row_tokens, seed=settings.seed,
                             start=plan.begun, total=plan.steps, rank=dist.rank(), world=dist.world())  # fmt: skip
         for step, rows in scoring.ahead(steps, data, device):
-            shares = [None] * len(rows)
+            shares, before = [None] * len(rows), running.state_dict()
             if loss_of.couples:  # an example's loss depends on the others of its step: score them all first
                 shares = objective.whole_step(policy, reference, data, step, loss_of, running, plan.row_tokens,
                                               settings.max_length, device)  # fmt: skip
@@ -194,6 +194,8 @@ def main():
                     policy.backward(total * dist.world() / len(step.groups))
                 board.add(row, examples, losses)
             update = policy.step()
+            if not update.applied:
+                running.load_state_dict(before)
             if moving and update.applied and (step.number + 1) % settings.reference_every == 0:
                 moving.follow(policy, settings.reference_mixup)
             board.stepped(step, update)

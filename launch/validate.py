@@ -99,7 +99,8 @@ def examine(settings, report):
         if named:
             parts[name] = tokens.collect(named, tokenizer, max_length=settings.max_length,
                                          max_prompt_length=settings.max_prompt_length,
-                                         allow_control_tokens=settings.allow_control_tokens)  # fmt: skip
+                                         allow_control_tokens=settings.allow_control_tokens,
+                                         kind=tokens.kind_of(sources))  # fmt: skip
             report[name] = described(parts[name], named)
     for part in parts.values():
         tokens.refuse_too_many(part, settings.max_dropped)
@@ -125,9 +126,10 @@ def model_config(path, trust_remote_code):
 def described(data, sources) -> dict:
     """What the report says of one data set, a `Tokenised`."""
     count, dropped = len(data), len(data.dropped)
-    prompt, chosen, rejected = data.lengths.T
+    names = ("prompt", "chosen", "rejected") if data.labels is None else ("prompt", "completion")
     prompts = len(set(data.prompts.tolist()))
-    cut = dict(zip(("prompt", "chosen", "rejected"), data.truncated.sum(0).tolist(), strict=True))
+    cut = dict(zip(names, data.truncated.sum(0).tolist(), strict=True))
+    sizes = {name: quantiles(column) for name, column in zip(names, data.lengths.T, strict=True)}
     return {
         "sources": sources,
         "rows": count + dropped,
@@ -138,8 +140,7 @@ def described(data, sources) -> dict:
         "truncated": {"pairs": int(data.truncated.any(1).sum()), **cut},
         "duplicates": count - len({fingerprint(data, i) for i in range(count)}),
         "prompts": {"distinct": prompts, "repeats": count - prompts},
-        "tokens": {"prompt": quantiles(prompt), "chosen": quantiles(chosen), "rejected": quantiles(rejected),
-                   "pair": quantiles(prompt + chosen + rejected), "all": int(data.lengths.sum())},
+        "tokens": {**sizes, "pair": quantiles(data.lengths.sum(1)), "all": int(data.lengths.sum())},
         "fingerprint": data.fingerprint,
     }  # fmt: skip
 

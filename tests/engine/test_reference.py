@@ -83,6 +83,14 @@ def test_another_model_type_or_layout_is_another_shelf(cache):
     assert len(list(cache.iterdir())) == 5
 
 
+def test_another_configuration_of_the_same_weights_is_another_shelf():
+    names = set()
+    for change in ({}, {"sliding_window": 4}, {"rope_theta": 5e5}):
+        module = Backbone(tiny.make_model("mistral", **change))
+        names.add(reference._identity(reference.Live(module, {})))
+    assert len(names) == 3
+
+
 def test_one_other_token_has_no_record():
     data = made_pairs()
     found = cached(live(), data)

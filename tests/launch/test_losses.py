@@ -189,3 +189,17 @@ def _check_adapters(model_dir, out):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
     with safe_open(out / "model/model.safetensors", "pt") as file:
         assert not any("lora" in name or "base_layer" in name for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_lora_where_it_could_go_wrong_late(warm, model_dir, few, tmp_path):
+    """Layers that cannot have adapters are refused first; an fp32 export of bf16 weights is measured as bf16."""
+    pytest.importorskip("peft")
+    for number, targets in enumerate((["embed_tokens"], ["q_proj", "lm_head"], ["nothing"])):
+        line = flags(model_dir, few, tmp_path / str(number), 0, "--lora_rank", 2, "--lora_targets", *targets)
+        codes, text = warm.run(line)
+        assert codes == [2] and "adapters go beside linear layers" in text and "Traceback" not in text, text[-2000:]
+    line = flags(model_dir, few, tmp_path / "out", 2, "--lora_rank", 4, "--lora_targets", "q_proj", "--precision",
+                 "bf16", "--export_dtype", "fp32", "--max_steps", 2)  # fmt: skip
+    codes, text = warm.run(line)
+    assert codes == [0], text[-2000:]

@@ -227,3 +227,49 @@ def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
         tiny.make_model("llama", **change).save_pretrained(other)
         codes, text = warm.run(flags(other, few, tmp_path / name, 0, "--resume", path))
         assert codes == [3] and "another model's" in text and "Traceback" not in text, text[-2000:]
+
+
+@pytest.mark.slow
+def test_going_back_and_on(warm, model_dir, few, tmp_path):
+    """--resume PATH of one's own: what came after is gone, and once told to stop the same command gets on."""
+    out = tmp_path / "out"
+    line = flags(model_dir, few, out, 0, "--keep", 9)
+    assert warm.run(line)[0] == [0]
+    unfinished = json.loads((out / "run.json").read_text()) | {"status": "running"}
+    (out / "run.json").write_text(json.dumps(unfinished))
+    back = [*line, "--resume", out / "checkpoints/step-4", "--micro_tokens", 256]
+    job = warm.start(back)
+    at_checkpoint(out, 5)
+    assert not (out / "checkpoints/step-8").exists()
+    job.kill(signal.SIGTERM)
+    codes, text = job.wait()
+    assert codes == [85] and "continues after step 4" in text and "the same command continues" in text, text[-2000:]
+    told = json.loads(next(iter((out / "checkpoints").glob("step-[5678]/manifest.json"))).read_text())
+    assert told["row_tokens"] == 256  # asked for, so it goes before what the checkpoint was made with
+    codes, text = warm.run(back)
+    assert codes == [0] and "continues after step 4" not in text and "continues after step" in text, text[-2000:]
+    fewer = flags(model_dir, few, tmp_path / "fewer", 0, "--max_steps", 4, "--resume", out / "checkpoints/step-8")
+    codes, text = warm.run(fewer)
+    assert codes == [3] and "further than this run goes: 4 steps" in text
+    manifest = out / "checkpoints/step-8/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 8', '"step": 6'))
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "edited", 0, "--resume", out / "checkpoints/step-8"))
+    assert codes == [3] and "manifest.json is not what was written" in text
+
+
+@pytest.mark.slow
+def test_repeated_held_out_pairs_under_a_sharded_reference(warm, model_dir, few, tmp_path):
+    """Rows of the same pairs on one rank only: every rank asks its part of the reference for every row."""
+    first, second = few.read_text().splitlines(keepends=True)[:2]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(second + 3 * first)
+    configs = []
+    for name in ("zero3", "frozen_zero3"):
+        config = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        configs.append(tmp_path / f"{name}.json")
+        configs[-1].write_text(json.dumps(config))
+    line = flags(model_dir, few, tmp_path / "out", 3, "--eval_data", held_out, "--ds_config", configs[0],
+                 "--reference_ds_config", configs[1], "--micro_tokens", 64, "--max_steps", 2)  # fmt: skip
+    codes, text = warm.start(line, 2).wait(120)
+    assert codes == [0, 0], text[-2000:]

@@ -141,7 +141,7 @@ class Meter:
         for part in parts:
             self.sums += part["meter/sums"].to(self.device)
             kept = {int(key.rpartition("/")[2]): value for key, value in part.items() if key.startswith("meter/kept/")}
-            self.kept += [kept[i] for i in sorted(kept)]
+            self.kept += [kept[i].to(self.device) for i in sorted(kept)]
 
     def pause(self):
         """A context that the clock does not count: evaluation, saving."""

@@ -7,10 +7,8 @@ under another ZeRO stage, it takes the same groups in the same order and differs
 
 import contextlib
 import itertools
-import json
 import logging
 import os
-import random
 import shutil
 import sys
 import time
@@ -18,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from train.config import Exit, fail
-from train.engine import dist, files, preempt, state
+from train.engine import chance, dist, files, preempt, state
 
 SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
@@ -54,6 +51,7 @@ class Saves:
         self.path = folder.path / "checkpoints"
         self.board, self.mark, self.plan, self._restored, self.parts = None, None, None, None, {}
         self.streak, self.saved, self.at = 0, 0, time.monotonic()
+        self.foreign = False  # begun from another run's checkpoint
 
     # Before the first step.
 
@@ -68,9 +66,14 @@ class Saves:
             return plan
         self._same_order(told, path)
         self._load(told, path)
-        same = told["world"] == dist.world()
+        # the same rows give the same bits; a budget that was asked for goes before that
+        same = told["world"] == dist.world() and not self.settings.micro_tokens
         self.plan = plan._replace(begun=told["step"], row_tokens=told["row_tokens"] if same else plan.row_tokens)
-        self.saved = told["step"] if path.parent.resolve() == self.path.resolve() else 0
+        self.foreign = path.parent.resolve() != self.path.resolve()
+        self.saved = 0 if self.foreign else told["step"]
+        if dist.first() and not self.foreign:  # those after it are another future
+            files.prune(self.path, self.settings.keep, after=told["step"])
+        self.folder.note(**self.plan._asdict())
         self.folder.say(f"continues after step {told['step']} from {path}")
         return self.plan
 
@@ -85,7 +88,7 @@ class Saves:
                 shutil.rmtree(self.path, ignore_errors=True)
             return None, None
         named, own = [] if choice == "auto" else [Path(choice)], files.found(self.path) if dist.first() else []
-        if named and named[0].parent.resolve() != self.path.resolve() and dist.share(bool(own)):
+        if named and dist.share(any(files.made_with(path, "resume") == choice for path in own)):
             named = []  # where this run began; by now it has come further
         problems = []
         for path in dist.share(named or own):
@@ -112,6 +115,8 @@ class Saves:
 
     def _same_order(self, told, path):
         """Refuse to continue where the consumed groups would mean others than the checkpoint's."""
+        if told["step"] > self.plan.steps:
+            fail(f"{path} is further than this run goes: {self.plan.steps} steps", Exit.CHECKPOINT)
         mine, theirs = self._order(), told["order"]
         if other := [name for name in mine if mine[name] != theirs.get(name)]:
             shown = "; ".join(f"{name} was {theirs.get(name)!r}, is {mine[name]!r}" for name in other)
@@ -139,7 +144,7 @@ class Saves:
         ranks = range(told["world"]) if told["world"] != dist.world() else [dist.rank()]
         parts = [_read_rank(path / _rank_file(rank)) for rank in ranks]
         if told["world"] == dist.world():
-            _set_random(parts[0])
+            chance.restore(parts[0])
         elif not dist.first():
             parts = []  # sums of all ranks continue on the first
         self._restored = told["board"], parts, told["parts"]
@@ -150,6 +155,8 @@ class Saves:
         self.board, self.parts = board, parts
         if self._restored:
             record, tensors, states = self._restored
+            if self.foreign:  # measured on other data, perhaps
+                record = record | {"looked": -1, "evaluated": {}}
             board.load(record, tensors)
             for name, part in parts.items():
                 part.load_state_dict(states[name])
@@ -180,11 +187,11 @@ class Saves:
     def _set_mark(self, number):
         schedule = self.policy.schedule.state_dict()
         record, tensors = self.board.state()
-        states = _random_states()
+        states = chance.states()
         told = {"step": number, "updates": self.policy.updates, "skipped": self.policy.skipped,
                 "schedule": {name: schedule[name] for name in SCHEDULE}, "board": record,
                 "parts": {name: part.state_dict() for name, part in self.parts.items()}}  # fmt: skip
-        self.mark = Mark(number, told, lambda: _as_tensors(*states) | tensors())
+        self.mark = Mark(number, told, lambda: chance.tensors(*states) | tensors())
 
     # Saving.
 
@@ -199,7 +206,7 @@ class Saves:
         if problem is None:
             try:
                 entries = self._write(beside, mark)
-            except OSError as error:
+            except Exception as error:  # a full disk has many names: safetensors and tokenizers have their own
                 problem = str(error)
         told = dist.gather((problem, entries))
         problem = next((other for other, _ in told if other), None)
@@ -209,7 +216,7 @@ class Saves:
                 listed = {name: line for _, mine in told for name, line in mine.items()}
                 files.seal(beside, place, self._told(mark) | {"files": listed})
                 files.prune(self.path, self.settings.keep)
-            except OSError as error:
+            except Exception as error:
                 problem = str(error)
         if problem := dist.share(problem):
             self._failed(problem, beside)
@@ -273,6 +280,7 @@ class Saves:
         need = 4 * sum(torch.Size(shape).numel() for shape in self._shapes().values())
         if dist.first():
             shutil.rmtree(beside, ignore_errors=True)
+        self.at = time.monotonic()  # the next try by the clock is as far away as after a success
         last = f"the last good one is step-{self.saved}" if self.saved else "there is none yet"
         self.folder.say(f"no checkpoint after step {self.mark.step}: {problem}; it needs {need / 1e9:.2f} GB, "
                         f"{free / 1e9:.2f} GB were free; {last}")  # fmt: skip
@@ -288,7 +296,8 @@ class Saves:
             if self.mark.step and not self.save():
                 self._leave("failed", Exit.CHECKPOINT)
             done = f"saved after step {self.mark.step}" if self.mark.step else "no step was done"
-            self.folder.say(f"told to stop: {done}; the same command continues")
+            how = "--resume auto" if self.settings.resume == "never" else "the same command"
+            self.folder.say(f"told to stop: {done}; {how} continues")
             self._leave("preempted", Exit.PREEMPTED)
         except NotFinite as error:
             where = f"; the state of before is in {self.path / files.name_of(self.mark.step)}" if self._kept() else ""
@@ -317,27 +326,6 @@ class Saves:
 
 def _rank_file(rank):
     return f"rank-{rank:05d}.safetensors"
-
-
-def _random_states():
-    """This rank's random states: torch's, numpy's and Python's, and CUDA's where there is one."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
-
-
-def _as_tensors(cpu, cuda, numpy, python) -> dict[str, torch.Tensor]:
-    others = json.dumps([python, [numpy[0], numpy[1].tolist(), *numpy[2:]]]).encode()
-    tensors = {"random/torch": cpu, "random/others": torch.tensor(list(others), dtype=torch.uint8)}
-    return tensors if cuda is None else tensors | {"random/cuda": cuda}
-
-
-def _set_random(mine):
-    torch.set_rng_state(mine["random/torch"])
-    python, numpy = json.loads(bytes(mine["random/others"].tolist()))
-    random.setstate((python[0], tuple(python[1]), python[2]))
-    np.random.set_state(tuple(numpy))
-    if "random/cuda" in mine and torch.cuda.is_available():
-        torch.cuda.set_rng_state(mine["random/cuda"])
 
 
 def _read_rank(path):

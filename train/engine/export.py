@@ -63,7 +63,8 @@ def _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remot
         write_card(beside)
     state.clear()
     gap = _reload(beside, module, rows, ours, trust_remote_code)
-    if not gap <= TOLERANCE[torch.bfloat16 if module.autocast or saved == torch.bfloat16 else torch.float32]:
+    narrow = module.autocast or torch.bfloat16 in (saved, next(module.parameters()).dtype)
+    if not gap <= TOLERANCE[torch.bfloat16 if narrow else torch.float32]:
         raise RuntimeError(f"loaded again, its log-probabilities are {gap:.2g} nats a token from the trained model's")
     replace(beside, folder)
     return gap
@@ -103,17 +104,17 @@ def write_json(path: Path, content):
     """Write JSON to a temporary name, flushed to disk, and rename it."""
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "w", encoding="utf-8") as file:
-        json.dump(_plain(content), file, indent=2, ensure_ascii=False, allow_nan=False)
+        json.dump(plain(content), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.rename(beside, path)
 
 
-def _plain(value):
+def plain(value):
     """The same with null for numbers that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

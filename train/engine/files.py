@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from train.engine.export import write_json
+from train.engine.export import plain, write_json
 
 FORMAT, MANIFEST, LATEST = 1, "manifest.json", "latest"
 QUEUED = 8  # tensors that may wait for the disk
@@ -49,7 +49,8 @@ def manifest(checkpoint: Path) -> dict:
         told = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if told["format"] != FORMAT:
             raise Damaged(f"{checkpoint} has format {told['format']}, this version reads {FORMAT}")
-        told["files"], told["step"]
+        if told.pop("sha256") != _digest(told):
+            raise Damaged(f"{checkpoint / MANIFEST} is not what was written (sha256)")
     except FileNotFoundError as error:
         raise Damaged(f"{checkpoint} has no {MANIFEST}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -76,6 +77,10 @@ def entry(path: Path) -> dict:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": _hash(path)}
+
+
+def _digest(told):
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(path):
@@ -108,7 +113,12 @@ def write(path: Path, shapes: dict[str, tuple], tensors: Iterable[torch.Tensor |
             if len(pending) > QUEUED:
                 concurrent.futures.wait(pending[-QUEUED])
 
-        file = open(path, "wb")  # closed below, when the disk's thread has ended
+        try:
+            file = open(path, "wb")  # closed below, when the disk's thread has ended
+        except OSError:
+            for _ in tensors:
+                pass
+            raise
         try:
             put(struct.pack("<Q", len(head)) + head)
             for tensor in tensors:
@@ -126,7 +136,8 @@ def write(path: Path, shapes: dict[str, tuple], tensors: Iterable[torch.Tensor |
 
 def seal(beside: Path, place: Path, told: dict):
     """The last act: the manifest, everything on disk, the name, and `latest`."""
-    write_json(beside / MANIFEST, {"format": FORMAT} | told)
+    told = json.loads(json.dumps(plain({"format": FORMAT} | told)))  # as it is read again
+    write_json(beside / MANIFEST, told | {"sha256": _digest(told)})
     _sync(beside)
     if place.exists():
         shutil.rmtree(place)
@@ -140,10 +151,21 @@ def seal(beside: Path, place: Path, told: dict):
     _sync(place.parent)
 
 
-def prune(folder: Path, keep: int):
-    """Remove all but the newest `keep` checkpoints, and what unfinished ones left."""
+def prune(folder: Path, keep: int, after: int | None = None):
+    """Remove all but the newest `keep` checkpoints, those of steps `after` one, and what unfinished ones left."""
+    late = [path for path in found(folder) if after is not None and int(path.name.removeprefix("step-")) > after]
+    for path in late:
+        shutil.rmtree(path, ignore_errors=True)
     for path in [*found(folder)[keep:], *folder.glob("step-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def made_with(checkpoint: Path, flag: str):
+    """The value of a run's flag when it wrote this checkpoint; None where it cannot be told."""
+    try:
+        return manifest(checkpoint)["flags"].get(flag)
+    except Damaged:
+        return None
 
 
 def _sync(folder):

@@ -161,7 +161,7 @@ class HeldOut:
         sizes = self.source.tokens() if loss_of.wants_mismatched else data.lengths.sum(1)
         self.plan = passes(sizes, budget, rank=dist.rank(), world=dist.world())
         self.place = {i: i for i in everything}
-        self.known, self.version = {}, 0
+        self.known, self.version = [], 0  # the reference's log-probs of each row of the plan
 
     def score(self, policy, reference, running, watch=iter):
         """Every example exactly once: (examples, losses (B,)) in the data's order. Every rank calls this.
@@ -169,14 +169,11 @@ class HeldOut:
         `running`: statistics of the loss, read and not changed; `watch` wraps the iterator over rows.
         """
         if reference.version != self.version:
-            self.known, self.version = {}, reference.version
-
-        def remembered(row):
-            if row.digests not in self.known:
-                self.known[row.digests] = reference(row)
-            return self.known[row.digests]
-
-        found = collect(policy, remembered, self.source, self.plan, self.place, self.loss_of, self.device, watch)
+            self.known, self.version = [], reference.version
+        known, made = iter(self.known), []
+        ask = (lambda row: next(known)) if self.known else (lambda row: made.append(reference(row)) or made[-1])
+        found = collect(policy, ask, self.source, self.plan, self.place, self.loss_of, self.device, watch)
+        self.known = self.known or made
         if self.loss_of.couples:
             losses, _ = self.loss_of.over_step(found.examples, running, found.mismatched, found.weights, update=False)
             return found.examples, losses

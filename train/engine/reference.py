@@ -1,11 +1,13 @@
 """The reference model of a preference loss: who gives log pi_ref for a row."""
 
 import hashlib
+import json
 import logging
 import random
 
 import numpy as np
 import torch
+import transformers
 
 from train.data.order import passes
 from train.data.packing import digest, pack
@@ -96,14 +98,20 @@ class Cached:
             of = {id(data): data for data in datasets}
             made = _make(live, _Picked([(of[key], i) for key, i in missing]), budget, self.device)
             if dist.first():
-                shelf.write(place, made)
-                shelf.bound(place)
+                self._put(place, made, say)
             records |= made
         _spot_check(live, wanted, records, precision)
         self._keep({name: records[name] for name in wanted})
         if dist.first():
             say(f"reference: {len(wanted):,} sequences, {len(missing):,} groups of them made now; {place} holds "
                 f"{shelf.size(place) / 1e6:.1f} MB (all of them at most {shelf.MOST_BYTES / 1e9:.0f} GB)")  # fmt: skip
+
+    def _put(self, place, made, say):
+        try:
+            shelf.write(place, made)
+            shelf.bound(place)
+        except Exception as error:  # safetensors has its own for a full disk; the records are at hand all the same
+            say(f"reference: {place} does not keep what was made ({error}); set ZEROPREF_CACHE to where there is room")
 
     def _keep(self, records):
         lengths = [len(values) for values in records.values()]
@@ -190,6 +198,11 @@ def _identity(live) -> str | None:
             if dist.first():
                 total.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
                 total.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    config = {key: value for key, value in module.lm.config.to_dict().items()
+              if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
+    total.update(json.dumps([config, transformers.__version__], sort_keys=True, default=str).encode())
+    for name, buffer in module.named_buffers():
+        total.update(name.encode() + buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     device = next(module.parameters()).device
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     total.update(f"{module.autocast} {module.layout} {kernels} {torch.__version__}".encode())

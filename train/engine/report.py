@@ -68,7 +68,7 @@ class Training:
             return
         with self.meter.pause():
             self._training_histograms(number)
-            start = reference.module if self.plan.same_weights else None
+            start = reference.module if self.plan.same_weights and not reference.version else None
             if start is not None and (moved := share_moved(policy.module, start)) is not None:
                 self.board.scalars({"health/bf16_weights_moved": moved}, number)
                 self.moved = moved
@@ -107,8 +107,8 @@ class Training:
 
     def load(self, record, parts):
         """Continue from `state`: the record, and the tensors of the ranks whose sums continue here."""
-        self.looked, self.last, self.moved = record["looked"], record["last"], record["moved"]
-        self.evaluated = {int(number): values for number, values in record["evaluated"].items()}
+        self.looked, self.last, self.moved = record["looked"], numbers(record["last"]), record["moved"]
+        self.evaluated = {int(number): numbers(values) for number, values in record["evaluated"].items()}
         self.meter.load(record["meter"], parts)
         self.folder.note(evaluations=self.evaluated)
 
@@ -151,6 +151,15 @@ class Training:
                  f"  tensorboard --logdir {self.folder.path}"]  # fmt: skip
         for line in lines:
             self.folder.say(line)
+
+
+def numbers(value):
+    """The same with NaN where JSON had to write null."""
+    if isinstance(value, dict):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numbers(item) for item in value]
+    return math.nan if value is None else value
 
 
 def distributions(examples, beta: float) -> dict[str, torch.Tensor]:

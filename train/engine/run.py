@@ -61,7 +61,8 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".writable").touch()
             (self.path / ".writable").unlink()
-            foreign = [p.name for p in self.path.iterdir() if p.name != "logs"]
+            foreign = [p.name for p in self.path.iterdir() if p.name not in ("logs", "status", "run.json.tmp")
+                       and not p.name.startswith(".")]  # fmt: skip
             before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             old = before["flags"].items()
         except FileNotFoundError:
@@ -104,8 +105,11 @@ class Run:
     def status(self, word: str):
         """One word in OUTPUT/status for wrappers: running, preempted, failed or finished. Rank 0 writes it."""
         if dist.first():
-            (self.path / "status.tmp").write_text(word + "\n", encoding="utf-8")
-            (self.path / "status.tmp").rename(self.path / "status")
+            try:
+                (self.path / "status.tmp").write_text(word + "\n", encoding="utf-8")
+                (self.path / "status.tmp").rename(self.path / "status")
+            except OSError as error:  # a full disk must not keep a run from ending in order
+                self.log.warning("status %s was not written: %s", word, error)
 
     def dropped(self, rows: dict):
         """The rows left out of each split, with source, number and reason, for dropped.jsonl."""

@@ -5,6 +5,7 @@ under a name of its own, so two jobs can write at once. Records hold for any ord
 truncation that leads to the same token ids.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -86,7 +87,11 @@ def _checksum(arrays):
 
 def size(path: Path) -> int:
     """Bytes in a directory."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another job has just removed it
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def bound(shelf: Path, most: int = MOST_BYTES):

@@ -18,19 +18,19 @@ def add(lm, rank: int, alpha: float, targets: list[str] | None):
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("--lora_rank needs peft: pip install -e '.[lora]'") from error
-    head = [name for name, module in lm.named_modules() if module is lm.get_output_embeddings()]
-    found = sorted({name.rpartition(".")[2] for name, module in lm.named_modules()
-                    if isinstance(module, torch.nn.Linear) and name not in head})  # fmt: skip
+    head = lm.get_output_embeddings()
+    linear = {name for name, module in lm.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    found = sorted({name.rpartition(".")[2] for name in linear})
+    ends = lambda name, target: name == target or name.endswith(f".{target}")
+    meant = {name for name, _ in lm.named_modules() for target in targets or found if ends(name, target)}
+    if not meant or meant - linear:
+        raise ValueError(f"--lora_targets {', '.join(targets or ['(none)'])}: adapters go beside linear layers other "
+                         f"than the head; this model has: {', '.join(found) or 'none'}")  # fmt: skip
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or found, task_type="CAUSAL_LM"
     )
     lm.requires_grad_(False)
-    try:
-        inject_adapter_in_model(config, lm, adapter_name=DEFAULT)
-    except ValueError as error:
-        raise ValueError(
-            f"--lora_targets {targets} names no layer of this model; it has: {', '.join(found)}"
-        ) from error
+    inject_adapter_in_model(config, lm, adapter_name=DEFAULT)
     for name, p in lm.named_parameters():
         p.requires_grad_("lora_" in name)
     lm.lora_config = config
