@@ -203,3 +203,27 @@ def test_lora_where_it_could_go_wrong_late(warm, model_dir, few, tmp_path):
                  "bf16", "--export_dtype", "fp32", "--max_steps", 2)  # fmt: skip
     codes, text = warm.run(line)
     assert codes == [0], text[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["aot", "kto", "bco_pair", "aot_unpaired"])
+def test_coupled_losses_do_not_see_rows_ranks_or_stages(warm, model_dir, few, tmp_path, loss):
+    """AdamW's first moments after the first step are a tenth of its gradient: the same however the step was cut up."""
+    ends = ["--loss", loss, "--max_steps", 3, "--eval_every", 0, "--log_every", 1, "--keep", 3, "--warmup_ratio", 0,
+            "--grad_clip", 0]  # fmt: skip
+    ways = {"whole": (0, 1, 4000), "small rows": (0, 1, 1), "two ranks": (0, 2, 300), "ZeRO 1": (1, 2, 512),
+            "ZeRO 2": (2, 2, 300), "ZeRO 3": (3, 2, 200)}  # fmt: skip
+    for name, (stage, ranks, budget) in ways.items():
+        line = flags(model_dir, few, tmp_path / name, stage, *ends, "--micro_tokens", budget)
+        codes, text = warm.run(line, ranks)
+        assert codes == [0] * ranks, (name, text[-3000:])
+    expected, losses = moments(tmp_path / "whole", 1), scalars(tmp_path / "whole", ())["train/loss"]
+    scale = max(value.abs().max() for key, value in expected.items() if key.endswith("exp_avg"))
+    assert scale > 0
+    for name in ways:
+        found = moments(tmp_path / name, 1)
+        for key, value in expected.items():
+            if key.endswith("exp_avg"):
+                assert (found[key] - value).abs().max() <= 2e-5 * scale, (name, key)
+        for (step, mine), (_, theirs) in zip(scalars(tmp_path / name, ())["train/loss"], losses, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4 if step > 1 else 1e-5, abs=1e-6), (name, step)

@@ -5,6 +5,7 @@ every row (`check`), and all of them leave the loop at the same place by `Preemp
 have fallen silent: a hung collective would hold its GPU until the job's time limit.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -15,7 +16,7 @@ import time
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 BEAT, SILENT = 5.0, 120.0  # seconds between signs of life; without one for so long a rank counts as gone
-_told, _group, _watch = [], None, None
+_told, _left, _group, _watch, _thread = [], [], None, None, None
 
 
 class Preempted(Exception):
@@ -30,7 +31,7 @@ def install():
 
 def start():
     """Begin to agree and to watch, once the process group stands. Every rank calls this."""
-    global _group, _watch
+    global _group, _watch, _thread
     from train.engine import dist
 
     if dist.world() > 1:
@@ -38,13 +39,21 @@ def start():
 
         _group = td.new_group(backend="gloo", timeout=dist.TIMEOUT)
         _watch = threading.Event()
-        threading.Thread(target=_beat, args=(dist.heartbeats(), _watch), daemon=True).start()
+        _thread = threading.Thread(target=_beat, args=(dist.heartbeats(), _watch), daemon=True)
+        _thread.start()
+        atexit.register(_join)
 
 
 def stop():
-    """This rank is done, and its silence means nothing from now on."""
+    """This rank is done, and its silence means nothing from now on. Not for a rank that ends by an error."""
+    _left.append(True)
+    _join()
+
+
+def _join():
     if _watch:
         _watch.set()
+        _thread.join(BEAT)  # an interpreter that ends under a thread in the store's C++ aborts
 
 
 def check():
@@ -83,7 +92,8 @@ def _beat(peers, done):
                 _end(f"rank {rank} has been silent for {SILENT:.0f} s", done)
                 return
     with contextlib.suppress(Exception):  # rank 0 may have gone, and its store with it
-        peers.exchange("done")
+        if _left:
+            peers.exchange("done")
 
 
 def _end(why, done):
