@@ -113,6 +113,28 @@ def test_told_to_stop(warm, model_dir, few, tmp_path, number):
     same_run(out, tmp_path / "straight")
 
 
+@pytest.mark.slow
+def test_stopped_inside_evaluations(warm, model_dir, few, tmp_path):
+    """Told to stop and killed where evaluations take most of the time: nothing is told twice, nothing is missing."""
+    many = tmp_path / "held_out.jsonl"
+    many.write_text(few.read_text() * 6)
+    extra = ["--eval_every", 1, "--eval_data", many, "--save_every", 2]
+    seconds = straight(warm, model_dir, few, tmp_path / "straight", 0, 2, *extra)
+    out, draw = tmp_path / "stopped", random.Random(0)
+    for number in (signal.SIGUSR1, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        before = set(out.glob("tensorboard/*"))
+        job = warm.start(flags(model_dir, few, out, 0, *extra), 2)
+        while not set(out.glob("tensorboard/*")) - before:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.05, 0.2) * seconds)
+        job.kill(number)
+        codes, text = job.wait()
+        assert codes == [85 if number != signal.SIGKILL else -signal.SIGKILL] * 2, text[-3000:]
+    codes, text = warm.run(flags(model_dir, few, out, 0, *extra), 2)
+    assert codes == [0, 0], text[-3000:]
+    same_run(out, tmp_path / "straight")
+
+
 def moved(warm, model_dir, few, out, legs):
     """Run in legs of (stage, ranks), each killed once the checkpoint at its end stands; the last runs to the end."""
     for number, (stage, ranks) in enumerate(legs, 1):

@@ -1,5 +1,6 @@
 """What the user watches: the progress bar, TensorBoard, and the machine's share of its peak."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -52,12 +53,17 @@ class Board:
     """Scalars, histograms and texts to TensorBoard, one bar on the terminal. Only rank 0 writes; all may call."""
 
     def __init__(self, folder: Path, total: int, start: int = 0, quiet: bool = False):
-        self.writer = None
+        self.writer, self.folder, self.older = None, folder, []
         if dist.first():
             from torch.utils.tensorboard import SummaryWriter
 
-            # what an interrupted run wrote of later steps does not count
+            self.older = self._files()
+            for path in self.older[-1:]:  # files are read in the order of their names, which hold whole seconds
+                time.sleep(min(max(0, int(path.name.split(".")[3]) + 1 - time.time()), 2))
+            # for a TensorBoard that is looking on: what an interrupted run wrote of later steps does not count
             self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
+            if not start:
+                self.cut({})
         hidden = quiet or not dist.first()
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", disable=hidden, dynamic_ncols=True)
 
@@ -97,6 +103,22 @@ class Board:
         """Hand everything written to the operating system."""
         if self.writer:
             self.writer.flush()
+
+    def _files(self):
+        return sorted(self.folder.glob("events.out.tfevents.*"))
+
+    def position(self) -> dict[str, int]:
+        """The bytes of each event file by now: what `cut` keeps. {} where this rank writes none."""
+        self.flush()
+        return {path.name: path.stat().st_size for path in self._files()} if self.writer else {}
+
+    def cut(self, position: dict[str, int]):
+        """Take out of the files that stood here before what came after `position`, so that nothing is told twice."""
+        for path in self.older:
+            if path.name not in position:
+                path.unlink()
+            elif path.stat().st_size > position[path.name]:
+                os.truncate(path, position[path.name])
 
     def close(self):
         """Flush and end."""

@@ -103,13 +103,14 @@ class Training:
         """What a resumed run needs to report on: a record for JSON, and what makes this rank's tensors."""
         meter, tensors = self.meter.state()
         record = {"looked": self.looked, "evaluated": dict(self.evaluated), "last": self.last, "moved": self.moved}
-        return record | {"meter": meter}, tensors
+        return record | {"meter": meter, "events": self.board.position()}, tensors
 
     def load(self, record, parts):
         """Continue from `state`: the record, and the tensors of the ranks whose sums continue here."""
         self.looked, self.last, self.moved = record["looked"], numbers(record["last"]), record["moved"]
         self.evaluated = {int(number): numbers(values) for number, values in record["evaluated"].items()}
         self.meter.load(record["meter"], parts)
+        self.board.cut(record["events"])
         self.folder.note(evaluations=self.evaluated)
 
     def flush(self):
