@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from train.losses.logprobs import LOGITS_BYTES, token_logps
-from train.models import attention, linear
+from train.models import attention, layers
 
 LAYOUTS = ("packed", "padded")
 
@@ -45,7 +45,7 @@ class Backbone(nn.Module):
             raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
         self.lm, self.layout, self.logits_bytes, self.autocast = lm, layout, logits_bytes, autocast
         no_dropout(lm)
-        linear.swap(lm)
+        layers.swap(lm)
         if layout == "packed":
             refuse(lm)
             attention.register()
@@ -102,14 +102,14 @@ class Backbone(nn.Module):
 def plain(backbone):
     """The same weights the plain way: transformers' own layers, one padded sequence a response. For checks."""
     layout, backbone.layout = backbone.layout, "padded"
-    linear.swap_back(backbone.lm)
+    layers.swap_back(backbone.lm)
     name = backbone.lm.config._attn_implementation
     backbone.lm.set_attn_implementation("sdpa" if backbone.lm._supports_sdpa else "eager")
     try:
         yield backbone
     finally:
         backbone.layout = layout
-        linear.swap(backbone.lm)
+        layers.swap(backbone.lm)
         backbone.lm.set_attn_implementation(name)
 
 

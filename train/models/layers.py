@@ -1,0 +1,164 @@
+"""Layers in the place of a model's own, faster on a CPU: the products of train/losses/products.py, gradients in few
+passes over memory.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+from train.losses.products import times_transposed, weight_gradient
+
+
+class Linear(nn.Linear):
+    """nn.Linear with products through oneDNN, and gradients of the weight that need no temporary copy."""
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return super().forward(x)
+        product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
+        rows = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, product)
+        return rows.view(*x.shape[:-1], -1)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, product):
+        ctx.weight, ctx.dtype = weight, x.dtype
+        x, w = x.to(product), weight.to(product)
+        ctx.save_for_backward(x, w)
+        return times_transposed(x, w, None if bias is None else bias.to(product))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        grad_w = weight_gradient(ctx.weight, grad, x) if wants_weight else None
+        return (
+            times_transposed(grad, w.t()).to(ctx.dtype) if wants_x else None,
+            None if grad_w is None else grad_w.to(ctx.weight.dtype),
+            grad.sum(0).to(ctx.weight.dtype) if wants_bias else None,
+            None,
+        )
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding whose gradient, where there is one already, touches the rows it concerns only."""
+
+    def forward(self, ids):
+        if ids.device.type != "cpu":
+            return super().forward(ids)
+        return _Lookup.apply(ids, self.weight, self.padding_idx)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight, padding):
+        ctx.weight, ctx.padding = weight, padding
+        ctx.save_for_backward(ids)
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
+        ids, grad = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        if ctx.padding is not None:  # as torch has it: the padding token's vector is not trained by its use
+            grad = grad.masked_fill((ids == ctx.padding)[:, None], 0)
+        into = ctx.weight.grad if getattr(ctx.weight, "gathers", False) else None
+        total = torch.zeros_like(ctx.weight) if into is None else into
+        total.index_add_(0, ids, grad.to(total.dtype))
+        return None, total if into is None else None, None
+
+
+class RMSNorm:
+    """Goes before the norm of a model (RMS_NORMS): the same in fp32, with a gradient in half as many passes.
+
+    Zhang and Sennrich 2019, arXiv 1910.07467, equation 4: x / sqrt(mean(x^2) + eps) * weight.
+    """
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.float32:
+            return super().forward(x)
+        return _Normed.apply(x, self.weight, self.variance_epsilon)
+
+
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, scale, weight = ctx.saved_tensors
+        plain = x * scale  # y = plain * weight
+        by_weight = grad * plain
+        along = (by_weight @ weight).div_(x.shape[-1])[..., None]  # what changes the norm of x only
+        grad_x = (grad * weight).addcmul_(plain, along, value=-1).mul_(scale)
+        return grad_x, by_weight.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+
+
+class GatedMLP:
+    """Goes before the MLP of a model (GATED_MLPS): the same, keeping one wide tensor less for the backward pass.
+
+    Shazeer 2020, arXiv 2002.05202, equation 6: SwiGLU.
+    """
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(_Gated.apply(gate, up) if x.device.type == "cpu" else self.act_fn(gate) * up)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)
+
+
+# By the names that transformers has for one and the same code.
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+RMS_NORMS, GATED_MLPS = ({f"{family}{kind}" for family in FAMILIES} for kind in ("RMSNorm", "MLP"))
+FASTER = {nn.Linear: Linear, nn.Embedding: Embedding}
+
+
+def swap(model):
+    """Make each layer of `model` that has a faster twin here that twin. Weights stay where they are."""
+    for module in model.modules():
+        if (twin := _twin(type(module))) and not _special(module):
+            module.__class__ = twin
+
+
+def swap_back(model):
+    """Give `model` its own layers again."""
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding | RMSNorm | GatedMLP):
+            module.__class__ = type(module).__bases__[-1]
+
+
+@functools.cache
+def _twin(kind):
+    if kind in FASTER or not kind.__module__.startswith("transformers."):
+        return FASTER.get(kind)
+    ours = RMSNorm if kind.__name__ in RMS_NORMS else GatedMLP if kind.__name__ in GATED_MLPS else None
+    return ours and type(ours.__name__, (ours, kind), {})
+
+
+def _special(module):
+    if isinstance(module, nn.Embedding):
+        return module.max_norm or module.scale_grad_by_freq or module.sparse
+    # an activation of transformers' or torch's, by its name
+    return hasattr(module, "gate_proj") and type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation")
