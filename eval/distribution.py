@@ -95,7 +95,7 @@ def separation(inside, outside, inside_units, outside_units, edges) -> dict:
     resamples = int(np.clip(RESAMPLED_VALUES // (len(a) + len(b)), 100, 500))
     found = intervals.resampled(compare, inside_units, outside_units, measures=SEPARATION, what=(len(a), len(b)),
                                 resamples=resamples)  # fmt: skip
-    counts = [measures.histogram(x, bins).to(torch.int64).tolist() for x in (a, b)]
+    counts = [measures.histogram(x, bins).tolist() for x in (a, b)]
     found["if_alike"] = alike(a, b, bins) if len(a) + len(b) <= MOST_SHUFFLED else None
     return {**found, "histogram": {"edges": [float(edge) for edge in edges], "in": counts[0], "out": counts[1]}}
 

@@ -15,18 +15,39 @@ HIGH_W, LOW_W = (torch.from_numpy(RNG.integers(0, 4, (3, n)).astype(float)) for 
 
 
 def test_histogram_and_overlap_by_hand():
-    edges = torch.tensor([0.0, 1.0, 2.0, 4.0])
-    values = torch.tensor([0.0, 0.5, 1.0, 3.9, 4.0, -7.0, 9.0])  # the last three lie on or beyond the ends
-    assert measures.histogram(values, edges).tolist() == [3, 1, 3]
-    assert measures.histogram(values, edges, torch.tensor([1.0, 0, 2, 0, 0, 0.5, 1])).tolist() == [1.5, 2, 1]
+    edges = torch.tensor([0.0, 1.0, 2.0, 4.0])  # centres .5, 1.5, 3
+    values = torch.tensor([0.0, 0.75, 1.5, 2.0, 4.0, -7.0, 9.0])  # 2.0 lies a third of the way from 1.5 to 3
+    expected = torch.tensor([1 + 0.75 + 1, 0.25 + 1 + 2 / 3, 1 / 3 + 1 + 1], dtype=torch.float64)
+    assert torch.allclose(measures.histogram(values, edges), expected, rtol=1e-12)
+    weights = torch.tensor([1.0, 0, 2, 3, 0, 0.5, 1])
+    expected = torch.tensor([1 + 0.5, 2 + 2, 1 + 1], dtype=torch.float64)
+    assert torch.allclose(measures.histogram(values, edges, weights), expected, rtol=1e-12)
     # shares (.5 .5 0) and (0 .25 .75): the smaller of each bin, 0 + .25 + 0
     assert float(measures.overlap(torch.tensor([2.0, 2, 0]), torch.tensor([0.0, 1, 3]))) == 0.25
     assert measures.overlap(torch.tensor([[2.0, 2], [1, 0]]), torch.tensor([[3.0, 3], [0, 5]])).tolist() == [1, 0]
 
 
-def test_histogram_is_numpys():
+def test_histogram_of_centres_is_numpys():
     edges = np.linspace(-6, 6, 13)
-    assert measures.histogram(LOW, torch.from_numpy(edges)).tolist() == np.histogram(LOW, edges)[0].tolist()
+    values = torch.from_numpy(RNG.integers(-6, 6, 50) + 0.5)
+    assert measures.histogram(values, torch.from_numpy(edges)).tolist() == np.histogram(values, edges)[0].tolist()
+    assert measures.histogram(values, torch.tensor([-6.0, 6.0])).tolist() == [50]
+
+
+def test_histogram_between_centres_is_numpys_interpolation():
+    """A bin's weight is the sum of the hat functions around its centre."""
+    edges = np.linspace(-6, 6, 13)
+    centres = (edges[1:] + edges[:-1]) / 2
+    expected = [sum(np.interp(LOW, centres, np.eye(12)[i])) for i in range(12)]
+    assert measures.histogram(LOW, torch.from_numpy(edges)).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_rounding_moves_over_an_edge_moves_overlap_by_rounding_only():
+    edges = torch.arange(-3.0, 4.0)
+    on_edges = torch.arange(-2.0, 3.0).double()  # and so on every edge inside
+    overlaps = [float(measures.overlap(measures.histogram(on_edges + nudge, edges), measures.histogram(LOW, edges)))
+                for nudge in (-1e-9, 0, 1e-9)]  # fmt: skip
+    assert max(overlaps) - min(overlaps) < 1e-8 and 0.1 < overlaps[0] < 1
 
 
 def test_auroc_is_scikit_learns():

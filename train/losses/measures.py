@@ -81,11 +81,19 @@ def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, floa
 
 
 def histogram(values: torch.Tensor, edges: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """(n,) values, (b + 1,) rising edges -> (..., b) weight in each bin; what lies outside counts in the end bins."""
-    place = (torch.bucketize(values, edges, right=True) - 1).clamp(0, len(edges) - 2)
+    """(n,) values, (b + 1,) rising edges -> (..., b) weight in each bin, by linear binning (Jones and Lotwick 1984).
+
+    A value's weight is shared by the two bins whose centres it lies between, the nearer the more; beyond the first and
+    the last centre that bin has it all. So rounding, which moves a value over an edge, moves no more than itself.
+    """
+    centres = (edges[:-1] + edges[1:]).to(torch.float64) / 2
     counts = _weights(values, weights)
-    bins = counts.new_zeros(*counts.shape[:-1], len(edges) - 1)
-    return bins.index_add(-1, place, counts)
+    bins = counts.new_zeros(*counts.shape[:-1], len(centres))
+    if len(centres) == 1:
+        return bins + counts.sum(-1, keepdim=True)
+    left = (torch.bucketize(values.to(torch.float64), centres, right=True) - 1).clamp(0, len(centres) - 2)
+    right = ((values - centres[left]) / (centres[left + 1] - centres[left])).clamp(0, 1)  # the right bin's share
+    return bins.index_add(-1, left, counts * (1 - right)).index_add(-1, left + 1, counts * right)
 
 
 def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
