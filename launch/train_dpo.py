@@ -82,9 +82,9 @@ def main():
             return dist.stop()
         loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
         refuse(settings, loss_of)
-        zero.read_config(settings.ds_config)
+        ds = zero.read_config(settings.ds_config)
         tokenizer, data, held_out = open_data(settings, folder, loss_of)
-        policy, reference, plan = open_models(settings, folder, tokenizer, data, held_out, device)
+        policy, reference, plan = open_models(settings, ds, folder, tokenizer, data, held_out, device)
         first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
         moving = reference if settings.reference_every else None
         saves = checkpoint.Saves(folder, settings, policy, tokenizer, data, moving)
@@ -191,7 +191,7 @@ def open_data(settings, folder, loss_of):
     return tokenizer, data, held_out
 
 
-def open_models(settings, folder, tokenizer, data, held_out, device):
+def open_models(settings, ds, folder, tokenizer, data, held_out, device):
     """The policy under DeepSpeed, the reference, and the Plan."""
     from train.data import chat, order
     from train.engine import memory, run, zero
@@ -199,7 +199,7 @@ def open_models(settings, folder, tokenizer, data, held_out, device):
     from train.models import adapters
 
     precision = zero.precision_of(settings.precision, device)
-    ds = zero.resolve(zero.read_config(settings.ds_config), precision, settings.grad_clip)
+    ds = zero.resolve(ds, precision, settings.grad_clip)
     stage = zero.stage_of(ds)
     most = settings.max_steps or (CPU_STEPS if not settings.data and device.type == "cpu" else 0)
     steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
