@@ -99,7 +99,7 @@ def main():
 
     quiet.now()  # before the libraries that it quiets
     from eval import scores
-    from train.engine import dist, run
+    from train.engine import dist, memory, run
     from train.losses import preference
 
     device, began = dist.start(), time.time()
@@ -110,7 +110,7 @@ def main():
             return dist.stop()
         inputs = open_inputs(settings, folder)
         loss_of = preference.choose(inputs.recipe["loss"], inputs.recipe["beta"], inputs.recipe["loss_args"])
-        with scores.room_for("loading and checking the models", scores.LESS):
+        with memory.room_for("loading and checking the models", f"({scores.LESS})"):
             models = open_models(settings, folder, inputs, device)
     folder.start()
     if models.sharded and settings.prompts:
