@@ -167,16 +167,8 @@ def open_models(settings, folder, opened, device):
         raise ValueError(f"--reward_model scores what the models write; {SHARDED}")
 
     def load(path):
-        module = zero.load_backbone(
-            path,
-            ds,
-            precision,
-            recipe["stage"],
-            device,
-            recipe["layout"],
-            settings.trust_remote_code,
-            settings.allow_pickle,
-        )
+        module = zero.load_backbone(path, ds, precision, recipe["stage"], device, recipe["layout"],
+                                    settings.trust_remote_code, settings.allow_pickle)  # fmt: skip
         chat.check_fit(module.lm.config, opened.tokenizer, recipe["max_length"])
         return Live(module, ds)
 

@@ -205,16 +205,8 @@ def open_models(settings, ds, folder, tokenizer, data, held_out, device):
     steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
     path, ref_path = folder.model_path(settings.model), folder.model_path(settings.reference_model or settings.model)
     load = lambda source, mode, change=None: zero.load_backbone(
-        source,
-        mode,
-        precision,
-        stage,
-        device,
-        settings.layout,
-        settings.trust_remote_code,
-        settings.allow_pickle,
-        change,
-    )
+        source, mode, precision, stage, device, settings.layout, settings.trust_remote_code, settings.allow_pickle,
+        change)  # fmt: skip
     adapt = lambda lm: adapters.add(lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     budget = lambda module: (
         settings.micro_tokens
