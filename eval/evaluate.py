@@ -19,7 +19,7 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import config  # noqa: E402
+from train import config, flags  # noqa: E402
 
 SHARDED = ("--ds_config shards the models over the ranks, and decoding needs whole ones; leave it out where a model's "
            "weights fit on one device")  # fmt: skip
@@ -87,17 +87,10 @@ class Settings:
 
     def __post_init__(self):
         at_least = {"max_rows": 1, "ood_tokens": 2, "prompts": 0, "max_new_tokens": 1, "temperature": 0,
-                    "micro_tokens": 1, "max_dropped": 0, "batch_size": 1, "max_length": 2,
-                    "max_prompt_length": 1}  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"--{name} is at least {least}, not {getattr(self, name)}")
-        if self.beta is not None and not self.beta > 0:
-            raise ValueError(f"--beta is above 0, not {self.beta}")
+                    "micro_tokens": 1, "batch_size": 1, "max_length": 2, "max_prompt_length": 1}  # fmt: skip
+        flags.within(self, at_least, shares=("max_dropped",), positive=("beta",))
         if self.reward_model and not self.prompts:
             raise ValueError("--reward_model scores what the models write, and with --prompts 0 they write nothing")
-        if self.max_dropped > 1:
-            raise ValueError(f"--max_dropped is a share of 1, not {self.max_dropped}")
 
 
 def main():
@@ -106,7 +99,7 @@ def main():
 
     quiet.now()  # before the libraries that it quiets
     from eval import scores
-    from train.engine import dist, run
+    from train.engine import dist, memory, run
     from train.losses import preference
 
     device, began = dist.start(), time.time()
@@ -117,7 +110,7 @@ def main():
             return dist.stop()
         inputs = open_inputs(settings, folder)
         loss_of = preference.choose(inputs.recipe["loss"], inputs.recipe["beta"], inputs.recipe["loss_args"])
-        with scores.room_for("loading and checking the models", scores.LESS):
+        with memory.room_for("loading and checking the models", f"({scores.LESS})"):
             models = open_models(settings, folder, inputs, device)
     folder.start()
     if models.sharded and settings.prompts:
@@ -174,16 +167,8 @@ def open_models(settings, folder, opened, device):
         raise ValueError(f"--reward_model scores what the models write; {SHARDED}")
 
     def load(path):
-        module = zero.load_backbone(
-            path,
-            ds,
-            precision,
-            recipe["stage"],
-            device,
-            recipe["layout"],
-            settings.trust_remote_code,
-            settings.allow_pickle,
-        )
+        module = zero.load_backbone(path, ds, precision, recipe["stage"], device, recipe["layout"],
+                                    settings.trust_remote_code, settings.allow_pickle)  # fmt: skip
         chat.check_fit(module.lm.config, opened.tokenizer, recipe["max_length"])
         return Live(module, ds)
 

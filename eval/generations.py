@@ -18,11 +18,11 @@ import transformers
 from tqdm import tqdm
 
 from eval.intervals import point, ratio
-from eval.scores import room_for, score_all
+from eval.scores import score_all
 from train.data.chat import Chat
 from train.data.rows import PAIR_COLUMNS, check_pair
 from train.data.tokens import Tokenised, check_rows
-from train.engine import card, dist
+from train.engine import card, dist, memory
 from train.engine.generate import Completion, batches, generate
 from train.engine.run import load_tokenizer
 from train.losses.measures import wilson, wins
@@ -114,7 +114,8 @@ def write(backbone, prompts, ends, max_new_tokens, temperature, seed, batch_size
         total=sum(map(len, mine)), desc=title, unit="answer", disable=not dist.first(), dynamic_ncols=True
     ) as bar:
         for places in mine:
-            with room_for(f"{len(places)} answers decoded at once", f"--batch_size is {batch_size}: lower it"):
+            advice = f"(--batch_size is {batch_size}: lower it)"
+            with memory.room_for(f"{len(places)} answers decoded at once", advice):
                 answers = generate(backbone.lm, [prompts[i].ids for i in places], ends=ends, seed=seed,
                                    max_new_tokens=max_new_tokens, temperature=temperature, batch_size=len(places),
                                    numbers=[prompts[i].row for i in places], autocast=backbone.autocast,

@@ -7,9 +7,6 @@ and adds them up in fp64 there, so the world size cannot change a digit.
 Legend: N groups, k responses each, M models, T scored tokens.
 """
 
-import contextlib
-import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,9 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from train.config import fail
 from train.data.order import passes
-from train.engine import dist
+from train.engine import dist, memory
 from train.engine.scoring import ahead
 from train.losses.logprobs import score
 
@@ -44,7 +40,8 @@ def score_all(data, models: Sequence[Callable], budget: int, device: torch.devic
     watched = tqdm(rows, total=len(plan), desc=title, unit="row", disable=not dist.first(), dynamic_ncols=True)
     mine = []  # (index of the group, (k,) lengths, (M, k) sums, k token arrays (M, .)) of each
     for groups, (row,) in watched:
-        with room_for(f"a row of {row.input_ids.shape[0]:,} tokens", f"--micro_tokens is {budget:,}: {LESS}"):
+        size = row.input_ids.shape[0]
+        with memory.room_for(f"a row of {size:,} tokens", f"(--micro_tokens is {budget:,}: {LESS})"):
             logps = torch.stack([model(row) for model in models])  # (M, T)
         sums = torch.stack([score(values.double(), row.lengths) for values in logps]).cpu().numpy()  # (M, responses)
         lengths = row.lengths.cpu().numpy()
@@ -57,17 +54,3 @@ def score_all(data, models: Sequence[Callable], budget: int, device: torch.devic
     assert [item[0] for item in everyone] == list(range(len(data))), "a group was scored twice or never"
     index, lengths, sums, tokens = zip(*everyone, strict=True)
     return Scores(data.rows, data.prompts, np.stack(lengths), np.stack(sums, 1), np.concatenate(tokens, 1))
-
-
-@contextlib.contextmanager
-def room_for(what: str, advice: str):
-    """Ends the run with `advice` where `what` runs out of memory, as train.engine.memory.explained does in training."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        logging.getLogger("zeropref").exception("out of memory")
-        if not dist.first():
-            print(f"error: rank {dist.rank()} ran out of memory in {what}", file=sys.stderr)
-        fail(f"out of memory in {what} ({advice})", code=1)

@@ -21,26 +21,16 @@ from typing import Literal, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import config  # noqa: E402
+from train import config, flags  # noqa: E402
 from train.engine import preempt  # noqa: E402
 
 CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
 
 
 @dataclasses.dataclass
-class Settings:
+class Settings(flags.Training):
     """Train a causal language model on preference pairs with DPO."""
 
-    model: str | None = None
-    """The policy: a model directory or hub name. None: SmolLM2-135M-Instruct."""
-    data: list[str] | None = None
-    """Pairs to train on: jsonl, json, csv, parquet, save_to_disk folders or hub names. None: the built-in pairs."""
-    eval_data: list[str] | None = None
-    """Pairs to evaluate on. None: the built-in held-out pairs with built-in data, else what --eval_split sets apart."""
-    eval_split: float = 0.0
-    """Share of the training prompts (with all their rows) set apart for evaluation where --eval_data is not given."""
-    data_split_seed: int = 0
-    """Seed of that split, which is by prompt."""
     output: str = "runs/dpo"
     """Folder for the model, TensorBoard, logs and run.json."""
     loss: str = "sigmoid"
@@ -49,36 +39,6 @@ class Settings:
     """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
     loss_args: dict = dataclasses.field(default_factory=dict)
     """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha: 0.5}'."""
-    max_length: int = 1024
-    """Most tokens of a prompt and a response together; responses are cut at their end."""
-    max_prompt_length: int | None = 256
-    """Most tokens of a prompt; longer ones keep their end. None: bounded by --max_length alone."""
-    allow_control_tokens: bool = False
-    """Train on rows whose text spells out control tokens such as <|im_end|>, instead of dropping them."""
-    max_dropped: float = 0.05
-    """Largest share of unusable rows before the run refuses the data."""
-    batch_size: int = 16
-    """Pairs a step, over all ranks."""
-    micro_tokens: int | None = None
-    """Tokens a packed row may hold. None: from the free memory."""
-    epochs: float = 1.0
-    """Passes over the data."""
-    max_steps: int | None = None
-    """Most optimiser steps. None: no bound, but 6 steps for the built-in data on a CPU."""
-    lr: float = 5e-6
-    """Peak learning rate."""
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = "linear"
-    """Schedule after warm-up, as transformers names it."""
-    warmup_ratio: float = 0.0
-    """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay of matrices; norms and biases never decay."""
-    grad_clip: float = 1.0
-    """Largest 2-norm of a step's gradient; 0 does not clip."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. Master weights and sums are fp32 in any case."""
     reference: Literal["live", "cached", "none"] = "live"
     """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the same, scored once and
     kept on disk. none: nowhere, for losses that need none."""
@@ -91,56 +51,16 @@ class Settings:
     reference_ds_config: str | None = None
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy, else whole on each
     rank."""
-    ds_config: str = str(ROOT / "ds_configs" / "zero0.json")
-    """DeepSpeed JSON: the ZeRO stage, offload, buckets."""
-    layout: Literal["packed", "padded"] = "packed"
-    """packed: shared prompts without padding. padded: a padded sequence a response, for models that packing refuses."""
     lora_rank: int = 0
     """Rank of LoRA adapters, which are trained in place of the weights; 0: the weights are. Needs peft."""
     lora_alpha: float = 16.0
     """LoRA's scale: adapters count alpha / rank times."""
     lora_targets: list[str] | None = None
     """Layers that get adapters, by the end of their names. None: all linear ones but the head."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
-    export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the weights in OUTPUT/model: fp32, bf16, or auto, the type that they were trained in."""
-    eval_every: int = 0
-    """Steps between evaluations; 0: at the start and at the end only."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: by --save_minutes alone."""
-    save_minutes: float = 30.0
-    """Minutes between checkpoints; 0: by --save_every alone. Being told to stop saves in any case."""
-    keep: int = 2
-    """Checkpoints to keep, the newest ones."""
-    resume: str = "auto"
-    """auto: continue from the newest sound checkpoint in --output. never: start over. Else the path of a checkpoint to
-    begin from where --output has none of its own, or of one of its own to go back to."""
-    max_skipped: int = 5
-    """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
-    log_every: int = 1
-    """Steps between readings of the training measures."""
-    allow_pickle: bool = False
-    """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's weights_only holds."""
-    trust_remote_code: bool = False
-    """Let the model's repository run its own Python code."""
-    seed: int = 0
-    """Seed of the data's order."""
 
     def __post_init__(self):
-        at_least = {"batch_size": 1, "micro_tokens": 1, "max_steps": 1, "log_every": 1, "keep": 1, "eval_every": 0,
-                    "lr": 0, "save_every": 0, "save_minutes": 0, "max_skipped": 0, "reference_every": 0, "lora_rank": 0,
-                    "weight_decay": 0, "grad_clip": 0, "warmup_ratio": 0, "eval_split": 0,
-                    "max_dropped": 0}  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"--{name} is at least {least}, not {getattr(self, name)}")
-        for name in ("warmup_ratio", "eval_split", "max_dropped"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"--{name} is a share of 1, not {getattr(self, name)}")
-        for name in ("epochs", "beta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} is above 0, not {getattr(self, name)}")
+        super().__post_init__()
+        flags.within(self, {"reference_every": 0, "lora_rank": 0}, positive=("beta",))
 
 
 def main():
@@ -162,9 +82,9 @@ def main():
             return dist.stop()
         loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
         refuse(settings, loss_of)
-        zero.read_config(settings.ds_config)
+        ds = zero.read_config(settings.ds_config)
         tokenizer, data, held_out = open_data(settings, folder, loss_of)
-        policy, reference, plan = open_models(settings, folder, tokenizer, data, held_out, device)
+        policy, reference, plan = open_models(settings, ds, folder, tokenizer, data, held_out, device)
         first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
         moving = reference if settings.reference_every else None
         saves = checkpoint.Saves(folder, settings, policy, tokenizer, data, moving)
@@ -251,11 +171,7 @@ def open_data(settings, folder, loss_of):
     from train.data import tokens
     from train.engine import dist, run
 
-    builtin = ROOT / "train/data/builtin"
-    sources = settings.data or [str(builtin / "train.jsonl")]
-    eval_sources = settings.eval_data
-    if not settings.data and not eval_sources and not settings.eval_split:
-        eval_sources = [str(builtin / "held_out.jsonl")]
+    sources, eval_sources = flags.sources(settings)
     tokenizer = run.load_tokenizer(folder.model_path(settings.model), settings.trust_remote_code)
     options = dict(max_length=settings.max_length, max_prompt_length=settings.max_prompt_length,
                    allow_control_tokens=settings.allow_control_tokens, max_dropped=settings.max_dropped)  # fmt: skip
@@ -275,7 +191,7 @@ def open_data(settings, folder, loss_of):
     return tokenizer, data, held_out
 
 
-def open_models(settings, folder, tokenizer, data, held_out, device):
+def open_models(settings, ds, folder, tokenizer, data, held_out, device):
     """The policy under DeepSpeed, the reference, and the Plan."""
     from train.data import chat, order
     from train.engine import memory, run, zero
@@ -283,22 +199,14 @@ def open_models(settings, folder, tokenizer, data, held_out, device):
     from train.models import adapters
 
     precision = zero.precision_of(settings.precision, device)
-    ds = zero.resolve(zero.read_config(settings.ds_config), precision, settings.grad_clip)
+    ds = zero.resolve(ds, precision, settings.grad_clip)
     stage = zero.stage_of(ds)
     most = settings.max_steps or (CPU_STEPS if not settings.data and device.type == "cpu" else 0)
     steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
     path, ref_path = folder.model_path(settings.model), folder.model_path(settings.reference_model or settings.model)
     load = lambda source, mode, change=None: zero.load_backbone(
-        source,
-        mode,
-        precision,
-        stage,
-        device,
-        settings.layout,
-        settings.trust_remote_code,
-        settings.allow_pickle,
-        change,
-    )
+        source, mode, precision, stage, device, settings.layout, settings.trust_remote_code, settings.allow_pickle,
+        change)  # fmt: skip
     adapt = lambda lm: adapters.add(lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     budget = lambda module: (
         settings.micro_tokens

@@ -3,7 +3,7 @@
     python launch/validate.py --model DIR --data pairs.jsonl > report.json
     python launch/validate.py --data a.jsonl b.parquet --eval_split 0.05 --output report.json
 
-Takes the flags of train_dpo.py that concern data and does what a run does at its door, by the same functions: reads
+Takes training's flags that concern data and does what a run does at its door, by the same functions: reads
 every row, renders and tokenises it, and compares the model's configuration with the tokenizer. The tokens are kept, so
 that a run with the same flags finds them. The report is JSON on stdout; what is wrong is said in one line on stderr.
 
@@ -20,42 +20,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import config  # noqa: E402
+from train import config, flags  # noqa: E402
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
 
 @dataclasses.dataclass
-class Settings:
+class Settings(flags.Data):
     """Check a model and preference pairs for training; writes a JSON report to stdout."""
 
-    model: str | None = None
-    """The policy: a model directory or hub name. None: SmolLM2-135M-Instruct."""
-    data: list[str] | None = None
-    """Pairs to train on: jsonl, json, csv, parquet, save_to_disk folders or hub names. None: the built-in pairs."""
-    eval_data: list[str] | None = None
-    """Pairs to evaluate on. None: the built-in held-out pairs with built-in data, else what --eval_split sets apart."""
-    eval_split: float = 0.0
-    """Share of the training prompts (with all their rows) set apart for evaluation where --eval_data is not given."""
-    data_split_seed: int = 0
-    """Seed of that split, which is by prompt."""
     output: str | None = None
     """A file for the report, besides stdout."""
-    max_length: int = 1024
-    """Most tokens of a prompt and a response together; responses are cut at their end."""
-    max_prompt_length: int | None = 256
-    """Most tokens of a prompt; longer ones keep their end. None: bounded by --max_length alone."""
-    allow_control_tokens: bool = False
-    """Accept rows whose text spells out control tokens such as <|im_end|>, instead of dropping them."""
-    max_dropped: float = 0.05
-    """Largest share of unusable rows before a run refuses the data."""
-    trust_remote_code: bool = False
-    """Let the model's repository run its own Python code."""
-
-    def __post_init__(self):
-        for name in ("eval_split", "max_dropped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is a share from 0 to 1, not {getattr(self, name)}")
 
 
 def main():
@@ -90,10 +65,7 @@ def examine(settings, report):
     path = settings.model or str(builtin.fetch(say=lambda line: print(line, file=sys.stderr)))
     tokenizer = run.load_tokenizer(path, settings.trust_remote_code)
     chat.check_fit(model_config(path, settings.trust_remote_code), tokenizer, settings.max_length)
-    folder = ROOT / "train/data/builtin"
-    sources, eval_sources = settings.data or [str(folder / "train.jsonl")], settings.eval_data
-    if not settings.data and not eval_sources and not settings.eval_split:
-        eval_sources = [str(folder / "held_out.jsonl")]
+    sources, eval_sources = flags.sources(settings)
     parts = {}
     for name, named in {"data": sources, "eval_data": eval_sources}.items():
         if named:

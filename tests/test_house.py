@@ -2,9 +2,13 @@
 
 import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +57,6 @@ def test_arrows_go_down(path):
         if top == "deepspeed" or module.startswith("torch.distributed"):
             assert room == "train/engine", f"{path} imports {module}"
         if room in LIBRARIES and top not in ("train", *LIBRARIES[room]):
-            import sys
-
             assert top in sys.stdlib_module_names, f"{path} imports {module}"
 
 
@@ -92,10 +94,22 @@ def test_every_flag_is_explained_and_read(script):
     if settings is None:
         pytest.skip("no flags")
     text = "".join(p.read_text() for p in PRODUCT)
-    body = script.read_text()
+    files = {script, *(Path(inspect.getfile(base)) for base in settings.__mro__[1:-1])}  # where flags are declared
+    helps = {name: text for path in files for name, text in _field_docstrings(path)}
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
     for field in dataclasses.fields(settings):
         assert len(re.findall(rf"settings\.{field.name}\b", text)) >= 1, f"--{field.name} is read nowhere"
-        assert re.search(rf'\n    {field.name}: [^"]*("[^"]*"[^"]*)*\n    """', body), f"--{field.name} has no help"
+        assert helps.get(field.name), f"--{field.name} has no help"
+        assert "".join(helps[field.name].split()) in "".join(shown.split()), f"--help does not explain --{field.name}"
+
+
+def _field_docstrings(path):
+    """(field, the docstring under it) of every class in a file."""
+    for found in ast.walk(ast.parse(path.read_text())):
+        for field, below in itertools.pairwise(found.body if isinstance(found, ast.ClassDef) else ()):
+            match field, below:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    yield name, text
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda p: p.stem)
@@ -125,8 +139,6 @@ def test_init_files_are_empty():
 
 
 def test_top_level_is_fixed():
-    import subprocess
-
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     folders = {name.split("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
     assert folders <= {"train", "launch", "ds_configs", "eval", "tests"}

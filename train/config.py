@@ -1,6 +1,6 @@
-"""What the scripts share of flags: one flat dataclass a script becomes its command line.
+"""How a script's settings, one flat dataclass, become its command line.
 
-The class's docstring is the description, the docstring under each field its help:
+The class's docstring is the description, the docstring under each field, its own or inherited, the help:
 
     settings = config.parse(Settings)                # --name value, --config recipe.yaml, --print_config, --help
 

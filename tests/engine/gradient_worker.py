@@ -14,9 +14,9 @@ import torch  # noqa: E402
 
 from tests.engine.made_pairs import BETA, BUDGETS, CLIP, made_pairs  # noqa: E402
 from train.data import order  # noqa: E402
-from train.engine import dist, quiet, scoring, zero  # noqa: E402
+from train.engine import dist, objective, quiet, scoring, zero  # noqa: E402
 from train.engine.reference import Live  # noqa: E402
-from train.losses.preference import sigmoid  # noqa: E402
+from train.losses import preference  # noqa: E402
 
 
 def one_step(model, data, device, stage, budget):
@@ -28,11 +28,12 @@ def one_step(model, data, device, stage, budget):
                          grad_clip=CLIP, scheduler="constant", warmup_ratio=0.0, total_steps=1)  # fmt: skip
     frozen = zero.frozen(zero.read_config(ROOT / "ds_configs/frozen_zero3.json") if stage == 3 else {}, resolved)
     reference = Live(zero.load_backbone(f"{model}-ref", frozen, "fp32", stage, device), frozen)
+    loss_of = preference.choose("sigmoid", BETA, {})
     steps = order.steps(data.lengths.sum(1), len(data), budget, seed=0, total=1, rank=dist.rank(), world=dist.world())
     for step, rows in scoring.ahead(steps, data, device):
         for row in rows:
-            losses = sigmoid(scoring.pairs_of(policy(row), reference(row), row), BETA)
-            policy.backward(losses.sum() * dist.world() / len(step.groups))
+            *_, total = objective.of_row(policy, reference, row, loss_of)
+            policy.backward(total * dist.world() / len(step.groups))
     update = policy.step()
     from deepspeed.utils import safe_get_full_optimizer_state
 

@@ -1,10 +1,7 @@
 """The user's commands, end to end, with tiny models: any ranks and rows, files that open, bad input."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +12,9 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = str(ROOT / "eval/evaluate.py")
+from tests.launch.commands import ROOT, launched, several
+
+SCRIPT = "eval/evaluate.py"
 HELD_OUT = (ROOT / "train/data/builtin/held_out.jsonl").read_text(encoding="utf-8").splitlines()
 LENGTH = ["--max_length", 512]  # the tiny model's positions
 SMALL = ["--prompts", 3, "--max_new_tokens", 6]
@@ -55,7 +53,7 @@ def place(tmp_path_factory, model_dir):
         "--max_prompt_length",
         100,
     ]
-    ((code, _, err),) = several(ROOT / "launch/train_dpo.py", [line], folder / "cache")
+    ((code, _, err),) = several("launch/train_dpo.py", [line], folder / "cache")
     assert code == "0", err[-3000:]
     return folder
 
@@ -65,33 +63,11 @@ def write(path, content):
     return path
 
 
-def environment(cache):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-
-
-def launched(command, cache):
-    return subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=400
-    )
-
-
 def free_port():
     """Two jobs on one machine must not meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def several(script, lines, cache):
-    """(exit code, stdout, stderr) of the script for each list of arguments, from one process."""
-    done = launched(
-        [sys.executable, "tests/launch/many.py", script, json.dumps([list(map(str, a)) for a in lines])], cache
-    )
-    outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
-    assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
-    cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
-    return [(outs[i + 1].partition("\n")[0], cut(outs, i), cut(errs, i)) for i in range(len(lines))]
 
 
 def load(folder):

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -14,33 +11,11 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = str(ROOT / "launch/train_dpo.py")
+from tests.launch.commands import ROOT, launched, several
+
+SCRIPT = "launch/train_dpo.py"
 COMMON = ["--max_length", 512]  # the tiny model's positions
 PAIRS = ROOT / "train/data/builtin/train.jsonl"
-
-
-def environment(cache):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-
-
-def launched(command, cache, **options):
-    """Run a command to its end; returns the completed process with its text."""
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment(cache), capture_output=True, text=True,
-                          timeout=400, **options)  # fmt: skip
-    return done
-
-
-def several(lines, cache):
-    """Exit code, stdout and stderr of train_dpo.py for each list of arguments, from one process."""
-    done = launched(
-        [sys.executable, "tests/launch/many.py", SCRIPT, json.dumps([list(map(str, a)) for a in lines])], cache
-    )
-    outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
-    assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
-    cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
-    return [(outs[i + 1].partition("\n")[0], cut(outs, i), cut(errs, i)) for i in range(len(lines))]
 
 
 def scalars(folder):
@@ -125,7 +100,7 @@ def test_ways_to_train_in_one_process(model_dir, tmp_path):
         "export_bf16": ["--export_dtype", "bf16"],
     }
     results = several(
-        [[*common, *extra, "--output", tmp_path / name] for name, extra in lines.items()], tmp_path / "cache"
+        SCRIPT, [[*common, *extra, "--output", tmp_path / name] for name, extra in lines.items()], tmp_path / "cache"
     )
     for name, (code, _, err) in zip(lines, results, strict=True):
         assert code == "0", (name, err[-3000:])
@@ -222,7 +197,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
     cases.sort(key=lambda case: "--output" not in case[0])  # those first that end before a run has its log
     fixed = [*COMMON, "--model", model_dir]
     lines = [[*fixed, "--output", tmp_path / f"out{i}", *extra] for i, (extra, *_) in enumerate(cases)]
-    for (extra, code, words), (found, out, err) in zip(cases, several(lines, tmp_path / "cache"), strict=True):
+    for (extra, code, words), (found, out, err) in zip(cases, several(SCRIPT, lines, tmp_path / "cache"), strict=True):
         assert found == str(code), (extra, found, err[-2000:])
         said = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(said) == 1 and words in said[0], (extra, err[-2000:])
@@ -257,7 +232,7 @@ def _other_run(folder):
     import dataclasses
     import runpy
 
-    settings = runpy.run_path(SCRIPT)["Settings"]
+    settings = runpy.run_path(str(ROOT / SCRIPT))["Settings"]
     folder.mkdir()
     flags = {**dataclasses.asdict(settings()), "beta": 0.5}
     _write(folder / "run.json", json.dumps({"status": "running", "flags": flags | {"model": "x"}}))
@@ -294,7 +269,7 @@ def test_dropped_rows_are_listed_and_a_finished_run_says_so(model_dir, tmp_path)
     common += ["--eval_split", 0.2]
     refused = [*common, "--loss", "sigmiod"]  # leaves nothing behind that the corrected command would stumble over
     (zeroth, *_), (first, _, err), (second, out, _), (third, _, told) = several(
-        [refused, common, common, [*common, "--lr", "1e-4"]], tmp_path / "cache"
+        SCRIPT, [refused, common, common, [*common, "--lr", "1e-4"]], tmp_path / "cache"
     )
     assert zeroth == "2"
     assert first == "0", err[-3000:]

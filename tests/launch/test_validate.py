@@ -2,39 +2,19 @@
 
 import dataclasses
 import json
-import os
 import runpy
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import transformers
 
+from tests.launch.commands import ROOT, several
 from train.data.tokens import prepare
 
-ROOT = Path(__file__).resolve().parents[2]
 PAIRS = ROOT / "train/data/builtin/train.jsonl"
 ROW = {"prompt": "Hi", "chosen": "Hey there!", "rejected": "Greetings."}
-
-
-def several(script, lines, cache):
-    """(exit code, stdout, stderr) of a script for each list of arguments, from one process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "tests/launch/many.py",
-        str(ROOT / script),
-        json.dumps([list(map(str, a)) for a in lines]),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
-    assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
-    cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
-    return [(outs[i + 1].partition("\n")[0], cut(outs, i), cut(errs, i)) for i in range(len(lines))]
 
 
 def write(path, *rows):
@@ -165,7 +145,7 @@ def test_training_says_the_same(model_dir, tmp_path):
     bad = refused(model_dir, tmp_path)
     for folder in ("bare", "endless", "padless", "larger"):
         shutil.copy(model_dir / "model.safetensors", tmp_path / folder)
-    bad = [extra for extra, *_ in bad if extra[0] != "--max_dropped"]
+    bad = [extra for extra, *_ in bad]
     fixed = ["--max_length", 512, "--model", model_dir]
     ours = several("launch/validate.py", [[*fixed, *extra] for extra in bad], tmp_path / "cache")
     lines = [[*fixed, *extra, "--output", tmp_path / f"out{i}"] for i, extra in enumerate(bad)]

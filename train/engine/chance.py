@@ -16,8 +16,8 @@ def states() -> tuple:
 def tensors(cpu, cuda, numpy, python) -> dict[str, torch.Tensor]:
     """`states` as a checkpoint holds them."""
     others = json.dumps([python, [numpy[0], numpy[1].tolist(), *numpy[2:]]]).encode()
-    tensors = {"random/torch": cpu, "random/others": torch.tensor(list(others), dtype=torch.uint8)}
-    return tensors if cuda is None else tensors | {"random/cuda": cuda}
+    kept = {"random/torch": cpu, "random/others": torch.tensor(list(others), dtype=torch.uint8)}
+    return kept if cuda is None else kept | {"random/cuda": cuda}
 
 
 def restore(mine: dict[str, torch.Tensor]):

@@ -44,22 +44,24 @@ def free(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@contextlib.contextmanager
 def explained(row, budget: int):
-    """Ends the run with advice where `row`, made under a budget of tokens, runs out of memory."""
+    """`room_for` a `row` that was made under a budget of tokens, in training."""
+    tokens = row.input_ids.shape[0]
+    smaller = 256 * (min(tokens, budget) * 2 // 3 // 256)
+    advice = f"try --micro_tokens {smaller}" if smaller else "lower --max_length"
+    return room_for(f"a row of {tokens:,} tokens", f"(--micro_tokens is {budget:,}): {advice}, "
+                    "--gradient_checkpointing true, or ds_configs/zero2.json or zero3.json over more GPUs")  # fmt: skip
+
+
+@contextlib.contextmanager
+def room_for(what: str, advice: str):
+    """Ends the run with `advice` where `what` runs out of memory."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
             raise
-        tokens = row.input_ids.shape[0]
-        smaller = 256 * (min(tokens, budget) * 2 // 3 // 256)
-        advice = f"try --micro_tokens {smaller}" if smaller else "lower --max_length"
         logging.getLogger("zeropref").exception("out of memory")
         if not dist.first():
-            print(f"error: rank {dist.rank()} ran out of memory in a row of {tokens:,} tokens", file=sys.stderr)
-        fail(
-            f"out of memory in a row of {tokens:,} tokens (--micro_tokens is {budget:,}): {advice}, "
-            "--gradient_checkpointing true, or ds_configs/zero2.json or zero3.json over more GPUs",
-            code=1,
-        )
+            print(f"error: rank {dist.rank()} ran out of memory in {what}", file=sys.stderr)
+        fail(f"out of memory in {what} {advice}", code=1)

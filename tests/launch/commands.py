@@ -1,0 +1,27 @@
+"""Runs the user's commands, each test with a cache of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launched(command, cache):
+    """Run a command to its end; the completed process with its text. tests/conftest.py sees to PATH and no network."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache)}
+    return subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def several(script, lines, cache):
+    """(exit code, stdout, stderr) of a script for each list of arguments, from one process."""
+    arguments = json.dumps([list(map(str, line)) for line in lines])
+    done = launched([sys.executable, "tests/launch/many.py", ROOT / script, arguments], cache)
+    outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
+    assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
+    cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
+    return [(outs[i + 1].partition("\n")[0], cut(outs, i), cut(errs, i)) for i in range(len(lines))]
