@@ -19,8 +19,8 @@ LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,73
 def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES, log_p2=False):
     """log softmax(hidden @ weight.T + bias)[target]: (T, H), (V, H), (T,) -> (T,) nats in fp32 or wider.
 
-    Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of a chunk's logits, of
-    which two are alive for a moment.
+    Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of a chunk's logits; on
+    CUDA two such are alive for a moment.
     Under autocast the products run in the autocast type, like any linear layer's.
     With `log_p2` a second (T,) comes out: log sum_v p_v^2 of each token's distribution, without gradient.
     """
@@ -38,7 +38,9 @@ def _log_softmax(hidden, weight, bias):
         logits = torch.mm(hidden, weight.t(), out_dtype=wide)  # half-precision product, never rounded to half
     else:
         logits = times_transposed(hidden, weight).to(wide)
-    return torch.log_softmax(logits if bias is None else logits.add_(bias), dim=1)
+    logits = logits if bias is None else logits.add_(bias)
+    # in place where that is known to be right: on a CPU each row is read twice and only then written
+    return torch.log_softmax(logits, dim=1, **({"out": logits} if logits.device.type == "cpu" else {}))
 
 
 def _norm(rows):

@@ -86,12 +86,12 @@ def histogram(values: torch.Tensor, edges: torch.Tensor, weights: torch.Tensor |
     A value's weight is shared by the two bins whose centres it lies between, the nearer the more; beyond the first and
     the last centre that bin has it all. So rounding, which moves a value over an edge, moves no more than itself.
     """
-    centres = (edges[:-1] + edges[1:]).to(torch.float64) / 2
+    values, centres = values.to(torch.float64), (edges[:-1] + edges[1:]).to(torch.float64) / 2
     counts = _weights(values, weights)
     bins = counts.new_zeros(*counts.shape[:-1], len(centres))
     if len(centres) == 1:
         return bins + counts.sum(-1, keepdim=True)
-    left = (torch.bucketize(values.to(torch.float64), centres, right=True) - 1).clamp(0, len(centres) - 2)
+    left = (torch.bucketize(values, centres, right=True) - 1).clamp(0, len(centres) - 2)
     right = ((values - centres[left]) / (centres[left + 1] - centres[left])).clamp(0, 1)  # the right bin's share
     return bins.index_add(-1, left, counts * (1 - right)).index_add(-1, left + 1, counts * right)
 
@@ -134,8 +134,10 @@ def calibration(probabilities: torch.Tensor, outcomes: torch.Tensor, edges: torc
     and mean outcome of each bin (NaN where it is empty), and (...): the gap between the two means, over all bins.
     """
     counts = _weights(probabilities, weights)
-    sums = [histogram(probabilities, edges, counts * x) for x in (torch.ones_like(counts), probabilities, outcomes)]
-    mass, confidence, observed = sums
+    place = (torch.bucketize(probabilities, edges, right=True) - 1).clamp(0, len(edges) - 2)
+    empty = counts.new_zeros(*counts.shape[:-1], len(edges) - 1)
+    mass, confidence, observed = (empty.index_add(-1, place, counts * x) for x in (
+        torch.ones_like(probabilities), probabilities, outcomes))  # fmt: skip
     error = (confidence - observed).abs().sum(-1) / mass.sum(-1)
     return torch.stack([mass, confidence / mass, observed / mass], -1), error
 
