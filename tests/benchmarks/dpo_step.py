@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 from train.data import order, tokens  # noqa: E402
 from train.data.packing import pack  # noqa: E402
-from train.engine import board, checks, dist, memory, quiet, report, run, scoring, zero  # noqa: E402
+from train.engine import board, checks, dist, memory, objective, quiet, report, run, scoring, zero  # noqa: E402
 from train.engine.reference import Live  # noqa: E402
 from train.losses import preference  # noqa: E402
 from train.models import builtin  # noqa: E402
@@ -147,9 +147,8 @@ def _train(plans, data, device, policy, reference, loss_of, budget, training):
         mean = 0.0
         for row in rows:
             with memory.explained(row, budget):
-                pairs = scoring.pairs_of(policy(row), reference(row), row)
-                losses = loss_of(pairs)  # (B,)
-                policy.backward(losses.sum() * dist.world() / len(step.groups))
+                pairs, losses, total = objective.of_row(policy, reference, row, loss_of)
+                policy.backward(total * dist.world() / len(step.groups))
             training.add(row, pairs, losses)
             mean = mean + losses.detach().sum() / len(step.groups)
         training.stepped(step, policy.step())

@@ -194,3 +194,21 @@ def test_another_activation_stays():
     )
     layers.swap(mlp)
     assert type(mlp) is LlamaMLP and type(mlp.down_proj) is layers.Linear
+
+
+def test_an_input_is_rounded_once_for_all_that_read_it():
+    torch.manual_seed(0)
+    readers = nn.ModuleList(nn.Linear(24, 8) for _ in range(3))
+    layers.swap(readers)
+    x = torch.randn(1, 70, 24, requires_grad=True)
+    saved, apply = [], lambda: [reader(x) for reader in readers]
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            first = apply()
+        assert len({t.untyped_storage().data_ptr() for t in saved if t.shape == (70, 24)}) == 1
+        with torch.no_grad():
+            x.neg_()
+        for before, after, reader in zip(first, apply(), readers, strict=True):
+            assert torch.equal(after, nn.functional.linear(x, reader.weight, reader.bias))  # what has changed is seen
+            assert not torch.equal(after, before)
+    assert torch.allclose(readers[0](x), nn.functional.linear(x, readers[0].weight, readers[0].bias), atol=1e-6)

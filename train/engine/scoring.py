@@ -6,10 +6,8 @@ from operator import attrgetter
 
 import torch
 
-from train.data.packing import Packed, pack
+from train.data.packing import pack
 from train.engine import preempt
-from train.losses.logprobs import score
-from train.losses.preference import Pairs
 
 
 def ahead(plans: Iterable, data, device: torch.device, rows_of: Callable = attrgetter("rows")) -> Iterator[tuple]:
@@ -45,8 +43,3 @@ class _Watched(list):
         for row in super().__iter__():
             preempt.check()
             yield row
-
-
-def pairs_of(logps: torch.Tensor, ref_logps: torch.Tensor, row: Packed) -> Pairs:
-    """Token log-probabilities (T,) of a row of pairs -> Pairs."""
-    return Pairs.of(score(logps, row.lengths), score(ref_logps, row.lengths), row.lengths)

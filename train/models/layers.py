@@ -17,15 +17,27 @@ class Linear(nn.Linear):
         if x.device.type != "cpu":
             return super().forward(x)
         product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        rows = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, product)
+        flat, rounded = (each.reshape(-1, x.shape[-1]) for each in (x, _rounded(x, product)))
+        rows = _Product.apply(flat, rounded, self.weight, self.bias, product)
         return rows.view(*x.shape[:-1], -1)
+
+
+def _rounded(x, dtype):
+    """`x` in `dtype`, without a gradient, and made once: queries, keys and values come from the same tensor."""
+    if x.dtype == dtype:
+        return x.detach()
+    version, kept = getattr(x, "rounded", (None, None))
+    if version != x._version or kept.dtype != dtype:
+        kept = x.detach().to(dtype)
+        x.rounded = x._version, kept
+    return kept
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, product):
-        ctx.weight, ctx.dtype = weight, x.dtype
-        x, w = x.to(product), weight.to(product)
+    def forward(ctx, exact, x, weight, bias, product):
+        ctx.weight, ctx.dtype = weight, exact.dtype
+        w = weight.to(product)
         ctx.save_for_backward(x, w)
         return times_transposed(x, w, None if bias is None else bias.to(product))
 
@@ -33,10 +45,11 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        wants_x, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_w = weight_gradient(ctx.weight, grad, x) if wants_weight else None
         return (
             times_transposed(grad, w.t()).to(ctx.dtype) if wants_x else None,
+            None,
             None if grad_w is None else grad_w.to(ctx.weight.dtype),
             grad.sum(0).to(ctx.weight.dtype) if wants_bias else None,
             None,
