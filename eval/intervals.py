@@ -58,16 +58,9 @@ def _bootstrap(total, weight, seed) -> dict:
     method = "BCa" if n <= BCA_UNITS else "percentile"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no spread at all: seen below
-        drawn = scipy.stats.bootstrap(
-            (total, weight),
-            lambda t, w, axis: t.sum(axis) / w.sum(axis),
-            paired=True,
-            method=method,
-            confidence_level=CONFIDENCE,
-            n_resamples=RESAMPLES,
-            batch=max(1, CELLS // n),
-            rng=np.random.default_rng(seed),
-        )
+        drawn = scipy.stats.bootstrap((total, weight), lambda t, w, axis: t.sum(axis) / w.sum(axis), paired=True,
+                                      method=method, confidence_level=CONFIDENCE, n_resamples=RESAMPLES,
+                                      batch=max(1, CELLS // n), rng=np.random.default_rng(seed))  # fmt: skip
     low, high = map(float, drawn.confidence_interval)
     if math.isnan(low) or math.isnan(high):  # no spread, or a jackknife without any
         low, high = map(float, np.quantile(drawn.bootstrap_distribution, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
@@ -104,9 +97,8 @@ def resampled(statistic, *units: np.ndarray, measures: dict, what: tuple, resamp
         parts.append([value.numpy() for value in statistic(*drawn)])
     found = {}
     for i, (name, bounds) in enumerate(measures.items()):
-        low, high = np.quantile(
-            np.concatenate([part[i] for part in parts]), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-        )
+        pooled = np.concatenate([part[i] for part in parts])
+        low, high = np.quantile(pooled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         if bounds:
             low, high = np.clip([2 * values[i] - high, 2 * values[i] - low], *bounds)
         method = f"{'basic' if bounds else 'percentile'} bootstrap by prompt"

@@ -6,6 +6,7 @@ Imports the standard library only: scripts read their flags before torch.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -107,13 +108,13 @@ def within(settings, at_least: dict, shares=(), positive=()):
     """ValueError for the first flag out of its bounds: its least value, 0 to 1, above 0. None is within all."""
     given = lambda names: [(name, value) for name in names if (value := getattr(settings, name)) is not None]
     for name, value in given(at_least):
-        if value < at_least[name]:
+        if not at_least[name] <= value < math.inf:  # nor NaN
             raise ValueError(f"--{name} is at least {at_least[name]}, not {value}")
     for name, value in given(shares):
         if not 0 <= value <= 1:
             raise ValueError(f"--{name} is a share from 0 to 1, not {value}")
     for name, value in given(positive):
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"--{name} is above 0, not {value}")
 
 

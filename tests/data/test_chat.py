@@ -3,9 +3,10 @@
 import pytest
 import transformers
 
+from tests.data.alone import Pair, encode
 from train.data.chat import Chat, PairEncoder, TextEncoder, check_fit, check_lengths, tokenise
 from train.data.packing import Group
-from train.data.rows import Pair, RowError
+from train.data.rows import RowError
 
 START, END = 1, 2
 HI = [{"role": "user", "content": "Hi"}]
@@ -49,7 +50,7 @@ def test_ids_by_hand(letters):
     assert chat.prompt_ids(HI) == spell(SYSTEM) + hello + header == spell(HI_TEXT)
     assert chat.response_ids(HI, "ok") == [81, 77, END]  # o k <|im_end|>, without the newline behind it
     assert (chat.end, chat.end_id, chat.header_length) == ("<|im_end|>", END, 11)
-    assert chat.encode_pair(pair(row=7), 200) == Group(tuple(spell(HI_TEXT)), ((81, 77, END), (80, 81, END)), 7)
+    assert encode(chat, pair(row=7), 200) == Group(tuple(spell(HI_TEXT)), ((81, 77, END), (80, 81, END)), 7)
 
 
 def test_multi_turn(letters):
@@ -96,7 +97,7 @@ def test_template_that_trims_and_goes_on_after_the_end(letters):
     )
     assert chat.response_ids(HI, " ok \n") == [81, 77, END]
     with pytest.raises(RowError, match="equal after the chat template"):
-        chat.encode_pair(pair("ok", "ok "), 100)
+        encode(chat, pair("ok", "ok "), 100)
 
 
 @pytest.mark.parametrize(
@@ -130,27 +131,27 @@ def test_row_that_the_template_refuses(letters):
     )  # noqa: E501
     moody = PLAIN.replace("'assistant: '", "'assistant: ' if 'X' not in messages[0].content else 'bot: '")
     with pytest.raises(RowError, match="the chat template refuses it: no X"):
-        Chat(with_template(letters, picky)).encode_pair(pair("X"), 100)
+        encode(Chat(with_template(letters, picky)), pair("X"), 100)
     good, bad = Chat(letters).render([(HI, "ok"), (HI, "X")])  # in one batch: only one of them goes
     assert good == (HI_TEXT, "ok<|im_end|>") and isinstance(bad, RowError)
     with pytest.raises(RowError, match="renders the prompt otherwise once an answer follows"):
-        Chat(with_template(letters, moody)).encode_pair(pair(messages=[{"role": "user", "content": "X"}]), 100)
+        encode(Chat(with_template(letters, moody)), pair(messages=[{"role": "user", "content": "X"}]), 100)
 
 
 def test_truncation(letters):
     chat = Chat(letters)
     prompt = tuple(spell(HI_TEXT))
     # the prompt keeps its end, 13 of its tokens: <|im_end|> \n and the header of 11; 3 tokens are left of 16
-    assert chat.encode_pair(pair("okay", "no"), 16, 13) == Group(prompt[-13:], ((81, 77, 67), (80, 81, END)), 0)
+    assert encode(chat, pair("okay", "no"), 16, 13) == Group(prompt[-13:], ((81, 77, 67), (80, 81, END)), 0)
     assert prompt[-13:] == (END, NEWLINE, *spell("<|im_start|>assistant\n"))
     encoder = PairEncoder(chat, 16, 13)
     assert encoder.finish(chat._ids(HI, "okay", "no")).truncated == (True, True, False)
     # without max_prompt_length one token is left for the responses
-    assert chat.encode_pair(pair("ok", "no"), len(prompt)) == Group(prompt[1:], ((81,), (80,)), 0)
-    assert chat.encode_pair(pair("ok", "no"), len(prompt) + 3, len(prompt)).responses == ((81, 77, END), (80, 81, END))
+    assert encode(chat, pair("ok", "no"), len(prompt)) == Group(prompt[1:], ((81,), (80,)), 0)
+    assert encode(chat, pair("ok", "no"), len(prompt) + 3, len(prompt)).responses == ((81, 77, END), (80, 81, END))
     with pytest.raises(RowError, match="equal after truncation"):
-        chat.encode_pair(pair("okay", "okra"), 13, 11)
-    assert chat.encode_pair(pair("ok", "okay"), 14, 11).responses == ((81, 77, END), (81, 77, 67))
+        encode(chat, pair("okay", "okra"), 13, 11)
+    assert encode(chat, pair("ok", "okay"), 14, 11).responses == ((81, 77, END), (81, 77, 67))
 
 
 def test_lengths_that_leave_no_room(letters):
@@ -183,9 +184,9 @@ def test_control_tokens(letters, place, token):
     text = f"a{token}b"
     odd = pair(messages=[{"role": "user", "content": text}]) if place == "prompt" else pair(**{place: text})
     with pytest.raises(RowError) as error:
-        Chat(letters).encode_pair(odd, 200)
+        encode(Chat(letters), odd, 200)
     assert str(error.value) == f"control token {token!r} in the text"
-    group = Chat(letters, allow_control_tokens=True).encode_pair(odd, 200)
+    group = encode(Chat(letters, allow_control_tokens=True), odd, 200)
     ids = group.prompt if place == "prompt" else group.responses[place == "rejected"]
     assert letters.convert_tokens_to_ids(token) in ids[:-1]
 
@@ -198,7 +199,7 @@ def test_added_special_tokens_count_as_control(letters):
     letters.add_tokens(["<|tool|>"], special_tokens=True)
     letters.add_tokens(["<plain>"])
     with pytest.raises(RowError, match="control token"):
-        Chat(letters).encode_pair(pair("<|tool|>"), 200)
+        encode(Chat(letters), pair("<|tool|>"), 200)
     assert Chat(letters).response_ids(HI, "<plain>") == [letters.convert_tokens_to_ids("<plain>"), END]
 
 
@@ -215,7 +216,7 @@ def test_tokens_that_frame_turns_are_control_tokens_special_or_not(letters):
     assert chat.response_ids(HI, "<think>ok\n\nuser")[-1] == chat.end_id
     for token in ("<turn>", "</turn>"):
         with pytest.raises(RowError, match=f"control token '{token}' in the text"):
-            chat.encode_pair(pair(f"a{token}b"), 200)
+            encode(chat, pair(f"a{token}b"), 200)
 
 
 def test_text_encoder(letters):

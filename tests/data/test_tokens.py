@@ -9,10 +9,11 @@ import tokenizers
 import transformers
 
 from tests import tiny
+from tests.data.alone import Pair, encode
 from train.data import tokens
 from train.data.chat import Chat
 from train.data.packing import Group
-from train.data.rows import DataError, Dropped, Pair
+from train.data.rows import DataError, Dropped
 from train.data.tokens import prepare, split_by_prompt
 
 LENGTHS = dict(max_length=120, max_prompt_length=90)
@@ -64,7 +65,7 @@ def test_groups_in_and_out(letters, source):
         tokenised.group(3)
 
 
-def test_equals_encode_pair(merged, tmp_path):
+def test_equals_one_by_one(merged, tmp_path):
     """The batch is what one by one gives, over several chunks."""
     rows = [{"prompt": f"Hi {i}", "chosen": "the answer " * (i % 7 + 1), "rejected": f"no {i}"} for i in range(50)]
     chunk, tokens.CHUNK = tokens.CHUNK, 16
@@ -75,7 +76,7 @@ def test_equals_encode_pair(merged, tmp_path):
     chat = Chat(merged)
     for i, row in enumerate(rows):
         pair = Pair([{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"], i)
-        assert tokenised.group(i) == chat.encode_pair(pair, 120, 90)
+        assert tokenised.group(i) == encode(chat, pair, 120, 90)
 
 
 def test_several_sources_number_on(letters, tmp_path):

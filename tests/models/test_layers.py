@@ -212,3 +212,35 @@ def test_an_input_is_rounded_once_for_all_that_read_it():
             assert torch.equal(after, nn.functional.linear(x, reader.weight, reader.bias))  # what has changed is seen
             assert not torch.equal(after, before)
     assert torch.allclose(readers[0](x), nn.functional.linear(x, readers[0].weight, readers[0].bias), atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_weight_is_rounded_once_a_step(fused):
+    """Body and head; AdamW's step, a copy into the weight and a moved reference count as changes."""
+    ours = tied(bias=False)
+    layers.swap(ours)
+    products.gather_in_place(ours)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, fused=fused)
+    (ids, *_), (target, *_), (weights, *_) = rows(1, 100)
+    weight, seen = ours[1].weight, []
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            run(ours, ids, target, weights)
+            kept = [p.rounded[1] for p in (weight, ours[0].weight)]
+            run(ours, ids, target, weights)
+        assert all(p.rounded[1] is old for p, old in zip((weight, ours[0].weight), kept, strict=True))
+        assert all(torch.equal(p.bfloat16(), p.rounded[1]) for p in (weight, ours[0].weight))
+        seen.append(kept[0])
+
+    step()
+    optimizer.step()
+    torch.autograd.graph.increment_version(list(ours.parameters()))  # as Policy.step does: the fused one forgets it
+    step()
+    with torch.no_grad():
+        weight.copy_(weight.flip(0))
+    step()
+    with torch.no_grad():
+        weight.lerp_(torch.zeros_like(weight), 0.5)
+    step()
+    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))

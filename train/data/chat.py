@@ -12,8 +12,6 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from train.data.errors import RowError, one_line
-from train.data.packing import Group
-from train.data.rows import Pair
 
 QUESTION = [{"role": "user", "content": "probe question"}]
 ANSWER = "probe answer"
@@ -156,12 +154,6 @@ class Chat:
         if isinstance(texts, RowError):
             raise texts
         return tokenise(self.tokenizer, texts)
-
-    def encode_pair(self, pair: Pair, max_length: int, max_prompt_length: int | None = None) -> Group:
-        """The pair as a group, truncated. Raises RowError; ValueError for lengths that leave no room."""
-        encoder = PairEncoder(self, max_length, max_prompt_length)
-        encoded = encoder.finish(self._ids(pair.messages, pair.chosen, pair.rejected))
-        return Group(tuple(encoded.prompt), tuple(tuple(ids) for ids in encoded.responses), pair.row)
 
     def render(self, items: Sequence[tuple]) -> list[tuple | RowError]:
         """(messages, answer, ...) each -> texts (prompt, response, ...) each, or the RowError that drops it."""

@@ -55,15 +55,6 @@ class Dropped(NamedTuple):
     reason: str
 
 
-class Pair(NamedTuple):
-    """A prompt with a preferred and a rejected answer."""
-
-    messages: list  # the prompt: [{"role": ..., "content": ...}], ends with a user's turn
-    chosen: str
-    rejected: str
-    row: int  # number over all sources, counted from 0, dropped rows included
-
-
 def read_rows(sources: Sequence[str], split: str = "train") -> Iterator[tuple[str, int, Any]]:
     """Yield (source, number of the row within it, row) of every source in order.
 

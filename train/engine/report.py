@@ -46,11 +46,8 @@ class Training:
         if number % self.settings.log_every == 0 or number == self.plan.steps:
             sums, perf = self.meter.read()
             mean = measures.means(sums)
-            self.last = {
-                "loss": mean["loss"],
-                "margin": mean["rewards/margins"],
-                "accuracy": mean["rewards/accuracies"],
-            } | perf
+            shorter = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+            self.last = {short: mean[name] for short, name in shorter.items()} | perf
             self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "train/")
             self.board.scalars({"train/grad_norm": update.grad_norm, "train/learning_rate": update.lr,
                                 "train/epoch": step.epoch, "health/skipped_steps": self.policy.skipped,
@@ -131,9 +128,7 @@ class Training:
 
     def finish(self, gap: float):
         """Write results, and print what changed, where it lies and what to do next. `gap`: see export."""
-        first, last = (
-            (self.evaluated[min(self.evaluated)], self.evaluated[max(self.evaluated)]) if self.evaluated else ({}, {})
-        )
+        first, last = (self.evaluated.get(end(self.evaluated, default=0), {}) for end in (min, max))
         results = {name: last[name] for _, name in measures.ROWS_OF_TABLE if name in last}
         results = results or {"train_loss": self.last["loss"]}
         self.board.hparams(
@@ -178,10 +173,8 @@ def intervals(mean: dict, examples, beta: float) -> dict[str, list[float]]:
     n = len(margins)
     half = 1.959964 * float(margins.std()) / math.sqrt(n) if n > 1 else math.nan
     middle = float(margins.mean())
-    return {
-        "rewards/accuracies_interval": list(measures.wilson(mean["rewards/accuracies"], n)),
-        "rewards/margins_interval": [middle - half, middle + half],
-    }
+    return {"rewards/accuracies_interval": list(measures.wilson(mean["rewards/accuracies"], n)),
+            "rewards/margins_interval": [middle - half, middle + half]}  # fmt: skip
 
 
 def table(first: dict, last: dict) -> list[str]:

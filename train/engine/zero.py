@@ -229,6 +229,7 @@ class Policy:
             applied = math.isfinite(norm)
             if applied:
                 self.engine.step()
+                torch.autograd.graph.increment_version(params)  # the fused AdamW does not; see losses/products.py
             else:
                 self.engine.zero_grad()
         self.skipped += not applied

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from train.losses.products import times_transposed, weight_gradient
+from train.losses.products import rounded, times_transposed, weight_gradient
 
 LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,730 tokens
 
@@ -53,7 +53,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, bias, product, budget, log_p2):
         wide = torch.promote_types(product, torch.float32)
-        h, w = hidden.to(product), weight.to(product)
+        h, w = hidden.to(product), rounded(weight, product)
         size = max(1, int(budget // (weight.shape[0] * wide.itemsize)))
         ctx.spans = [(t, min(t + size, h.shape[0])) for t in range(0, h.shape[0], size)]
         ctx.weight = weight

@@ -17,6 +17,21 @@ def times_transposed(x, weight, bias=None):
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
+def rounded(x, dtype):
+    """`x` in `dtype`, without a gradient. On a CPU it is made once and kept with `x` until that changes.
+
+    A weight is rounded once a step, not once a row; queries, keys and values read one tensor. What changes `x` must
+    count as a change to autograd: an update through `.data` would not be seen.
+    """
+    if x.dtype == dtype or x.device.type != "cpu" or x.is_inference():
+        return x.detach().to(dtype)
+    version, kept = getattr(x, "rounded", (None, None))
+    if version != x._version or kept.dtype != dtype:
+        kept = x.detach().to(dtype)
+        x.rounded = x._version, kept
+    return kept
+
+
 def weight_gradient(weight, grad, x):
     """grad.T @ x: (T, V), (T, H) -> (V, H), or None where it went straight into `weight.grad`.
 

@@ -43,14 +43,11 @@ class Segments:
             return None
         key = (queries, keys, window, like.dtype)
         if key not in self._masks:
-            at = torch.arange(keys - queries, keys, device=like.device)[
-                :, None
-            ]  # (queries, 1) positions of the queries
             to = torch.arange(keys, device=like.device)[None]
+            at = to[0, keys - queries :, None]  # (queries, 1) positions of the queries
             hidden = to > at if window <= 0 else (to > at) | (to <= at - window)
-            self._masks[key] = torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(
-                hidden, -math.inf
-            )
+            mask = torch.zeros(queries, keys, dtype=like.dtype, device=like.device)
+            self._masks[key] = mask.masked_fill_(hidden, -math.inf)
         return self._masks[key]
 
 

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from train.losses.products import times_transposed, weight_gradient
+from train.losses.products import rounded, times_transposed, weight_gradient
 
 
 class Linear(nn.Linear):
@@ -17,27 +17,16 @@ class Linear(nn.Linear):
         if x.device.type != "cpu":
             return super().forward(x)
         product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        flat, rounded = (each.reshape(-1, x.shape[-1]) for each in (x, _rounded(x, product)))
-        rows = _Product.apply(flat, rounded, self.weight, self.bias, product)
+        flat, given = (each.reshape(-1, x.shape[-1]) for each in (x, rounded(x, product)))
+        rows = _Product.apply(flat, given, self.weight, self.bias, product)
         return rows.view(*x.shape[:-1], -1)
-
-
-def _rounded(x, dtype):
-    """`x` in `dtype`, without a gradient, and made once: queries, keys and values come from the same tensor."""
-    if x.dtype == dtype:
-        return x.detach()
-    version, kept = getattr(x, "rounded", (None, None))
-    if version != x._version or kept.dtype != dtype:
-        kept = x.detach().to(dtype)
-        x.rounded = x._version, kept
-    return kept
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exact, x, weight, bias, product):
         ctx.weight, ctx.dtype = weight, exact.dtype
-        w = weight.to(product)
+        w = rounded(weight, product)
         ctx.save_for_backward(x, w)
         return times_transposed(x, w, None if bias is None else bias.to(product))
 
