@@ -11,7 +11,7 @@ from train.config import fail
 from train.engine import dist
 from train.losses.logprobs import LOGITS_BYTES
 
-CPU_TOKENS = 1024  # about three pairs: larger rows gain little on a CPU and cost memory
+CPU_TOKENS = 960  # about three pairs: larger rows gain little on a CPU and cost memory
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
 
 
