@@ -21,11 +21,11 @@ SCRIPTS = {name: runpy.run_path(str(ROOT / name))["Settings"] for name in ("laun
         ("launch/train_dpo.py", "batch_size", 1, 64, 0, "is at least 1, not 0"),
         ("launch/train_dpo.py", "max_steps", None, 1, 0, "is at least 1, not 0"),
         ("launch/train_dpo.py", "save_minutes", 0, 0.5, -1, "is at least 0, not -1"),
-        ("launch/train_dpo.py", "epochs", 1e-3, 3, 0, "is above 0, not 0"),
+        ("launch/train_dpo.py", "epochs", 1e-3, 3, 0, "is a finite number above 0, not 0"),
         ("launch/train_dpo.py", "lora_rank", 0, 8, -1, "is at least 0, not -1"),
-        ("launch/train_dpo.py", "beta", 1e-3, 5, 0, "is above 0, not 0"),
+        ("launch/train_dpo.py", "beta", 1e-3, 5, 0, "is a finite number above 0, not 0"),
         ("launch/train_dpo.py", "lr", 0, 1, float("nan"), "is at least 0, not nan"),
-        ("launch/train_dpo.py", "epochs", 0.5, 9, float("inf"), "is above 0, not inf"),
+        ("launch/train_dpo.py", "epochs", 0.5, 9, float("inf"), "is a finite number above 0, not inf"),
     ],
 )
 def test_bounds_hold_in_every_class(script, name, least, most, wrong, words):

@@ -108,14 +108,14 @@ def within(settings, at_least: dict, shares=(), positive=()):
     """ValueError for the first flag out of its bounds: its least value, 0 to 1, above 0. None is within all."""
     given = lambda names: [(name, value) for name in names if (value := getattr(settings, name)) is not None]
     for name, value in given(at_least):
-        if not at_least[name] <= value < math.inf:  # nor NaN
+        if not value >= at_least[name]:  # nor NaN
             raise ValueError(f"--{name} is at least {at_least[name]}, not {value}")
     for name, value in given(shares):
         if not 0 <= value <= 1:
             raise ValueError(f"--{name} is a share from 0 to 1, not {value}")
     for name, value in given(positive):
         if not 0 < value < math.inf:
-            raise ValueError(f"--{name} is above 0, not {value}")
+            raise ValueError(f"--{name} is a finite number above 0, not {value}")
 
 
 def sources(settings: Data) -> tuple[list[str], list[str] | None]:

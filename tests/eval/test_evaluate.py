@@ -320,7 +320,7 @@ def test_bad_input_is_answered_in_one_line(place, model_dir):
     file = lambda name, text: write(place / name, text)
     cases = [
         (["--modell", "x"], 2, "did you mean --model"),
-        (["--beta", "0"], 2, "--beta is above 0"),
+        (["--beta", "0"], 2, "--beta is a finite number above 0"),
         (["--temperature", "-1"], 2, "--temperature is at least 0"),
         (["--model", without_weights(model_dir, place / "hollow")], 2, "cannot load a causal language model"),
         (["--model", place / "nowhere"], 2, "nowhere"),

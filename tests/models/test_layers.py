@@ -244,3 +244,15 @@ def test_a_weight_is_rounded_once_a_step(fused):
         weight.lerp_(torch.zeros_like(weight), 0.5)
     step()
     assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_a_layer_that_stands_still_keeps_no_input():
+    frozen = nn.Linear(24, 8).requires_grad_(False)
+    layers.swap(frozen)
+    x, saved = torch.randn(1, 70, 24, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = frozen(x)
+    out.sum().backward()
+    assert [t.shape for t in saved] == [(8, 24)]
+    assert torch.allclose(x.grad, frozen.weight.sum(0).expand_as(x), atol=1e-6)
+    assert frozen(x[:, :0]).shape == (1, 0, 8)

@@ -1,5 +1,7 @@
 """What the user watches: the progress bar, TensorBoard, and the machine's share of its peak."""
 
+import contextlib
+import logging
 import os
 import re
 import time
@@ -14,6 +16,8 @@ from train.engine import dist
 PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
          "H20": 148e12, "B200": 2250e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12,
          "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12}  # fmt: skip
+
+EVENTS = re.compile(r"events\.out\.tfevents\.\d+\.")  # as TensorBoard names its files: the second, host, process
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -60,10 +64,10 @@ class Board:
             self.older = self._files()
             for path in self.older[-1:]:  # files are read in the order of their names, which hold whole seconds
                 time.sleep(min(max(0, int(path.name.split(".")[3]) + 1 - time.time()), 2))
-            # for a TensorBoard that is looking on: what an interrupted run wrote of later steps does not count
-            self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
             if not start:
                 self.cut({})
+            # for a TensorBoard that is looking on: what an interrupted run wrote of later steps does not count
+            self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         hidden = quiet or not dist.first()
         self.bar = tqdm(total=total, initial=start, desc="train", unit="step", disable=hidden, dynamic_ncols=True)
 
@@ -105,20 +109,30 @@ class Board:
             self.writer.flush()
 
     def _files(self):
-        return sorted(self.folder.glob("events.out.tfevents.*"))
+        return sorted(path for path in self.folder.glob("*") if EVENTS.match(path.name))
 
     def position(self) -> dict[str, int]:
         """The bytes of each event file by now: what `cut` keeps. {} where this rank writes none."""
         self.flush()
-        return {path.name: path.stat().st_size for path in self._files()} if self.writer else {}
+        found = {}
+        for path in self._files() if self.writer else ():
+            with contextlib.suppress(OSError):
+                found[path.name] = path.stat().st_size
+        return found
 
     def cut(self, position: dict[str, int]):
-        """Take out of the files that stood here before what came after `position`, so that nothing is told twice."""
+        """Take out of the files that stood here before what came after `position`, so that nothing is told twice.
+
+        A file that came wholly after it stays under a name that TensorBoard does not read.
+        """
         for path in self.older:
-            if path.name not in position:
-                path.unlink()
-            elif path.stat().st_size > position[path.name]:
-                os.truncate(path, position[path.name])
+            try:
+                if path.name not in position:
+                    path.rename(path.with_name(path.name.replace("events.out.tfevents", "set-aside")))
+                elif path.stat().st_size > position[path.name]:
+                    os.truncate(path, position[path.name])
+            except OSError as error:  # a chart is no reason to stop
+                logging.getLogger("zeropref").warning("%s may show some steps twice: %s", path, error)
 
     def close(self):
         """Flush and end."""

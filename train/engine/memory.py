@@ -12,6 +12,7 @@ from train.engine import dist
 from train.losses.logprobs import LOGITS_BYTES
 
 CPU_TOKENS = 960  # about three pairs: larger rows gain little on a CPU and cost memory
+FULL = ("can't allocate memory", "could not create a memory")  # torch's words on a CPU, and oneDNN's
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
 
 
@@ -59,7 +60,8 @@ def room_for(what: str, advice: str):
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in FULL)
+        if not known:
             raise
         logging.getLogger("zeropref").exception("out of memory")
         if not dist.first():

@@ -107,7 +107,8 @@ class Training:
         self.looked, self.last, self.moved = record["looked"], numbers(record["last"]), record["moved"]
         self.evaluated = {int(number): numbers(values) for number, values in record["evaluated"].items()}
         self.meter.load(record["meter"], parts)
-        self.board.cut(record["events"])
+        if "events" in record:
+            self.board.cut(record["events"])
         self.folder.note(evaluations=self.evaluated)
 
     def flush(self):
