@@ -85,7 +85,7 @@ def test_product_stays_small():
                 skipped |= set(range(node.lineno, node.end_lineno + 1))
         for number, line in enumerate(path.read_text().splitlines(), 1):
             total += bool(line.strip()) and not line.strip().startswith("#") and number not in skipped
-    assert total <= 6300, total
+    assert total <= 6350, total
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
