@@ -13,6 +13,7 @@ import pytest
 
 from eval import baselines, board, distribution, figures, generations, preferences, report
 from eval.scores import Scores
+from tests.launch.commands import free_port
 from train.losses import preference
 
 DRIVER = shutil.which("chromedriver")  # it speaks WebDriver: plain HTTP
@@ -119,12 +120,6 @@ def until(done, seconds=120):
             pass
         time.sleep(1)
     pytest.fail(f"not within {seconds} s")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow

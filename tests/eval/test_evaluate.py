@@ -1,7 +1,6 @@
 """The user's commands, end to end, with tiny models: any ranks and rows, files that open, bad input."""
 
 import json
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch.commands import ROOT, launched, several
+from tests.launch.commands import ROOT, free_port, launched, several
 
 SCRIPT = "eval/evaluate.py"
 HELD_OUT = (ROOT / "train/data/builtin/held_out.jsonl").read_text(encoding="utf-8").splitlines()
@@ -61,13 +60,6 @@ def place(tmp_path_factory, model_dir):
 def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def free_port():
-    """Two jobs on one machine must not meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def load(folder):

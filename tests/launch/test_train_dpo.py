@@ -11,7 +11,7 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch.commands import ROOT, launched, several
+from tests.launch.commands import ROOT, free_port, launched, several
 
 SCRIPT = "launch/train_dpo.py"
 COMMON = ["--max_length", 512]  # the tiny model's positions
@@ -26,8 +26,8 @@ def scalars(folder):
 
 def test_two_ranks_zero3_train_export_reload(model_dir, tmp_path):
     out = tmp_path / "out"
-    done = launched(["deepspeed", "--num_accelerators", 2, "launch/train_dpo.py", "--ds_config", "ds_configs/zero3.json",
-                     *COMMON, "--model", model_dir, "--output", out, "--max_steps", 3, "--batch_size", 8, "--micro_tokens", 512,
+    done = launched(["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "launch/train_dpo.py",
+                     "--ds_config", "ds_configs/zero3.json", *COMMON, "--model", model_dir, "--output", out, "--max_steps", 3, "--batch_size", 8, "--micro_tokens", 512,
                      "--lr", "1e-3", "--eval_every", 2, "--warmup_ratio", 0.3], tmp_path / "cache")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for line in ("64 held-out pairs", "reward accuracy", "deepspeed eval/evaluate.py --model", "tensorboard --logdir"):
