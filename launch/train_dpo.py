@@ -105,8 +105,9 @@ def main():
         for step, rows in scoring.ahead(steps, data, device):
             shares, before = [None] * len(rows), running.state_dict()
             if loss_of.couples:  # an example's loss depends on the others of its step: score them all first
-                shares = objective.whole_step(policy, reference, data, step, loss_of, running, plan.row_tokens,
-                                              settings.max_length, device)  # fmt: skip
+                with memory.explained(max(rows, key=lambda row: len(row.input_ids)), plan.row_tokens):
+                    shares = objective.whole_step(policy, reference, data, step, loss_of, running, plan.row_tokens,
+                                                  settings.max_length, device)  # fmt: skip
             for row, share in zip(rows, shares, strict=True):  # as many on every rank; the last ones may be empty
                 with memory.explained(row, plan.row_tokens):
                     examples, losses, total = objective.of_row(policy, reference, row, loss_of, share)

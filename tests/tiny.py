@@ -67,6 +67,8 @@ def make_model(family="llama", dtype=torch.float32, seed=0, **overrides):
 
 def save_model(folder, family="llama", seed=0, **overrides):
     """Save a tiny model and the tokenizer in `folder` as a user's model directory; returns the folder's path."""
-    make_model(family, seed=seed, **overrides).save_pretrained(folder)
+    lm = make_model(family, seed=seed, **overrides)
+    lm.generation_config.max_length = 99  # its own, to be found again wherever a model is written
+    lm.save_pretrained(folder)
     save_tokenizer(folder)
     return Path(folder)

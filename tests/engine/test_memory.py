@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from train.data.packing import Group, pack
-from train.engine import memory
+from train.engine import checks, memory
 from train.models.backbone import Backbone
 
 
@@ -33,6 +33,17 @@ def test_out_of_memory_names_the_row_and_a_smaller_budget(capsys):
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert "a row of 1,500 tokens (--micro_tokens is 2,048): try --micro_tokens 768" in said and "Traceback" not in said
+
+
+def test_the_check_at_the_start_has_advice_too(capsys):
+    def full(row):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+
+    data = [Group((1, 2), ((3, 4), (5,)))]
+    data = type("Data", (list,), {"group": list.__getitem__})(data)
+    with pytest.raises(SystemExit):
+        checks.start(full, None, data, torch.device("cpu"), "fp32", True)
+    assert "out of memory in the check at the start (two groups of the data): lower" in capsys.readouterr().err
 
 
 def test_other_errors_pass_through():

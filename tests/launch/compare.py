@@ -1,6 +1,7 @@
 """A small run of launch/train_dpo.py, and whether two of them came to the same, bit for bit."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -66,10 +67,22 @@ def same_run(out, straight):
 def at_checkpoint(out, step):
     """Come back when this checkpoint, or a later one, is complete."""
     reached = lambda path: int(path.name.removeprefix("step-")) if path.suffix != ".tmp" else 0
-    end = time.monotonic() + 120
-    while max(map(reached, (out / "checkpoints").glob("step-*")), default=0) < step:
-        assert time.monotonic() < end, f"no checkpoint after step {step}"
+    there = lambda: max(map(reached, (out / "checkpoints").glob("step-*")), default=0) >= step
+    until(there, f"checkpoint after step {step}")
+
+
+def until(condition, what, seconds=120):
+    """Come back when `condition()` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"no {what} within {seconds} s"
         time.sleep(0.002)
+
+
+def says(job, text, seconds=120):
+    """Come back when a running job has printed `text`, a regular expression."""
+    shown = lambda: Path(job.log.name).read_text()
+    until(lambda: re.search(text, shown()), f"{text!r} in what it prints", seconds)
 
 
 def straight(warm, model_dir, few, out, stage, ranks, *extra):

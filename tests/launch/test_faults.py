@@ -1,14 +1,16 @@
 """What a run does when something breaks under it: what is kept, what is said, how it ends."""
 
+import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.launch.compare import at_checkpoint, flags, same_run, straight, weights
+from tests.launch.compare import at_checkpoint, flags, same_run, says, straight, weights
 
 
 def test_gradients_that_are_not_finite_end_the_run(warm, model_dir, few, tmp_path):
@@ -39,6 +41,36 @@ def test_a_rank_that_dies_takes_the_others_along(warm, model_dir, few, tmp_path)
     assert not any((out / "checkpoints").glob("step-1")) or (out / "checkpoints/latest").exists()
 
 
+def test_two_runs_in_one_folder(warm, model_dir, few, tmp_path):
+    """A run locks its folder while it lives; another is refused before it changes anything."""
+    out = tmp_path / "out"
+    with pytest.raises(BlockingIOError):
+        _locked_out(warm, flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), out)
+    assert re.fullmatch(r"process \d+ on .+\n", (out / ".lock").read_text())
+    line = flags(model_dir, few, tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    with open(tmp_path / "mine/.lock", "a+") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        codes, text = warm.run(line, 2)
+    assert codes == [2, 2] and "is being written by another run (process 7 on elsewhere)" in text, text[-2000:]
+    assert "Traceback" not in text and not (tmp_path / "mine/run.json").exists()
+    assert warm.run(line, 2)[0] == [0, 0]
+
+
+def _locked_out(warm, line, out):
+    job = warm.start(line)
+    at_checkpoint(out, 1)
+    try:
+        assert (out / ".lock").read_text().startswith(f"process {job.pids[0]} on ")
+        with open(out / ".lock", "a+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        job.kill()
+        job.wait()
+
+
 def test_a_rank_that_hangs_is_noticed(warm, model_dir, few, tmp_path):
     """A stopped process keeps its connections open: only its silence tells."""
     out = tmp_path / "out"
@@ -46,9 +78,7 @@ def test_a_rank_that_hangs_is_noticed(warm, model_dir, few, tmp_path):
     job = warm.start(flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), 2, patch=patch)
     at_checkpoint(out, 2)
     os.kill(job.pids[1], signal.SIGSTOP)
-    began = time.monotonic()
-    while "has been silent" not in Path(job.log.name).read_text() and time.monotonic() - began < 60:
-        time.sleep(0.1)
+    says(job, "has been silent", 60)
     os.kill(job.pids[1], signal.SIGKILL)
     codes, text = job.wait()
     assert codes == [1, -signal.SIGKILL] and "error: rank 1 has been silent for 2 s: this rank ends" in text
@@ -84,12 +114,13 @@ def test_a_disk_that_fills_up(warm, model_dir, few, tmp_path):
         at_checkpoint(out, 2)
         job.kill()
         job.wait()
+        for half in (out / "checkpoints").glob("*.tmp"):  # the next run takes these away and has their room
+            shutil.rmtree(half)
         with open(small / "other", "wb") as file:  # somebody else's data: room for less than one more checkpoint
             free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
             file.write(b"0" * (free - one // 2))
         done = warm.start(flags(model_dir, few, out, 0, "--keep", 1))
-        while "No space left on device" not in Path(done.log.name).read_text():
-            time.sleep(0.01)
+        says(done, "No space left on device")
         done.kill()
         done.wait()
         os.remove(small / "other")

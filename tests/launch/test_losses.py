@@ -6,10 +6,23 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
+import tiny
 import torch
 from safetensors import safe_open
 
-from tests.launch.compare import ROOT, STEPS, at_checkpoint, flags, moments, same_run, scalars, straight, weights
+from tests.launch.compare import (
+    ROOT,
+    STEPS,
+    at_checkpoint,
+    flags,
+    moments,
+    same_bits,
+    same_run,
+    scalars,
+    straight,
+    weights,
+)
 from train.losses.preference import LOSSES
 
 WORDS = ("tree stone river cloud lamp paper glass bread train window garden letter music summer winter paint table "
@@ -149,9 +162,8 @@ def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
     assert scalars(tmp_path / "still")["train/loss"] != scalars(tmp_path / "straight")["train/loss"]
 
 
-@pytest.mark.parametrize("stage, ranks", [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow),
-                                          pytest.param(2, 2, marks=pytest.mark.slow),
-                                          pytest.param(3, 2, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
     """The base model is the reference: the first margin is exactly 0. Merged weights give what adapters gave."""
     pytest.importorskip("peft")
@@ -172,9 +184,7 @@ def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
         job.wait()
         assert warm.run(flags(model_dir, few, tmp_path / "killed", stage, *extra), ranks)[0] == [0]
         assert all(torch.equal(weights(out)[name], value) for name, value in weights(tmp_path / "killed").items())
-        command = [sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}", tmp_path / "model"]
-        exported = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # fmt: skip
-        assert exported.returncode == 2 and "adapters" in exported.stderr and "Traceback" not in exported.stderr
+        _check_exported(model_dir, out, tmp_path)
 
 
 def _check_adapters(model_dir, out):
@@ -189,6 +199,30 @@ def _check_adapters(model_dir, out):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
     with safe_open(out / "model/model.safetensors", "pt") as file:
         assert not any("lora" in name or "base_layer" in name for name in file.keys())  # noqa: SIM118
+
+
+def _check_exported(model_dir, out, folder):
+    """launch/export.py merges a checkpoint's adapters into the base; one of another size, or none, is refused."""
+    import peft
+    import transformers
+
+    command = [sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}"]
+    export = lambda *args: subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
+    done = export(folder / "again")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for made, again in ((out / "model", folder / "again"), (out / "model/adapter", folder / "again/adapter")):
+        of = lambda path: safetensors.torch.load_file(next(path.glob("*.safetensors")))
+        same_bits(of(again), of(made))
+    assert export(folder / "bf16", "--export_dtype", "bf16", "--model", model_dir).returncode == 0
+    whole = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.bfloat16)
+    same_bits(transformers.AutoModelForCausalLM.from_pretrained(folder / "bf16").state_dict(), whole.state_dict())
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    assert peft.PeftModel.from_pretrained(base, folder / "bf16/adapter").active_adapters == ["default"]
+    tiny.make_model("llama", intermediate_size=104).save_pretrained(folder / "wider")
+    for model, word in ((folder / "wider", "is not the base"), (folder / "nowhere", "cannot load")):
+        done = export(folder / "other", "--model", model)
+        assert done.returncode == 2 and word in done.stderr and "--model names it" in done.stderr, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr and not (folder / "other").exists()
 
 
 @pytest.mark.slow

@@ -72,6 +72,18 @@ def test_a_pickle_that_runs_code_does_not_run_even_when_allowed(model_dir, tmp_p
     assert marker.exists()  # or the test shows nothing
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_an_adapter_is_not_a_model(model_dir, tmp_path, monkeypatch, seen):
+    """With peft, transformers would load the base that it names; in a hub's repository that shows afterwards only."""
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    if not seen:
+        monkeypatch.setattr("train.models.backbone.Path.is_file", lambda path: False)
+    with pytest.raises(ValueError, match="adapter: it holds an adapter: merge"):
+        load(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("shard", ["weights.bin", "../outside.safetensors", "{}/outside.safetensors"])
 def test_an_index_cannot_name_other_files(model_dir, tmp_path, shard):
     """transformers loads whatever the index lists: a pickle among the shards, a file in another folder."""

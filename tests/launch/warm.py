@@ -32,7 +32,7 @@ class Warm:
     def __init__(self, cache, script="launch/train_dpo.py"):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-        self.cache = cache
+        self.cache, self.job = cache, None
         self.process = subprocess.Popen([sys.executable, __file__, str(ROOT / script)], cwd=ROOT, env=env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
@@ -45,6 +45,9 @@ class Warm:
 
     def start(self, arguments, ranks=1, patch=None, file_bytes=None):
         """Fork the ranks. patch: {"module.NAME": value}, constants to set; file_bytes: no file may grow beyond."""
+        if self.job and not self.job.done:  # a test failed and left it
+            self.job.kill()
+            self.job.wait()
         log = tempfile.NamedTemporaryFile("r", suffix=".log")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -53,7 +56,8 @@ class Warm:
                "patch": patch or {}, "file_bytes": file_bytes}  # fmt: skip
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        return Job(self, json.loads(self.process.stdout.readline()), log)
+        self.job = Job(self, json.loads(self.process.stdout.readline()), log)
+        return self.job
 
     def run(self, arguments, ranks=1, **options):
         """Exit codes of the ranks, and all they printed."""
@@ -64,7 +68,7 @@ class Job:
     """Running ranks."""
 
     def __init__(self, warm, pids, log):
-        self.warm, self.pids, self.log = warm, pids, log
+        self.warm, self.pids, self.log, self.done = warm, pids, log, False
 
     def kill(self, number=signal.SIGKILL):
         """Send every rank a signal."""
@@ -78,6 +82,7 @@ class Job:
         alarm.start()
         codes = json.loads(self.warm.process.stdout.readline())
         alarm.cancel()
+        self.done = True
         text = self.log.read()
         self.log.close()
         return codes, text

@@ -75,7 +75,7 @@ class Chat:
         self.control = ControlTokens(tokenizer, allow_control_tokens)
         name = tokenizer.name_or_path or "this model"
         try:
-            self.template = tokenizer.get_chat_template()
+            tokenizer.get_chat_template()
         except ValueError as error:
             raise ValueError(
                 f"the tokenizer of {name} has no chat template: use an instruct model, or put chat_template.jinja in "

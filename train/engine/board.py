@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from train.engine import dist
+from train.engine.export import to_disk
 
 # Dense bf16 matrix throughput from the makers' data sheets, in FLOP/s; other machines are measured at the start.
 PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
@@ -98,15 +99,16 @@ class Board:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
-    def say(self, line: str):
-        """A line above the bar, on rank 0."""
-        if dist.first():
-            tqdm.write(line)
-
     def flush(self):
         """Hand everything written to the operating system."""
         if self.writer:
             self.writer.flush()
+
+    def sync(self):
+        """The same, onto the disk: a checkpoint counts on it."""
+        self.flush()
+        for path in self._files()[-1:] if self.writer else ():
+            to_disk(path)
 
     def _files(self):
         return sorted(path for path in self.folder.glob("*") if EVENTS.match(path.name))
@@ -179,9 +181,14 @@ class Meter:
             kept = {int(key.rpartition("/")[2]): value for key, value in part.items() if key.startswith("meter/kept/")}
             self.kept += [kept[i].to(self.device) for i in sorted(kept)]
 
+    @contextlib.contextmanager
     def pause(self):
-        """A context that the clock does not count: evaluation, saving."""
-        return _Paused(self)
+        """The clock does not count what happens inside: evaluation, saving."""
+        _wait(self.device)
+        at = time.perf_counter()
+        yield
+        _wait(self.device)
+        self.began += time.perf_counter() - at
 
     def read(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The sums over all ranks since the last reading, (columns,), and `perf/*`. Every rank calls this."""
@@ -206,16 +213,3 @@ class Meter:
         self.kept = []
         parts = [part for part in dist.gather(mine) if part.numel()]
         return torch.cat(parts) if parts else torch.empty(0, 1)
-
-
-class _Paused:
-    def __init__(self, meter):
-        self.meter = meter
-
-    def __enter__(self):
-        _wait(self.meter.device)
-        self.at = time.perf_counter()
-
-    def __exit__(self, *_):
-        _wait(self.meter.device)
-        self.meter.began += time.perf_counter() - self.at

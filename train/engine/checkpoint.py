@@ -177,7 +177,7 @@ class Saves:
     def settle(self, step):
         """Nothing of this step is left to do; save where it is time. Every rank calls this."""
         number, every, minutes = step.number + 1, self.settings.save_every, self.settings.save_minutes
-        if not self.streak:
+        if self.board.looked == number and not self.streak:  # an evaluation came after the step's own mark
             self._set_mark(number)
         late = minutes > 0 and dist.first() and time.monotonic() - self.at >= 60 * minutes
         if (every and number % every == 0) or (minutes > 0 and preempt.agreed(late)):
@@ -212,7 +212,7 @@ class Saves:
         problem = next((other for other, _ in told if other), None)
         if dist.first() and problem is None:
             try:
-                self.board.flush()
+                self.board.sync()
                 listed = {name: line for _, mine in told for name, line in mine.items()}
                 files.seal(beside, place, self._told(mark) | {"files": listed})
                 files.prune(self.path, self.settings.keep)

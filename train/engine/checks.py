@@ -3,6 +3,7 @@
 import torch
 
 from train.data.packing import pack
+from train.engine import memory
 from train.models.backbone import plain
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # nats, mean a token: packed against one sequence at a time
@@ -12,6 +13,8 @@ class CheckFailed(ValueError):
     """The numbers of this model on this machine are not what they must be; the message says which."""
 
 
+@memory.room_for("the check at the start", "(two groups of the data): lower --max_length, or take "
+                 "ds_configs/zero3.json over more GPUs")  # fmt: skip
 @torch.no_grad()
 def start(policy, reference, data, device, precision: str, same_weights: bool):
     """Check the first groups of `data`; returns them as packed rows on `device`. Every rank calls this.

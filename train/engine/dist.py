@@ -70,9 +70,7 @@ def _environment():
 def _first_host(nodes: str) -> str:
     """The first name in SLURM's list: "gpu[03-05,9],x1" -> "gpu03"."""
     name, bracket, rest = nodes.partition(",")[0].partition("[")
-    if not bracket:
-        return name
-    return name + rest.rstrip("]").split("-")[0]
+    return name + rest.rstrip("]").split("-")[0] if bracket else name
 
 
 def rank() -> int:

@@ -44,21 +44,11 @@ def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto
 
 def _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remote_code) -> float:
     """Rank 0's part of it: beside, checked, renamed."""
-    beside, whole = folder.with_name(folder.name + ".tmp"), state
+    beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     saved = next(iter(state.values())).dtype
-    lm = module.lm
-    if adapters.layers(lm):
-        state = adapters.merged(lm, state)
-        with torch.device("meta"):  # the same architecture without adapters in it
-            lm = type(lm)(lm.config)
-        lm.generation_config = module.lm.generation_config
-    lm.save_pretrained(beside, state_dict=state, max_shard_size="4GB")
-    config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-    write_json(beside / "config.json", config | {"dtype": str(saved).removeprefix("torch.")})
+    weights_to(beside, module.lm, state)
     tokenizer.save_pretrained(beside)
-    if adapters.layers(module.lm):
-        _save_adapters(module.lm, whole, beside / "adapter")
     if write_card:
         write_card(beside)
     state.clear()
@@ -70,10 +60,27 @@ def _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remot
     return gap
 
 
-def _save_adapters(lm, state, folder):
-    """The adapters alone, as peft loads them onto the base model."""
-    lm.lora_config.save_pretrained(folder)
-    save_file(adapters.alone(state), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+def weights_to(folder, lm, state: dict, dtype=None) -> dict:
+    """Write the weights `state` of `lm`, cast to `dtype`, and its configuration to `folder`; returns what was written.
+
+    Adapters are merged, and stand beside it in `folder`/adapter, as peft loads them onto the base model.
+    """
+    adapted, plain, whole = bool(adapters.layers(lm)), lm, state
+    if adapted:
+        state = adapters.merged(lm, state)
+        with torch.device("meta"):  # the same architecture without adapters in it
+            plain = type(lm)(lm.config)
+        plain.generation_config = lm.generation_config
+    state = {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in state.items()}
+    plain.save_pretrained(folder, state_dict=dict(state), max_shard_size="4GB")  # which empties what it is given
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    saved = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config | {"dtype": saved})
+    if adapted:
+        lm.lora_config.save_pretrained(folder / "adapter")
+        alone = {name: value.to(dtype or value.dtype) for name, value in adapters.alone(whole).items()}
+        save_file(alone, folder / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
+    return state
 
 
 def _reload(folder, module, rows, ours, trust_remote_code) -> float:
@@ -101,14 +108,25 @@ def replace(new: Path, old: Path):
 
 
 def write_json(path: Path, content):
-    """Write JSON to a temporary name, flushed to disk, and rename it."""
+    """Write JSON, as `write_text` does."""
+    write_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str):
+    """Write a small file under a temporary name, flushed to disk, and rename it."""
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump(plain(content), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    beside.write_text(text, encoding="utf-8")
+    to_disk(beside)
     os.rename(beside, path)
+
+
+def to_disk(path: Path):
+    """Come back when what was written to a file, or the names in a folder, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def plain(value):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from train.engine.export import plain, write_json
+from train.engine.export import plain, to_disk, write_json, write_text
 
 FORMAT, MANIFEST, LATEST = 1, "manifest.json", "latest"
 QUEUED = 8  # tensors that may wait for the disk
@@ -74,8 +74,7 @@ def check(checkpoint: Path, names: Iterable[str], told: dict):
 
 def entry(path: Path) -> dict:
     """A file's line in the manifest, after it has reached the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    to_disk(path)
     return {"bytes": path.stat().st_size, "sha256": _hash(path)}
 
 
@@ -138,17 +137,13 @@ def seal(beside: Path, place: Path, told: dict):
     """The last act: the manifest, everything on disk, the name, and `latest`."""
     told = json.loads(json.dumps(plain({"format": FORMAT} | told)))  # as it is read again
     write_json(beside / MANIFEST, told | {"sha256": _digest(told)})
-    _sync(beside)
+    to_disk(beside)
     if place.exists():
         shutil.rmtree(place)
     os.rename(beside, place)
-    _sync(place.parent)
-    with open(place.parent / f"{LATEST}.tmp", "w", encoding="utf-8") as file:
-        file.write(place.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(place.parent / f"{LATEST}.tmp", place.parent / LATEST)
-    _sync(place.parent)
+    to_disk(place.parent)
+    write_text(place.parent / LATEST, place.name + "\n")
+    to_disk(place.parent)
 
 
 def prune(folder: Path, keep: int, after: int | None = None):
@@ -166,14 +161,6 @@ def made_with(checkpoint: Path, flag: str):
         return manifest(checkpoint)["flags"].get(flag)
     except Damaged:
         return None
-
-
-def _sync(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Reader:

@@ -46,17 +46,17 @@ class Training:
         if number % self.settings.log_every == 0 or number == self.plan.steps:
             sums, perf = self.meter.read()
             mean = measures.means(sums)
-            shorter = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-            self.last = {short: mean[name] for short, name in shorter.items()} | perf
+            self.last = mean | perf
             self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "train/")
             self.board.scalars({"train/grad_norm": update.grad_norm, "train/learning_rate": update.lr,
                                 "train/epoch": step.epoch, "health/skipped_steps": self.policy.skipped,
                                 **self._displaced(mean, "health/")} | perf, number)  # fmt: skip
             self.folder.log.info("step %d %s", number, {**mean, **perf, **update._asdict()})
         if self.last:
-            shown = {"loss": f"{self.last['loss']:.4f}", "margin": f"{self.last['margin']:.3f}",
-                     "acc": f"{self.last['accuracy']:.2f}", "pairs/s": f"{self.last['perf/pairs_per_second']:.2f}",
-                     "tok/s": f"{self.last['perf/tokens_per_second']:.0f}"}  # fmt: skip
+            shapes = {"loss": ("loss", ".4f"), "margin": ("rewards/margins", ".3f"),
+                      "acc": ("rewards/accuracies", ".2f"), "pairs/s": ("perf/pairs_per_second", ".2f"),
+                      "tok/s": ("perf/tokens_per_second", ".0f")}  # fmt: skip
+            shown = {short: format(self.last[name], form) for short, (name, form) in shapes.items()}
         self.board.advance(shown)
 
     def evaluate(self, number, held_out, policy, reference, running):
@@ -111,9 +111,9 @@ class Training:
             self.board.cut(record["events"])
         self.folder.note(evaluations=self.evaluated)
 
-    def flush(self):
+    def sync(self):
         """Bring what was shown so far to the disk."""
-        self.board.flush()
+        self.board.sync()
 
     def close(self):
         """End the bar and TensorBoard's file."""

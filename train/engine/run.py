@@ -1,10 +1,13 @@
 """A run's folder: run.json, dropped.jsonl, a log a rank, and the refusal to write over another run."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import logging
+import os
 import platform
+import re
 import secrets
 import time
 from pathlib import Path
@@ -16,7 +19,7 @@ from tqdm import tqdm
 from train.config import Exit, fail
 from train.data.errors import DataError
 from train.engine import dist
-from train.engine.export import write_json
+from train.engine.export import write_json, write_text
 from train.models import builtin
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
@@ -31,7 +34,7 @@ class Run:
 
     def __init__(self, folder, flags: dict):
         """ValueError where `folder` holds a run with other flags, or cannot be written."""
-        self.path = Path(folder)
+        self.path, self._lock = Path(folder), None
         self.record = {"status": "running", "flags": flags}
         self.began, self._builtin, self._started, self._dropped = time.time(), None, False, []
         problem, finished = dist.share(self._look(flags) if dist.first() else None)
@@ -59,8 +62,8 @@ class Run:
         """What speaks against writing here, or None; and whether this very run is complete."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".writable").touch()
-            (self.path / ".writable").unlink()
+            if busy := self._alone():
+                return busy, False
             foreign = [p.name for p in self.path.iterdir() if p.name not in ("logs", "status", "run.json.tmp")
                        and not p.name.startswith(".")]  # fmt: skip
             before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -78,6 +81,20 @@ class Run:
             return None, before.get("status") == "finished"
         shown = "; ".join(f"--{k} was {old.get(k)!r}, is {flags.get(k)!r}" for k in other[:4])
         return f"{self.path} holds another run ({shown}); nothing was overwritten, choose another --output", False
+
+    def _alone(self):
+        """What speaks against writing here while another process does, or None; a lock ends with its process."""
+        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._lock.seek(0)
+            return f"{self.path} is being written by another run ({self._lock.read().strip()}); nothing was changed"
+        except OSError as error:  # a file system without locks
+            logging.getLogger("zeropref").warning("%s cannot be locked: %s", self.path, error)
+        self._lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=self._lock, flush=True)
+        return None
 
     def start(self):
         """All is settled: from here on this folder is this run's. What was refused before leaves only a log."""
@@ -106,8 +123,7 @@ class Run:
         """One word in OUTPUT/status for wrappers: running, preempted, failed or finished. Rank 0 writes it."""
         if dist.first():
             try:
-                (self.path / "status.tmp").write_text(word + "\n", encoding="utf-8")
-                (self.path / "status.tmp").rename(self.path / "status")
+                write_text(self.path / "status", word + "\n")
             except OSError as error:  # a full disk must not keep a run from ending in order
                 self.log.warning("status %s was not written: %s", word, error)
 
@@ -177,5 +193,13 @@ def versions() -> dict[str, str]:
 
 def hardware(device: torch.device) -> dict:
     """What the run computes on, for run.json and the model card."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": device.type, "kind": kind, "world": dist.world(), "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    """The CPU's name as Linux gives it, else its architecture."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
+            return found[1]
+    return platform.processor() or platform.machine()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from train.data.packing import DIGEST
+from train.engine.export import to_disk
 
 FORMAT = 1
 MOST_BYTES = 20 << 30  # of all shelves together; the least recently used ones go first
@@ -73,8 +74,7 @@ def write(shelf: Path, records: dict[bytes, np.ndarray]):
     told = json.dumps({"format": FORMAT, "sha256": _checksum(arrays)})
     beside = shelf / f"{secrets.token_hex(8)}.tmp"
     save_file(dict(zip(("digests", "lengths", "values"), arrays, strict=True)), beside, metadata={"zeropref": told})
-    with open(beside, "rb+") as file:
-        os.fsync(file.fileno())
+    to_disk(beside)
     beside.rename(beside.with_suffix(".safetensors"))
 
 

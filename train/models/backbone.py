@@ -29,6 +29,7 @@ UNSUPPORTED = {
 }
 STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "chunked_attention")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ADAPTER = "it holds an adapter: merge that into its base first (peft's merge_and_unload)"
 NO_PICKLE = "a pickle can run its author's code; convert it to safetensors, or pass --allow_pickle if you trust it"
 
 
@@ -155,12 +156,16 @@ def load(path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False)
     # Without it, transformers asks a service to convert a repository that has pickles only, in the user's name.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
+        if (Path(path) / "adapter_config.json").is_file():  # with peft, transformers loads the model that this names
+            raise ValueError(ADAPTER)
         if not allow_pickle:
             _refuse_pickle(path)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=None if allow_pickle else True, trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )  # fmt: skip
+        if getattr(lm, "_hf_peft_config_loaded", False):
+            raise ValueError(ADAPTER)
     except Exception as error:  # configuration, code and weights raise a dozen types, and the cure is the same
         advice = "" if allow_pickle or "use_safetensors" not in str(error) else f"; {NO_PICKLE}"
         found = " ".join(str(error).split())
