@@ -44,9 +44,7 @@ class Prompt(NamedTuple):
 class Generated(NamedTuple):
     """What `compare` found."""
 
-    report: (
-        dict  # for report.json: settings, then by mode and side the measures, each {"value", "interval", "n", "method"}
-    )
+    report: dict  # for report.json: settings, then by mode and side the measures, each value, interval, n, method
     rows: list[dict]  # one a prompt, in the data's order, the same keys in each: for tables and parquet
     values: dict[str, np.ndarray]  # "sampled/model/length" -> (N,), and so on: for histograms
 
@@ -152,9 +150,8 @@ def kl(model, reference, prompts, answers, budget, device) -> dict[str, list]:
     mean; k1 may be negative, k3 has less noise near 0. They hold for answers sampled at temperature 1, and are made for
     no others.
     """
-    data = as_data(
-        [prompt.ids for prompt in prompts], [answer.ids for answer in answers], [prompt.row for prompt in prompts]
-    )
+    data = as_data([prompt.ids for prompt in prompts], [answer.ids for answer in answers],
+                   [prompt.row for prompt in prompts])  # fmt: skip
     scores = score_all(data, [model, reference], budget, device, "KL to the reference")
     r = scores.tokens[1].astype(np.float64) - scores.tokens[0].astype(np.float64)  # (T,)
     starts = np.cumsum(scores.lengths[:, 0]) - scores.lengths[:, 0]
@@ -165,9 +162,8 @@ def kl(model, reference, prompts, answers, budget, device) -> dict[str, list]:
 def as_data(prompts, responses, rows) -> Tokenised:
     """Prompts and their responses, one each, as the data set that scoring reads."""
     lengths = np.array([[len(p), len(r)] for p, r in zip(prompts, responses, strict=True)], dtype=np.int32)
-    ids = np.array(
-        [token for pair in zip(prompts, responses, strict=True) for part in pair for token in part], dtype=np.int32
-    )
+    ids = np.array([token for pair in zip(prompts, responses, strict=True) for part in pair for token in part],
+                   dtype=np.int32)  # fmt: skip
     ends = np.cumsum(lengths.sum(1, dtype=np.int64))
     uncut, numbers = np.zeros_like(lengths, dtype=bool), np.array(rows, dtype=np.int64)
     return Tokenised(ids=ids, offsets=ends - lengths.sum(1), lengths=lengths, truncated=uncut, rows=numbers,
@@ -265,10 +261,8 @@ class RewardModel:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
         if positions and longest + max_new_tokens > positions:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} positions of "
-                f"--reward_model {self.path}: lower --max_new_tokens or --prompts"
-            )
+            raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} "
+                             f"positions of --reward_model {self.path}: lower --max_new_tokens")  # fmt: skip
 
     @property
     def description(self) -> dict:

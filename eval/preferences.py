@@ -88,6 +88,7 @@ def likelihoods(pairs: Pairs, units) -> dict:
     chosen, rejected = pairs.chosen.numpy(), pairs.rejected.numpy()
     chosen_len, rejected_len = pairs.chosen_len.numpy(), pairs.rejected_len.numpy()
     wins = lambda difference: measures.wins(torch.from_numpy(difference)).double().numpy()
+    per_token = chosen / chosen_len - rejected / rejected_len
     return {
         "logps/chosen": intervals.ratio(chosen, units),
         "logps/rejected": intervals.ratio(rejected, units),
@@ -95,9 +96,7 @@ def likelihoods(pairs: Pairs, units) -> dict:
         "logps/accuracies": intervals.ratio(wins(chosen - rejected), units, share=True),
         "logps/chosen_per_token": intervals.ratio(chosen, units, chosen_len),
         "logps/rejected_per_token": intervals.ratio(rejected, units, rejected_len),
-        "logps/accuracies_per_token": intervals.ratio(
-            wins(chosen / chosen_len - rejected / rejected_len), units, share=True
-        ),
+        "logps/accuracies_per_token": intervals.ratio(wins(per_token), units, share=True),
     }
 
 

@@ -49,14 +49,12 @@ def verdict(preferences: dict, baselines: dict, distribution: dict, generations:
              0: "is not shown to prefer the chosen answers more than the reference does",
              -1: "prefers the rejected answers more than the reference does"}[gain]  # fmt: skip
     losing, gaining = _side(ratio, 1 + MATERIAL) > 0, _side(ratio, 1 - MATERIAL) < 0
-    other = (
-        "less likely than before" if losing else "more likely than before" if gaining else "about as likely as before"
-    )
+    other = "less likely than" if losing else "more likely than" if gaining else "about as likely as"
     written, disliked = _written(generations)
     reasons = [f"The model {pairs}: reward accuracy {percent(accuracy)} (no preference: 50 %), margin {show(margin)}.",
                *trivial,
                f"The chosen answer itself became less likely in {percent(fell)} of the pairs.",
-               f"Text from elsewhere is {other}: perplexity x {show(ratio, 5)}.", *written]  # fmt: skip
+               f"Text from elsewhere is {other} before: perplexity x {show(ratio, 5)}.", *written]  # fmt: skip
     price = losing or disliked
     word = "better" if gain > 0 and not price else "worse" if gain < 0 or (gain == 0 and price) else "different"
     return {"word": word, "reasons": reasons}
@@ -175,14 +173,9 @@ def _preferences(section, baselines) -> list[str]:
     lines += ["Without any model:", "", *table(["rule", "accuracy", "how"], [
         [name.replace("_", " "), show(baselines[name]), baselines[name].get("what", baselines[name]["method"])]
         for name in ("longer_wins", "bag_of_words")])]  # fmt: skip
-    lines += [
-        "Accuracy by the difference of chosen's and rejected's tokens, relative to the longer:",
-        "",
-        *table(
-            ["from", "to", "pairs", "accuracy"],
-            [[f"{row['from']:+.0%}", f"{row['to']:+.0%}", row["n"], show(row)] for row in section["by_length"]],
-        ),
-    ]
+    by_length = [[f"{row['from']:+.0%}", f"{row['to']:+.0%}", row["n"], show(row)] for row in section["by_length"]]
+    lines += ["Accuracy by the difference of chosen's and rejected's tokens, relative to the longer:", ""]
+    lines += table(["from", "to", "pairs", "accuracy"], by_length)
     lines += [f"Rank correlation of margin and length difference: {show(section['length_correlation'])}.", ""]
     if "calibration" in section:
         found = section["calibration"]

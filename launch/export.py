@@ -23,6 +23,8 @@ def main():
     parser.add_argument("folder", type=Path, help="the model directory to make")
     parser.add_argument("--export_dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
     parser.add_argument("--model", help="the base of LoRA adapters, where it is not where the run had it")
+    parser.add_argument("--trust_remote_code", action="store_true", help="let the model's own Python code run")
+    parser.add_argument("--allow_pickle", action="store_true", help="read the base from a pickle where it is one")
     args = parser.parse_args()
     from train.engine import export, files
 
@@ -34,61 +36,75 @@ def main():
     except files.Damaged as error:
         fail(str(error), Exit.CHECKPOINT)
     beside = args.folder.with_name(args.folder.name + ".tmp")
-    count = write(args.checkpoint, told, beside, args.export_dtype, args.model)
+    if args.model and not told["flags"].get("lora_rank"):
+        fail(f"{args.checkpoint} holds a whole model: --model is for adapters", Exit.FLAGS)
+    try:
+        count = write(args.checkpoint, told, beside, args)
+    except ValueError as error:
+        fail(str(error), Exit.FLAGS)
     if args.folder.exists():
         args.folder.rmdir()
     export.replace(beside, args.folder)
     print(f"{args.folder}: the model after step {told['step']}, {count:,} parameters in {args.export_dtype}")
 
 
-def write(checkpoint, told, folder, kind, model=None) -> int:
+def write(checkpoint, told, folder, args) -> int:
     """Write the model to `folder`, load it again and compare every weight; the number of parameters."""
     import torch
     import transformers
 
     from train.engine import export, files, state
+    from train.engine.checkpoint import rank_file, read_rank
 
-    read = files.Reader(checkpoint, told)
+    read, kept = files.Reader(checkpoint, told), read_rank(checkpoint / rank_file(0))
     names = [key.removesuffix(f"/{state.WEIGHT}") for key in read.shapes() if key.endswith(f"/{state.WEIGHT}")]
     weights = {name.removeprefix("lm."): read(f"{name}/{state.WEIGHT}") for name in names}
     if told["flags"].get("lora_rank"):
-        lm, weights = adapted(checkpoint, told["flags"], weights, model)
+        lm = adapted(told, weights, kept, args)
+        weights = {name: p.detach() for name, p in lm.named_parameters()} | weights
     else:
-        config = transformers.AutoConfig.from_pretrained(checkpoint / "model")
+        config = transformers.AutoConfig.from_pretrained(checkpoint / "model", trust_remote_code=args.trust_remote_code)
         with torch.device("meta"):
-            lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                                               trust_remote_code=args.trust_remote_code)  # fmt: skip
         lm.load_state_dict(weights, strict=False, assign=True)
         lm.tie_weights()
         if left := [name for name, p in lm.named_parameters() if p.is_meta]:
             fail(f"{checkpoint} has no {left[0]}", Exit.CHECKPOINT)
-    written = export.weights_to(folder, lm, weights, export.DTYPES[kind])
+    buffers = {key.removeprefix("buffer/"): value for key, value in kept.items() if key.startswith("buffer/")}
+    written = export.weights_to(folder, lm, weights | buffers, export.DTYPES[args.export_dtype])
     for extra in sorted((checkpoint / "model").iterdir()):  # the tokenizer, the settings for generation
         if extra.name != "config.json":
             (folder / extra.name).write_bytes(extra.read_bytes())
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    again = dict(loaded.named_parameters())
-    if wrong := [name for name, p in again.items() if not torch.equal(written[name], p)]:
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True,
+                                                               trust_remote_code=args.trust_remote_code)  # fmt: skip
+    here, parameters = loaded.state_dict(), dict(loaded.named_parameters())
+    same = lambda name: name in written and torch.equal(written[name].to(here[name].dtype), here[name])
+    if wrong := [name for name in written | parameters if not same(name)]:
         fail(f"{folder}: {wrong[0]} is not what was written")
-    return sum(p.numel() for p in again.values())
+    return sum(p.numel() for p in parameters.values())
 
 
-def adapted(checkpoint, flags, trained, model):
-    """The base model of a LoRA run with its adapters, and all weights by name, those in `trained` as they were."""
+def adapted(told, trained, kept, args):
+    """The base model of a LoRA run, in fp32, with adapters that are not the run's yet. ValueError: it is another."""
     import torch
 
+    from train.engine import state, zero
     from train.models import adapters, backbone, builtin
 
-    path = model or flags["model"] or builtin.fetch(say=print)
+    flags, held = told["flags"], zero.weights_of(told["stage"], told["precision"])
     try:
-        lm = backbone.load(path, torch.float32, flags["trust_remote_code"], flags["allow_pickle"])
-        adapters.add(lm, flags["lora_rank"], flags["lora_alpha"], flags["lora_targets"])
-    except ValueError as error:
-        fail(f"{error}; adapters need the model that the run started from: --model names it", Exit.FLAGS)
-    here = {name: p.detach() for name, p in lm.named_parameters()}
-    shapes = lambda named: {name: tuple(p.shape) for name, p in named.items() if ".lora_" in name}
-    if shapes(here) != shapes(trained):
-        fail(f"{path} is not the base of the adapters in {checkpoint}: --model names it", Exit.FLAGS)
-    return lm, here | trained
+        path = args.model or flags["model"] or builtin.fetch(say=print)
+        lm = backbone.load(path, held, args.trust_remote_code, args.allow_pickle).float()
+    except (ValueError, builtin.ModelUnavailable) as error:
+        raise ValueError(f"{error}; --model names the model that the run started from") from error
+    adapters.add(lm, flags["lora_rank"], flags["lora_alpha"], flags["lora_targets"])
+    shapes, here = {name: p.shape for name, p in lm.named_parameters() if p.requires_grad}, state.still(lm)
+    same = lambda key, value: key in here and torch.equal(here[key][: len(value)], value[: len(here[key])])
+    begins = {key: value for key, value in kept.items() if key.startswith("frozen/")}
+    if shapes != {name: p.shape for name, p in trained.items()} or not all(same(*item) for item in begins.items()):
+        raise ValueError(f"{path} is not the base of these adapters: --model names it")
+    return lm
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def main():
         for step, rows in scoring.ahead(steps, data, device):
             shares, before = [None] * len(rows), running.state_dict()
             if loss_of.couples:  # an example's loss depends on the others of its step: score them all first
-                with memory.explained(max(rows, key=lambda row: len(row.input_ids)), plan.row_tokens):
+                with memory.explained(rows[0], plan.row_tokens):
                     shares = objective.whole_step(policy, reference, data, step, loss_of, running, plan.row_tokens,
                                                   settings.max_length, device)  # fmt: skip
             for row, share in zip(rows, shares, strict=True):  # as many on every rank; the last ones may be empty
@@ -186,9 +186,8 @@ def open_data(settings, folder, loss_of):
     folder.dropped({"train": data.dropped, "eval": held_out.dropped if held_out else []})
     if not eval_sources and settings.eval_split:
         data, held_out = tokens.split_by_prompt(data, settings.eval_split, settings.data_split_seed)
-    folder.note(
-        data=run.describe(data, sources), eval_data=held_out and run.describe(held_out, eval_sources or sources)
-    )
+    folder.note(data=run.describe(data, sources),
+                eval_data=held_out and run.describe(held_out, eval_sources or sources))  # fmt: skip
     return tokenizer, data, held_out
 
 

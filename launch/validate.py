@@ -77,9 +77,8 @@ def examine(settings, report):
     for part in parts.values():
         tokens.refuse_too_many(part, settings.max_dropped)
     if settings.eval_split and not eval_sources:
-        parts["data"], parts["eval_data"] = tokens.split_by_prompt(
-            parts["data"], settings.eval_split, settings.data_split_seed
-        )
+        parts["data"], parts["eval_data"] = tokens.split_by_prompt(parts["data"], settings.eval_split,
+                                                                   settings.data_split_seed)  # fmt: skip
         report["split"] = {"train": len(parts["data"]), "held_out": len(parts["eval_data"])}
     if "eval_data" in parts:
         report["prompts_in_both"] = len(set(parts["data"].prompts.tolist()) & set(parts["eval_data"].prompts.tolist()))

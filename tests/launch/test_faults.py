@@ -46,10 +46,10 @@ def test_two_runs_in_one_folder(warm, model_dir, few, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(BlockingIOError):
         _locked_out(warm, flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), out)
-    assert re.fullmatch(r"process \d+ on .+\n", (out / ".lock").read_text())
+    assert re.fullmatch(r"process \d+ on .+\n", (out / "logs/lock").read_text())
     line = flags(model_dir, few, tmp_path / "mine")
-    (tmp_path / "mine").mkdir()
-    with open(tmp_path / "mine/.lock", "a+") as lock:
+    (tmp_path / "mine/logs").mkdir(parents=True)
+    with open(tmp_path / "mine/logs/lock", "a+") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.write("process 7 on elsewhere")
         lock.flush()
@@ -63,8 +63,8 @@ def _locked_out(warm, line, out):
     job = warm.start(line)
     at_checkpoint(out, 1)
     try:
-        assert (out / ".lock").read_text().startswith(f"process {job.pids[0]} on ")
-        with open(out / ".lock", "a+") as lock:
+        assert (out / "logs/lock").read_text().startswith(f"process {job.pids[0]} on ")
+        with open(out / "logs/lock", "a+") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         job.kill()

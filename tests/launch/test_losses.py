@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ from tests.launch.compare import (
     straight,
     weights,
 )
+from train.engine import files
 from train.losses.preference import LOSSES
 
 WORDS = ("tree stone river cloud lamp paper glass bread train window garden letter music summer winter paint table "
@@ -207,7 +209,8 @@ def _check_exported(model_dir, out, folder):
     import transformers
 
     command = [sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}"]
-    export = lambda *args: subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
+    quiet = {"cwd": ROOT, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    export = lambda *args: subprocess.run([*command, *args], **quiet)
     done = export(folder / "again")
     assert done.returncode == 0, done.stderr[-2000:]
     for made, again in ((out / "model", folder / "again"), (out / "model/adapter", folder / "again/adapter")):
@@ -219,10 +222,53 @@ def _check_exported(model_dir, out, folder):
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     assert peft.PeftModel.from_pretrained(base, folder / "bf16/adapter").active_adapters == ["default"]
     tiny.make_model("llama", intermediate_size=104).save_pretrained(folder / "wider")
-    for model, word in ((folder / "wider", "is not the base"), (folder / "nowhere", "cannot load")):
+    tiny.make_model("llama", seed=1).save_pretrained(folder / "same shapes")
+    for model, word in (("wider", "is not the base"), ("same shapes", "is not the base"), ("nowhere", "cannot load")):
+        model = folder / model
         done = export(folder / "other", "--model", model)
-        assert done.returncode == 2 and word in done.stderr and "--model names it" in done.stderr, done.stderr[-2000:]
+        assert done.returncode == 2 and word in done.stderr and "--model names" in done.stderr, done.stderr[-2000:]
         assert "Traceback" not in done.stderr and not (folder / "other").exists()
+    # what a stranger's checkpoint says of its run lets nobody's code run here
+    path, marker = out / f"checkpoints/step-{STEPS}/manifest.json", folder / "ran"
+    told = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
+    told["flags"] |= {"trust_remote_code": True, "allow_pickle": True, "model": str(folder / "theirs")}
+    path.write_text(json.dumps(told | {"sha256": files._digest(told)}))
+    shutil.copytree(model_dir, folder / "theirs")
+    (folder / "theirs/theirs.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    config = json.loads((model_dir / "config.json").read_text()) | {"model_type": "theirs"}
+    config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "theirs/config.json").write_text(json.dumps(config))
+    done = export(folder / "other")
+    assert done.returncode == 2 and "trust_remote_code" in done.stderr and not marker.exists(), done.stderr[-2000:]
+    assert export(folder / "other", "--trust_remote_code").returncode and marker.exists()  # it would have run
+
+
+@pytest.mark.slow
+def test_buffers_reach_an_export(warm, few, tmp_path):
+    """A mixture of experts whose router has a bias that is a buffer: in the run's model and in its checkpoint's export."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(vocab_size=tiny.VOCAB, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+                           num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                           n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1,
+                           max_position_embeddings=512, eos_token_id=2, pad_token_id=2, bos_token_id=1)  # fmt: skip
+    lm, name = Glm4MoeForCausalLM(config), "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = dict(lm.named_buffers())[name].uniform_().clone()
+    lm.save_pretrained(tmp_path / "moe")
+    tiny.save_tokenizer(tmp_path / "moe")
+    for number, extra in enumerate(([], ["--lora_rank", 2, "--lora_targets", "q_proj"])):
+        if extra:
+            pytest.importorskip("peft")
+        out, folder = tmp_path / f"out{number}", tmp_path / f"again{number}"
+        codes, text = warm.run(flags(tmp_path / "moe", few, out, 0, *extra, "--max_steps", 2))
+        assert codes == [0], text[-3000:]
+        command = [sys.executable, "launch/export.py", out / "checkpoints/step-2", folder]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "MISSING" not in done.stderr, done.stderr[-2000:]
+        exported = safetensors.torch.load_file(folder / "model.safetensors")
+        assert torch.equal(exported[name], bias)
+        same_bits(exported, weights(out))
 
 
 @pytest.mark.slow

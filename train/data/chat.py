@@ -211,10 +211,8 @@ def check_fit(config, tokenizer: PreTrainedTokenizerBase, max_length: int) -> No
     config = config.get_text_config()
     ids = 1 + max(tokenizer.get_vocab().values(), default=-1)  # not their number: there may be gaps
     if ids > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {ids:,} tokens, the model's vocabulary {config.vocab_size:,}: "
-            "they do not belong together"
-        )
+        raise ValueError(f"the tokenizer has {ids:,} tokens, the model's vocabulary {config.vocab_size:,}: "
+                         "they do not belong together")  # fmt: skip
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise ValueError(f"--max_length {max_length} is more than the model's {positions} positions")
@@ -228,10 +226,8 @@ def check_lengths(max_length: int, max_prompt_length: int | None, header_length:
     if limit >= max_length:
         raise ValueError(f"max_prompt_length {limit} leaves no room for a response in max_length {max_length}")
     if limit < header_length:
-        raise ValueError(
-            f"a prompt of {limit} tokens cannot hold the assistant's header of {header_length}: raise "
-            f"{'max_length' if max_prompt_length is None else 'max_prompt_length'}"
-        )
+        raise ValueError(f"a prompt of {limit} tokens cannot hold the assistant's header of {header_length}: raise "
+                         f"{'max_length' if max_prompt_length is None else 'max_prompt_length'}")  # fmt: skip
     return limit
 
 

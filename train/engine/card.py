@@ -277,9 +277,7 @@ def _data_table(record: dict) -> str:
 def _recipe(record: dict) -> str:
     flags = record["flags"]
     rows = [(title, _number(flags[name])) for title, name in HYPERPARAMETERS if flags.get(name) not in (None, {})]
-    rows += [
-        (title, record[name]) for title, name in (("steps", "steps"), ("precision", "precision")) if name in record
-    ]
+    rows += [(name, record[name]) for name in ("steps", "precision") if name in record]
     if "deepspeed" in record:
         rows.append(("ZeRO stage", record["deepspeed"].get("zero_optimization", {}).get("stage", 0)))
     if record.get("skipped_steps"):

@@ -142,7 +142,7 @@ class Saves:
             group["lr"] = lr
         policy.engine.global_steps, policy.engine.skipped_steps = told["step"], told["skipped"]
         ranks = range(told["world"]) if told["world"] != dist.world() else [dist.rank()]
-        parts = [_read_rank(path / _rank_file(rank)) for rank in ranks]
+        parts = [read_rank(path / rank_file(rank)) for rank in ranks]
         if told["world"] == dist.world():
             chance.restore(parts[0])
         elif not dist.first():
@@ -246,8 +246,8 @@ class Saves:
         name = f"state-{rank:05d}.safetensors"
         given = (tensor if key in mine else None for key, tensor in zip(shapes, whole, strict=True))
         entries = {name: files.write(beside / name, mine, given)}
-        others = [_rank_file(rank)]
-        save_file(mark.mine(), beside / others[0])
+        others = [rank_file(rank)]
+        save_file(mark.mine() | (state.still(self.policy.module.lm) if dist.first() else {}), beside / others[0])
         if dist.first():
             lm = self.policy.module.lm
             lm.config.save_pretrained(beside / "model")
@@ -324,10 +324,12 @@ class Saves:
         os._exit(code)  # taking the interpreter down in order costs 5 s of the 30 that a launcher leaves after TERM
 
 
-def _rank_file(rank):
+def rank_file(rank):
+    """The name of what is a rank's own; rank 0's holds what `state.still` gives, too."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def _read_rank(path):
+def read_rank(path) -> dict[str, torch.Tensor]:
+    """The tensors of such a file by key."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict

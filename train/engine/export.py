@@ -71,7 +71,8 @@ def weights_to(folder, lm, state: dict, dtype=None) -> dict:
         with torch.device("meta"):  # the same architecture without adapters in it
             plain = type(lm)(lm.config)
         plain.generation_config = lm.generation_config
-    state = {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in state.items()}
+    trained = dict(plain.named_parameters())
+    state = {name: value.to(dtype) if dtype and name in trained else value for name, value in state.items()}
     plain.save_pretrained(folder, state_dict=dict(state), max_shard_size="4GB")  # which empties what it is given
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     saved = str(next(iter(state.values())).dtype).removeprefix("torch.")

@@ -46,17 +46,17 @@ class Training:
         if number % self.settings.log_every == 0 or number == self.plan.steps:
             sums, perf = self.meter.read()
             mean = measures.means(sums)
-            self.last = mean | perf
+            shorter = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+            self.last = {short: mean[name] for short, name in shorter.items()} | perf
             self.board.scalars({name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "train/")
             self.board.scalars({"train/grad_norm": update.grad_norm, "train/learning_rate": update.lr,
                                 "train/epoch": step.epoch, "health/skipped_steps": self.policy.skipped,
                                 **self._displaced(mean, "health/")} | perf, number)  # fmt: skip
             self.folder.log.info("step %d %s", number, {**mean, **perf, **update._asdict()})
         if self.last:
-            shapes = {"loss": ("loss", ".4f"), "margin": ("rewards/margins", ".3f"),
-                      "acc": ("rewards/accuracies", ".2f"), "pairs/s": ("perf/pairs_per_second", ".2f"),
-                      "tok/s": ("perf/tokens_per_second", ".0f")}  # fmt: skip
-            shown = {short: format(self.last[name], form) for short, (name, form) in shapes.items()}
+            shown = {"loss": f"{self.last['loss']:.4f}", "margin": f"{self.last['margin']:.3f}",
+                     "acc": f"{self.last['accuracy']:.2f}", "pairs/s": f"{self.last['perf/pairs_per_second']:.2f}",
+                     "tok/s": f"{self.last['perf/tokens_per_second']:.0f}"}  # fmt: skip
         self.board.advance(shown)
 
     def evaluate(self, number, held_out, policy, reference, running):
@@ -132,9 +132,8 @@ class Training:
         first, last = (self.evaluated.get(end(self.evaluated, default=0), {}) for end in (min, max))
         results = {name: last[name] for _, name in measures.ROWS_OF_TABLE if name in last}
         results = results or {"train_loss": self.last["loss"]}
-        self.board.hparams(
-            self.folder.record["flags"], {f"final/{name}": value for name, value in results.items()}, self.plan.steps
-        )
+        self.board.hparams(self.folder.record["flags"], {f"final/{name}": value for name, value in results.items()},
+                           self.plan.steps)  # fmt: skip
         self.board.close()
         self.folder.finish(results=results, skipped_steps=self.policy.skipped, bf16_weights_moved=self.moved,
                            export_gap_nats_per_token=gap,

@@ -34,9 +34,9 @@ class Run:
 
     def __init__(self, folder, flags: dict):
         """ValueError where `folder` holds a run with other flags, or cannot be written."""
-        self.path, self._lock = Path(folder), None
+        self.path = Path(folder)
         self.record = {"status": "running", "flags": flags}
-        self.began, self._builtin, self._started, self._dropped = time.time(), None, False, []
+        self.began, self._builtin, self._started, self._dropped, self._no_lock = time.time(), None, False, [], ""
         problem, finished = dist.share(self._look(flags) if dist.first() else None)
         if problem:
             raise ValueError(problem)
@@ -44,6 +44,8 @@ class Run:
         self._one_folder()
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._log()
+        if self._no_lock:
+            self.say(f"{self.path} cannot be locked ({self._no_lock}): see to it that no second run writes there")
 
     def _one_folder(self):
         """ValueError where a rank sees another folder under this name: checkpoints and logs need one for all."""
@@ -62,15 +64,16 @@ class Run:
         """What speaks against writing here, or None; and whether this very run is complete."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if busy := self._alone():
-                return busy, False
+            (self.path / ".writable").touch()
+            (self.path / ".writable").unlink()
             foreign = [p.name for p in self.path.iterdir() if p.name not in ("logs", "status", "run.json.tmp")
                        and not p.name.startswith(".")]  # fmt: skip
             before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             old = before["flags"].items()
         except FileNotFoundError:
             shown = ", ".join(sorted(foreign)[:3])
-            return f"{self.path} holds other files ({shown}); choose another --output" if foreign else None, False
+            used = f"{self.path} holds other files ({shown}); choose another --output" if foreign else self._lock()
+            return used, False
         except OSError as error:
             return f"cannot write to {self.path}: {error}", False
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -78,22 +81,24 @@ class Run:
         old = dict(old)
         other = [k for k in sorted({*old, *flags}) if old.get(k) != flags.get(k) and k not in MAY_DIFFER]
         if not other:
-            return None, before.get("status") == "finished"
+            return self._lock(), before.get("status") == "finished"
         shown = "; ".join(f"--{k} was {old.get(k)!r}, is {flags.get(k)!r}" for k in other[:4])
         return f"{self.path} holds another run ({shown}); nothing was overwritten, choose another --output", False
 
-    def _alone(self):
+    def _lock(self):
         """What speaks against writing here while another process does, or None; a lock ends with its process."""
-        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        (self.path / "logs").mkdir(exist_ok=True)
+        self._locked = open(self.path / "logs/lock", "a+", encoding="utf-8")
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            self._lock.seek(0)
-            return f"{self.path} is being written by another run ({self._lock.read().strip()}); nothing was changed"
+            self._locked.seek(0)
+            return f"{self.path} is being written by another run ({self._locked.read().strip()}); nothing was changed"
         except OSError as error:  # a file system without locks
-            logging.getLogger("zeropref").warning("%s cannot be locked: %s", self.path, error)
-        self._lock.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", file=self._lock, flush=True)
+            self._no_lock = error.strerror
+        with contextlib.suppress(OSError):  # a full disk: for the next one's message only
+            self._locked.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", file=self._locked, flush=True)
         return None
 
     def start(self):

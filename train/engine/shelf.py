@@ -40,9 +40,8 @@ def read(shelf: Path, wanted: set[bytes]) -> dict[bytes, np.ndarray]:
         try:
             digests, lengths, values = _read_one(path)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            logging.getLogger("zeropref").warning(
-                "%s is damaged (%s): removed, its records are made again", path, error
-            )
+            logging.getLogger("zeropref").warning("%s is damaged (%s): removed, its records are made again", path,
+                                                  error)  # fmt: skip
             path.unlink(missing_ok=True)
             continue
         ends = np.cumsum(lengths)

@@ -14,7 +14,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from train.engine import dist
+from train.engine import dist, zero
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # moments as AdamW names them
 # Where DeepSpeed's optimisers keep a rank's flat fp32 weights: stages 1 and 2, stage 3, stage 1 with bf16.
@@ -60,6 +60,13 @@ def restore(policy, read: Callable[[str], torch.Tensor], updates: int):
     if persistent := getattr(policy.optimizer, "persistent_parameters", None):
         persistent[0].partition(persistent)  # small weights that stage 3 keeps whole: drop the old copies
         persistent[0].all_gather(persistent)
+
+
+def still(lm) -> dict[str, torch.Tensor]:
+    """What training leaves as it is and an export needs, by key: buffers, and how frozen weights begin, in bf16."""
+    first = lambda p: getattr(p, "ds_tensor", p).detach().flatten()[:8].to("cpu", torch.bfloat16, copy=True)
+    begins = {f"frozen/{name}": first(p) for name, p in lm.named_parameters() if not p.requires_grad}
+    return begins | {f"buffer/{name}": value.clone() for name, value in zero.buffers(lm).items()}
 
 
 def _trained(policy):

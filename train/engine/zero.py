@@ -275,10 +275,13 @@ def whole_state(module, dtype=None) -> dict | None:
         with gathered_one(p):
             if dist.first():
                 state[name] = p.detach().to("cpu", dtype or p.dtype, copy=hasattr(p, "ds_id"))
-    for name, buffer in module.named_buffers():
-        if dist.first() and _persistent(module, name):
-            state[name] = buffer.detach().to("cpu")
-    return state if dist.first() else None
+    return state | buffers(module) if dist.first() else None
+
+
+def buffers(module) -> dict:
+    """What a state dict holds besides parameters, on the CPU."""
+    own = lambda owner, _, leaf: leaf not in module.get_submodule(owner)._non_persistent_buffers_set
+    return {name: value.detach().cpu() for name, value in module.named_buffers() if own(*name.rpartition("."))}
 
 
 def _master(p):
@@ -295,8 +298,3 @@ def gathered_one(p):
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([p])
-
-
-def _persistent(module, name):
-    owner, _, leaf = name.rpartition(".")
-    return leaf not in module.get_submodule(owner)._non_persistent_buffers_set

@@ -26,9 +26,8 @@ def add(lm, rank: int, alpha: float, targets: list[str] | None):
     if not meant or meant - linear:
         raise ValueError(f"--lora_targets {', '.join(targets or ['(none)'])}: adapters go beside linear layers other "
                          f"than the head; this model has: {', '.join(found) or 'none'}")  # fmt: skip
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or found, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets or found,
+                        task_type="CAUSAL_LM")  # fmt: skip
     lm.requires_grad_(False)
     inject_adapter_in_model(config, lm, adapter_name=DEFAULT)
     for name, p in lm.named_parameters():

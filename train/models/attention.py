@@ -135,9 +135,8 @@ class CpuAttention(torch.autograd.Function):
         for part in segments.parts:
             q, k, v = query[:, :, part.queries : part.end], part.keys(key), part.keys(value)
             mask = segments.mask(q.shape[2], k.shape[2], window, q)
-            by_head[:, :, part.queries : part.end], norm = _FORWARD(
-                q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
-            )
+            by_head[:, :, part.queries : part.end], norm = _FORWARD(q, k, v, 0.0, mask is None, attn_mask=mask,
+                                                                    scale=scaling)  # fmt: skip
             norms.append(norm)  # (1, H, queries) logarithms of the softmax's denominators
         ctx.save_for_backward(query, key, value, out, *norms)
         ctx.how = segments, scaling, window

@@ -321,12 +321,10 @@ def dequantise(gguf, model):
 
     folder, name = str(Path(gguf).parent), Path(gguf).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    network = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    network = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32,
+                                                   quantization_config=GgufConfig(dequantize=True))  # fmt: skip
     tokenizer.model_max_length = network.config.max_position_embeddings
     network.save_pretrained(model)
     tokenizer.save_pretrained(model)
