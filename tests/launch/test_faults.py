@@ -85,6 +85,19 @@ def test_a_rank_that_hangs_is_noticed(warm, model_dir, few, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_machine_that_sleeps_is_not_silent(warm, model_dir, few, tmp_path):
+    """Both ranks stopped for longer than a rank may be silent, as a suspended job or machine is: they go on."""
+    patch = {"train.engine.preempt.SILENT": 1.0, "train.engine.preempt.BEAT": 0.2}
+    job = warm.start(flags(model_dir, few, tmp_path / "out"), 2, patch=patch)
+    at_checkpoint(tmp_path / "out", 2)
+    job.kill(signal.SIGSTOP)
+    time.sleep(3)
+    job.kill(signal.SIGCONT)
+    codes, text = job.wait()
+    assert codes == [0, 0], text[-2000:]
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full(warm, model_dir, few, tmp_path):
     """No file may outgrow the limit, which lies between a model and a checkpoint: saves fail, training does not."""
     out = tmp_path / "out"
@@ -114,8 +127,10 @@ def test_a_disk_that_fills_up(warm, model_dir, few, tmp_path):
         at_checkpoint(out, 2)
         job.kill()
         job.wait()
-        for half in (out / "checkpoints").glob("*.tmp"):  # the next run takes these away and has their room
-            shutil.rmtree(half)
+        latest = (out / "checkpoints/latest").read_text().strip()
+        for other in (out / "checkpoints").glob("step-*"):  # half a one, or an older one, whose room the next run takes
+            if other.name != latest:
+                shutil.rmtree(other)
         with open(small / "other", "wb") as file:  # somebody else's data: room for less than one more checkpoint
             free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
             file.write(b"0" * (free - one // 2))

@@ -1,5 +1,6 @@
 """launch/slurm/: the wrappers read as shell, a sweep's combinations, and the chain on a SLURM cluster of its own."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -189,7 +190,9 @@ class Cluster:
         self.until(lambda: not self("squeue", "-h", may_fail=True), 60)
         for daemon in reversed(self.daemons):
             daemon.terminate()
-            daemon.wait(20)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(20)
+            daemon.kill()
 
     def _daemon(self, name, *options):
         with open(self.root / f"{name}{len(self.daemons)}.log", "w") as log:
@@ -225,8 +228,9 @@ class Cluster:
                 return True
             if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and job["Restarts"] not in hastened:
                 # not at once: SLURM takes a start in the second of the requeue for the one that it has just ended
-                self("scontrol", "update", f"job={number}", "StartTime=now+3", may_fail=True)
-                hastened.add(job["Restarts"])
+                update = ["scontrol", "update", f"job={number}", "StartTime=now+3"]
+                if subprocess.run(update, env=self.env, capture_output=True).returncode == 0:
+                    hastened.add(job["Restarts"])
             ended = job["JobState"] in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "COMPLETED")
             assert not ended, f"{job['JobState']} {job['ExitCode']}\n{self.log(number)}"
             return False

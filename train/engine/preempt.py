@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 BEAT, SILENT = 5.0, 120.0  # seconds between signs of life; without one for so long a rank counts as gone
@@ -76,19 +75,18 @@ def agreed(here: bool) -> bool:
 
 def _beat(peers, done):
     """The thread: say that this rank lives, and end it where another has not said so for SILENT seconds."""
-    seen, number = {}, 0
+    seen, number = {}, 0  # rank -> its last sign of life, and for how many rounds: a machine that sleeps has none
     while not done.wait(BEAT):
         number += 1
-        now = time.monotonic()
         try:
             beats = peers.exchange(number)
         except Exception as error:  # the store lives in rank 0
             _end(f"rank 0 is gone ({type(error).__name__})", done)
             return
         for rank, beat in beats.items():
-            last, since = seen.get(rank, (None, now))
-            seen[rank] = (beat, now if beat != last else since)
-            if beat != "done" and now - seen[rank][1] > SILENT:
+            last, rounds = seen.get(rank, (None, 0))
+            seen[rank] = (beat, rounds + 1 if beat == last else 0)
+            if beat != "done" and seen[rank][1] * BEAT > SILENT:
                 _end(f"rank {rank} has been silent for {SILENT:.0f} s", done)
                 return
     with contextlib.suppress(Exception):  # rank 0 may have gone, and its store with it
