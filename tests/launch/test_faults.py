@@ -88,11 +88,14 @@ def test_a_rank_that_hangs_is_noticed(warm, model_dir, few, tmp_path):
 def test_a_machine_that_sleeps_is_not_silent(warm, model_dir, few, tmp_path):
     """Both ranks stopped for longer than a rank may be silent, as a suspended job or machine is: they go on."""
     patch = {"train.engine.preempt.SILENT": 1.0, "train.engine.preempt.BEAT": 0.2}
-    job = warm.start(flags(model_dir, few, tmp_path / "out"), 2, patch=patch)
-    at_checkpoint(tmp_path / "out", 2)
-    job.kill(signal.SIGSTOP)
-    time.sleep(3)
-    job.kill(signal.SIGCONT)
+    more = ["--max_steps", 40, "--epochs", 20, "--save_every", 0]
+    job = warm.start(flags(model_dir, few, tmp_path / "out", 0, *more), 2, patch=patch)
+    says(job, r"train: .* [1-9]+/40 \[")
+    for _ in range(4):
+        job.kill(signal.SIGSTOP)
+        time.sleep(1.5)
+        job.kill(signal.SIGCONT)
+        time.sleep(0.5)
     codes, text = job.wait()
     assert codes == [0, 0], text[-2000:]
 
