@@ -9,6 +9,7 @@ again, against what was to be written.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,9 +39,10 @@ def main():
     beside = args.folder.with_name(args.folder.name + ".tmp")
     if args.model and not told["flags"].get("lora_rank"):
         fail(f"{args.checkpoint} holds a whole model: --model is for adapters", Exit.FLAGS)
+    shutil.rmtree(beside, ignore_errors=True)
     try:
         count = write(args.checkpoint, told, beside, args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error), Exit.FLAGS)
     if args.folder.exists():
         args.folder.rmdir()
@@ -53,7 +55,7 @@ def write(checkpoint, told, folder, args) -> int:
     import torch
     import transformers
 
-    from train.engine import export, files, state
+    from train.engine import export, files, state, zero
     from train.engine.checkpoint import rank_file, read_rank
 
     read, kept = files.Reader(checkpoint, told), read_rank(checkpoint / rank_file(0))
@@ -61,7 +63,7 @@ def write(checkpoint, told, folder, args) -> int:
     weights = {name.removeprefix("lm."): read(f"{name}/{state.WEIGHT}") for name in names}
     if told["flags"].get("lora_rank"):
         lm = adapted(told, weights, kept, args)
-        weights = {name: p.detach() for name, p in lm.named_parameters()} | weights
+        weights = {name: p.detach() for name, p in lm.named_parameters()} | zero.buffers(lm) | weights
     else:
         config = transformers.AutoConfig.from_pretrained(checkpoint / "model", trust_remote_code=args.trust_remote_code)
         with torch.device("meta"):
@@ -80,7 +82,7 @@ def write(checkpoint, told, folder, args) -> int:
                                                                trust_remote_code=args.trust_remote_code)  # fmt: skip
     here, parameters = loaded.state_dict(), dict(loaded.named_parameters())
     same = lambda name: name in written and torch.equal(written[name].to(here[name].dtype), here[name])
-    if wrong := [name for name in written | parameters if not same(name)]:
+    if wrong := [name for name in written | parameters | zero.buffers(loaded) if not same(name)]:
         fail(f"{folder}: {wrong[0]} is not what was written")
     return sum(p.numel() for p in parameters.values())
 

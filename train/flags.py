@@ -85,8 +85,9 @@ class Training(Data):
     keep: int = 2
     """Checkpoints to keep, the newest ones."""
     resume: str = "auto"
-    """auto: continue from the newest sound checkpoint in --output. never: start over. Else the path of a checkpoint to
-    begin from where --output has none of its own, or of one of its own to go back to."""
+    """auto: continue from the newest sound checkpoint in --output. never: start over (a job that
+    SLURM has requeued goes on). Else the path of a checkpoint to begin from where --output has none of its own, or of
+    one of its own to go back to."""
     max_skipped: int = 5
     """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     log_every: int = 1

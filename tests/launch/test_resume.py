@@ -204,6 +204,11 @@ def test_damaged_checkpoints_and_export(warm, model_dir, few, tmp_path):
     assert codes == [0] and "continues" not in text
     same_bits(weights(out), before)
     assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-8"]
+    told = json.loads((out / "run.json").read_text()) | {"status": "running"}
+    (out / "run.json").write_text(json.dumps(told))
+    requeued = {"train.engine.checkpoint.RESTARTS": 1}  # the job that was told never to resume, requeued by SLURM
+    codes, text = warm.run(flags(model_dir, few, out, 0, "--resume", "never", "--keep", 1), patch=requeued)
+    assert codes == [0] and "continues after step 8" in text
 
 
 def exported(out, folder):

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from train.config import Exit, fail
 from train.engine import chance, dist, files, preempt, state
 
+RESTARTS = int(os.environ.get("SLURM_RESTART_COUNT") or 0)  # a requeued job goes on, also where it began anew
 SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
 
@@ -79,7 +80,7 @@ class Saves:
 
     def _find(self):
         """The manifest and the path of the checkpoint to continue from, or (None, None)."""
-        choice = self.settings.resume
+        choice = dist.share("auto" if self.settings.resume == "never" and RESTARTS else self.settings.resume)
         if dist.first():  # what a run left that was killed while it saved
             for path in self.path.glob("step-*.tmp"):
                 shutil.rmtree(path, ignore_errors=True)

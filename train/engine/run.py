@@ -65,7 +65,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".writable").touch()
-            (self.path / ".writable").unlink()
+            (self.path / ".writable").unlink(missing_ok=True)
             foreign = [p.name for p in self.path.iterdir() if p.name not in ("logs", "status", "run.json.tmp")
                        and not p.name.startswith(".")]  # fmt: skip
             before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -87,8 +87,11 @@ class Run:
 
     def _lock(self):
         """What speaks against writing here while another process does, or None; a lock ends with its process."""
-        (self.path / "logs").mkdir(exist_ok=True)
-        self._locked = open(self.path / "logs/lock", "a+", encoding="utf-8")
+        try:
+            (self.path / "logs").mkdir(exist_ok=True)
+            self._locked = open(self.path / "logs/lock", "a+", encoding="utf-8")
+        except OSError as error:
+            return f"cannot write to {self.path}: {error}"
         try:
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

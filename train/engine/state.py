@@ -66,7 +66,7 @@ def still(lm) -> dict[str, torch.Tensor]:
     """What training leaves as it is and an export needs, by key: buffers, and how frozen weights begin, in bf16."""
     first = lambda p: getattr(p, "ds_tensor", p).detach().flatten()[:8].to("cpu", torch.bfloat16, copy=True)
     begins = {f"frozen/{name}": first(p) for name, p in lm.named_parameters() if not p.requires_grad}
-    return begins | {f"buffer/{name}": value.clone() for name, value in zero.buffers(lm).items()}
+    return begins | {f"buffer/{name}": value for name, value in zero.buffers(lm).items()}
 
 
 def _trained(policy):

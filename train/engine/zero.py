@@ -279,9 +279,10 @@ def whole_state(module, dtype=None) -> dict | None:
 
 
 def buffers(module) -> dict:
-    """What a state dict holds besides parameters, on the CPU."""
+    """What a state dict holds besides parameters, copied to the CPU."""
     own = lambda owner, _, leaf: leaf not in module.get_submodule(owner)._non_persistent_buffers_set
-    return {name: value.detach().cpu() for name, value in module.named_buffers() if own(*name.rpartition("."))}
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.named_buffers()
+            if own(*name.rpartition("."))}  # fmt: skip
 
 
 def _master(p):
