@@ -261,8 +261,8 @@ class RewardModel:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
         if positions and longest + max_new_tokens > positions:
-            raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} "
-                             f"positions of --reward_model {self.path}: lower --max_new_tokens")  # fmt: skip
+            found = f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} positions of"
+            raise ValueError(f"{found} --reward_model {self.path}: lower --max_new_tokens or --prompts")
 
     @property
     def description(self) -> dict:

@@ -126,7 +126,7 @@ anything = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 @given(
     st.fixed_dictionaries({}, optional={name: anything for name in ("prompt", "chosen", "rejected", "text")}) | anything
 )
@@ -328,7 +328,7 @@ lines = st.binary(max_size=40) | st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(lines, max_size=4), st.sampled_from([".jsonl", ".json", ".csv"]))
 def test_no_bytes_are_a_traceback(tmp_path_factory, parts, suffix):
     path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"

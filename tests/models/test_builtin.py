@@ -454,10 +454,10 @@ def no_answer(tmp_path, endpoint):
 
 
 def test_no_hub_is_known_at_once(tmp_path):
-    assert no_answer(tmp_path, "http://127.0.0.1:9") < builtin.HUB_SECONDS  # nothing was waited for
+    assert no_answer(tmp_path, "http://127.0.0.1:9") < 3
 
 
 @pytest.mark.slow
 def test_a_silent_hub_is_given_up_soon(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers, as a firewall may
-        assert no_answer(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}") < 2 * builtin.HUB_SECONDS
+        assert no_answer(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}") < 10
