@@ -54,11 +54,12 @@ def write(checkpoint, told, folder, args) -> int:
     """Write the model to `folder`, load it again and compare every weight; the number of parameters."""
     import torch
     import transformers
+    from safetensors.torch import load_file
 
     from train.engine import export, files, state, zero
-    from train.engine.checkpoint import rank_file, read_rank
+    from train.engine.checkpoint import rank_file
 
-    read, kept = files.Reader(checkpoint, told), read_rank(checkpoint / rank_file(0))
+    read, kept = files.Reader(checkpoint, told), load_file(checkpoint / rank_file(0))
     names = [key.removesuffix(f"/{state.WEIGHT}") for key in read.shapes() if key.endswith(f"/{state.WEIGHT}")]
     weights = {name.removeprefix("lm."): read(f"{name}/{state.WEIGHT}") for name in names}
     if told["flags"].get("lora_rank"):

@@ -63,12 +63,10 @@ class Kind(NamedTuple):
     label_of: Callable[[Any], bool] | None = None  # item -> its label, where it has one
 
 
-def _pair_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
-    return PairEncoder(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
-
-
-def _labelled_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
-    return LabelledEncoder(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
+def _with_prompts(kind):
+    return lambda tokenizer, max_length, max_prompt_length, allow_control_tokens: kind(
+        Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length
+    )
 
 
 def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
@@ -78,10 +76,10 @@ def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens
 
 
 KINDS = {
-    "pair": Kind(check_pair, PAIR_COLUMNS, 2, lambda item: item[0], _pair_encoder),
+    "pair": Kind(check_pair, PAIR_COLUMNS, 2, lambda item: item[0], _with_prompts(PairEncoder)),
     "labelled": Kind(
-        check_labelled, LABELLED_COLUMNS, 1, lambda item: item[0], _labelled_encoder, lambda item: item[2]
-    ),  # fmt: skip
+        check_labelled, LABELLED_COLUMNS, 1, lambda item: item[0], _with_prompts(LabelledEncoder), lambda item: item[2]
+    ),
     "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
 }
 
@@ -119,9 +117,9 @@ class Tokenised:
         """A view of the groups `indices`, in that order. Raises IndexError."""
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
-        per_group = ["offsets", "lengths", "truncated", "rows", "prompts"]
-        per_group += [] if self.labels is None else ["labels"]
-        return dataclasses.replace(self, fingerprint=digest, **{name: getattr(self, name)[index] for name in per_group})
+        per_group = ("offsets", "lengths", "truncated", "rows", "prompts", "labels")
+        picked = {name: values[index] for name in per_group if (values := getattr(self, name)) is not None}
+        return dataclasses.replace(self, fingerprint=digest, **picked)
 
 
 def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Tokenised, Tokenised]:
@@ -179,7 +177,7 @@ def collect(
     rows, refused = check_rows(sources, KINDS[kind].check, KINDS[kind].columns, split)
     settings = [FORMAT, kind, max_length, max_prompt_length, allow_control_tokens, _identity(tokenizer)]
     key = _key(settings, rows)
-    path = _cache_folder(cache_dir) / f"{key}.safetensors"
+    path = user_cache("tokens", cache_dir) / f"{key}.safetensors"
     cached = _load(path, key)
     if cached is None:
         _save(path, key, *_encode(rows, KINDS[kind], encoder, tokenizer))
@@ -303,9 +301,9 @@ def _key(settings: list, rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def _cache_folder(cache_dir) -> Path:
-    root = cache_dir or os.environ.get("ZEROPREF_CACHE") or Path.home() / ".cache" / "zeropref"
-    return Path(root).expanduser() / "tokens"
+def user_cache(name: str, cache_dir=None) -> Path:
+    """The subfolder `name` of `cache_dir`, $ZEROPREF_CACHE or ~/.cache/zeropref."""
+    return Path(cache_dir or os.environ.get("ZEROPREF_CACHE") or "~/.cache/zeropref").expanduser() / name
 
 
 def _checksum(arrays: dict, dropped: str) -> str:

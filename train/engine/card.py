@@ -18,6 +18,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from train.data.rows import READERS
+from train.engine.export import write_text
 from train.losses.measures import ROWS_OF_TABLE
 from train.losses.preference import LOSSES
 from train.models import builtin
@@ -117,9 +118,7 @@ def update(model_dir, report: dict, figures: Sequence[Path] = (), record: dict |
 def _write(folder: Path, metadata: ModelCardData, body: str):
     """Write README.md beside and rename it. The text is parsed again first: a model-index that is not valid raises."""
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
-    beside = folder / f"{README}.tmp"
-    beside.write_text(str(card), encoding="utf-8")
-    os.replace(beside, folder / README)
+    write_text(folder / README, str(card))
 
 
 def _between(body: str, section: str) -> str:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from train.config import Exit, fail
 from train.engine import chance, dist, files, preempt, state
@@ -143,7 +142,7 @@ class Saves:
             group["lr"] = lr
         policy.engine.global_steps, policy.engine.skipped_steps = told["step"], told["skipped"]
         ranks = range(told["world"]) if told["world"] != dist.world() else [dist.rank()]
-        parts = [read_rank(path / rank_file(rank)) for rank in ranks]
+        parts = [load_file(path / rank_file(rank)) for rank in ranks]
         if told["world"] == dist.world():
             chance.restore(parts[0])
         elif not dist.first():
@@ -328,9 +327,3 @@ class Saves:
 def rank_file(rank):
     """The name of what is a rank's own; rank 0's holds what `state.still` gives, too."""
     return f"rank-{rank:05d}.safetensors"
-
-
-def read_rank(path) -> dict[str, torch.Tensor]:
-    """The tensors of such a file by key."""
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no dict

@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 
 from train.engine.export import plain, to_disk, write_json, write_text
+from train.models.builtin import sha256
 
 FORMAT, MANIFEST, LATEST = 1, "manifest.json", "latest"
 QUEUED = 8  # tensors that may wait for the disk
-BLOCK = 1 << 22  # bytes read at a time when hashing
 
 
 class Damaged(ValueError):
@@ -66,7 +66,7 @@ def check(checkpoint: Path, names: Iterable[str], told: dict):
             size = path.stat().st_size
             if size != entry["bytes"]:
                 raise Damaged(f"{path} has {size:,} bytes instead of {entry['bytes']:,}")
-            if _hash(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 raise Damaged(f"{path} is not what was written (sha256)")
         except OSError as error:
             raise Damaged(f"{path}: {error.strerror}") from error
@@ -75,19 +75,11 @@ def check(checkpoint: Path, names: Iterable[str], told: dict):
 def entry(path: Path) -> dict:
     """A file's line in the manifest, after it has reached the disk."""
     to_disk(path)
-    return {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _digest(told):
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _hash(path):
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write(path: Path, shapes: dict[str, tuple], tensors: Iterable[torch.Tensor | None]) -> dict:

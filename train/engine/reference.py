@@ -212,9 +212,11 @@ def _identity(live) -> str | None:
 def _cast_matrices(module):
     """Hold the linear layers' weights in the type that autocast computes in: the same digits, cast once.
 
-    Embeddings and norms stay wide, and so does a head tied to them, for the residual stream's sake.
+    Embeddings and norms stay wide, and so does a head tied to them, for the residual stream's sake: in memory of their
+    own, because the file that they were read from stays in memory as a whole.
     """
     tied = module.lm.get_input_embeddings().weight
     for layer in module.modules():
-        if isinstance(layer, torch.nn.Linear) and layer.weight is not tied:
-            layer.to(module.autocast)
+        narrow = isinstance(layer, torch.nn.Linear) and layer.weight is not tied
+        for p in layer.parameters(recurse=False):
+            p.data = p.to(module.autocast) if narrow else p.clone()

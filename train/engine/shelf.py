@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from train.data.packing import DIGEST
+from train.data.tokens import user_cache
 from train.engine.export import to_disk
 
 FORMAT = 1
@@ -29,8 +30,7 @@ IN_USE = 3600.0  # seconds for which a shelf that was touched stays
 
 def folder(name: str) -> Path:
     """The shelf of this name in the user's cache."""
-    root = os.environ.get("ZEROPREF_CACHE") or Path.home() / ".cache" / "zeropref"
-    return Path(root) / "reference" / name
+    return user_cache("reference") / name
 
 
 def read(shelf: Path, wanted: set[bytes]) -> dict[bytes, np.ndarray]:

@@ -263,12 +263,14 @@ def whole_state(module, dtype=None) -> dict | None:
 
     A tied weight stands once, under its first name. `dtype`: cast to it; fp32 of a bf16 weight is its master.
     """
+    from deepspeed.utils import safe_get_full_fp32_param
+
     state, seen = {}, set()
     for name, p in module.named_parameters(remove_duplicate=False):
         if id(p) in seen:
             continue
         seen.add(id(p))
-        if dtype == torch.float32 and p.dtype != dtype and (master := _master(p)) is not None:
+        if dtype == torch.float32 and p.dtype != dtype and (master := safe_get_full_fp32_param(p)) is not None:
             if dist.first():
                 state[name] = master.to("cpu", copy=True)
             continue
@@ -283,13 +285,6 @@ def buffers(module) -> dict:
     own = lambda owner, _, leaf: leaf not in module.get_submodule(owner)._non_persistent_buffers_set
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.named_buffers()
             if own(*name.rpartition("."))}  # fmt: skip
-
-
-def _master(p):
-    """The whole fp32 master of a trained bf16 weight; None where it has none. Every rank calls this."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return safe_get_full_fp32_param(p)
 
 
 def gathered_one(p):

@@ -11,9 +11,10 @@ import math
 
 import torch
 
-from train.losses.products import rounded, times_transposed, weight_gradient
+from train.losses.products import SLICE, rounded, scratch, times_transposed, weight_gradient
 
 LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,730 tokens
+AT_HAND = 1 << 25  # bytes: above it glibc asks the system for memory each time, which hands out a page at a time
 
 
 def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES, log_p2=False):
@@ -25,6 +26,8 @@ def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES, log_p2=F
     With `log_p2` a second (T,) comes out: log sum_v p_v^2 of each token's distribution, without gradient.
     """
     device = hidden.device.type
+    if device == "cpu" and not torch.is_grad_enabled():  # nothing is kept: chunks that the allocator has at hand
+        budget = min(budget, AT_HAND)
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
         logps, squares = _TokenLogps.apply(hidden, weight, target, bias, product, budget, log_p2)
@@ -37,7 +40,9 @@ def _log_softmax(hidden, weight, bias):
     if hidden.is_cuda and hidden.dtype != wide:
         logits = torch.mm(hidden, weight.t(), out_dtype=wide)  # half-precision product, never rounded to half
     else:
-        logits = times_transposed(hidden, weight).to(wide)
+        logits = scratch(hidden, weight.shape[0], wide)
+        for into, rows in zip(logits.split(SLICE, dim=1), weight.split(SLICE), strict=True):
+            into.copy_(times_transposed(hidden, rows))
     logits = logits if bias is None else logits.add_(bias)
     # in place where that is known to be right: on a CPU each row is read twice and only then written
     return torch.log_softmax(logits, dim=1, **({"out": logits} if logits.device.type == "cpu" else {}))
@@ -60,6 +65,7 @@ class _TokenLogps(torch.autograd.Function):
         logps, ctx.kept = hidden.new_empty(h.shape[0], dtype=wide), {}
         squares = torch.empty_like(logps) if log_p2 else None
         for start, end in ctx.spans:
+            every = None  # one chunk at a time
             every = _log_softmax(h[start:end], w, bias)  # (t, V)
             logps[start:end] = every.gather(1, target[start:end, None]).squeeze(1)
             if log_p2:  # the backward pass wants p as well: what is kept is p then, not its logarithm
@@ -83,29 +89,22 @@ class _TokenLogps(torch.autograd.Function):
         grad_w = torch.zeros_like(w, dtype=wide) if wants_weight and len(ctx.spans) != 1 else None
         grad_b = torch.zeros_like(bias, dtype=wide) if wants_bias else None
         for start, end in reversed(ctx.spans):
-            kept = ctx.kept.pop((start, end), None)
-            is_p = kept is not None and ctx.kept_p
-            p = _log_softmax(h[start:end], w, bias) if kept is None else kept  # (t, V), overwritten
-            del kept
+            p = ctx.kept.pop((start, end), None)
+            is_p = p is not None and ctx.kept_p
+            p = _log_softmax(h[start:end], w, bias) if p is None else p  # (t, V), overwritten
             # d logp / d logits = onehot(target) - softmax
             (p if is_p else p.exp_()).mul_(-grad[start:end, None])
             p.scatter_add_(1, target[start:end, None], grad[start:end, None].to(wide))
             if wants_bias:
                 grad_b += p.sum(0)
-            p = p.to(h.dtype)
+            p = p if p.dtype == h.dtype else scratch(p, p.shape[1], h.dtype).copy_(p)
             grad_h[start:end] = times_transposed(p, w.t())
             if wants_weight:
                 part = weight_gradient(ctx.weight, p, h[start:end])  # (V, H)
                 grad_w = part if grad_w is None or part is None else grad_w.add_(part)  # None once it is elsewhere
-        return (
-            grad_h.to(hidden_type),
-            None if grad_w is None else grad_w.to(weight_type),
-            None,
-            grad_b.to(bias.dtype) if wants_bias else None,
-            None,
-            None,
-            None,
-        )
+        grad_w = None if grad_w is None else grad_w.to(weight_type)
+        grad_b = grad_b.to(bias.dtype) if wants_bias else None
+        return grad_h.to(hidden_type), grad_w, None, grad_b, None, None, None
 
 
 def score(values, lengths):

@@ -189,23 +189,13 @@ def _flash(query, key, value, segments, scaling, window):
     row = segments.row
     query = query.transpose(0, 1).contiguous()  # (L, H, D)
     key, value = (x.transpose(0, 1) for x in (key, value))  # (L, G, D)
-    known = inspect.signature(varlen_attn).parameters  # torch 2.10 to 2.13 spell the mask and grouped heads differently
-    options = {"scale": scaling} if scaling is not None else {}
-    if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    options = {"window_size": (window - 1 if window > 0 else -1, 0)} | ({} if scaling is None else {"scale": scaling})
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:  # torch 2.11
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     key, value = (GatherKeys.apply(x, row.kv_index, row.kv_users) for x in (key, value))  # (K, G, D)
-    if "window_size" in known:
-        options["window_size"] = (window - 1 if window > 0 else -1, 0)
-    elif window > 0:
-        raise ValueError("sliding windows need torch 2.11 or newer on CUDA; use --layout padded")
-    else:
-        options["is_causal"] = True
-    out = varlen_attn(query, key, value, row.cu_q, row.cu_k, segments.max_q, segments.max_k, **options)
-    return out[None]
+    return varlen_attn(query, key, value, row.cu_q, row.cu_k, segments.max_q, segments.max_k, **options)[None]
 
 
 def register():

@@ -7,26 +7,26 @@ import functools
 import torch
 from torch import nn
 
-from train.losses.products import rounded, times_transposed, weight_gradient
+from train.losses.products import gathered, rounded, times_transposed, weight_gradient
 
 
 class Linear(nn.Linear):
     """nn.Linear with products through oneDNN, and gradients of the weight that need no temporary copy."""
 
-    def forward(self, x):
+    def forward(self, x, up=None):
+        """With `up`, shaped like x, the product of silu(x) * up, which is not kept for the backward pass."""
         if x.device.type != "cpu":
-            return super().forward(x)
+            return super().forward(x if up is None else nn.functional.silu(x) * up)
         product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        flat, given = (each.reshape(-1, x.shape[-1]) for each in (x, rounded(x, product)))
-        rows = _Product.apply(flat, given, self.weight, self.bias, product)
+        flat, second = (each.reshape(-1, x.shape[-1]) for each in (x, rounded(x, product) if up is None else up))
+        rows = (_Product if up is None else _Gated).apply(flat, second, self.weight, self.bias, product)
         return rows.view(*x.shape[:-1], self.out_features)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exact, x, weight, bias, product):
-        ctx.weight, ctx.dtype = weight, exact.dtype
-        w = rounded(weight, product)
+        ctx.weight, ctx.dtype, w = weight, exact.dtype, rounded(weight, product)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, w)
         return times_transposed(x, w, None if bias is None else bias.to(product))
 
@@ -34,15 +34,32 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        wants_x, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        grad_w = weight_gradient(ctx.weight, grad, x) if wants_weight else None
-        return (
-            times_transposed(grad, w.t()).to(ctx.dtype) if wants_x else None,
-            None,
-            None if grad_w is None else grad_w.to(ctx.weight.dtype),
-            grad.sum(0).to(ctx.weight.dtype) if wants_bias else None,
-            None,
-        )
+        grad_x = times_transposed(grad, w.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, *_gradients(ctx, grad, x), None
+
+
+def _gradients(ctx, grad, x):
+    """Of the weight and the bias, the third and fourth inputs; None for what is not wanted or is gathered already."""
+    _, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
+    both = weight_gradient(ctx.weight, grad, x) if wants_weight else None, grad.sum(0) if wants_bias else None
+    return [None if each is None else each.to(ctx.weight.dtype) for each in both]
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias, product):
+        ctx.weight, w = weight, rounded(weight, product)
+        ctx.save_for_backward(gate, up, w)
+        gated = nn.functional.silu(gate).mul_(up).to(product)
+        return times_transposed(gated, w, None if bias is None else bias.to(product))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up, w = ctx.saved_tensors
+        opened, grad_x = nn.functional.silu(gate), times_transposed(grad, w.t()).to(up.dtype)
+        by_weight = _gradients(ctx, grad, (opened * up).to(grad.dtype))
+        return torch.ops.aten.silu_backward(grad_x * up, gate), opened.mul_(grad_x), *by_weight, None
 
 
 class Embedding(nn.Embedding):
@@ -70,8 +87,8 @@ class _Lookup(torch.autograd.Function):
         ids, grad = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
         if ctx.padding is not None:  # as torch has it: the padding token's vector is not trained by its use
             grad = grad.masked_fill((ids == ctx.padding)[:, None], 0)
-        into = ctx.weight.grad if getattr(ctx.weight, "gathers", False) else None
-        total = torch.zeros_like(ctx.weight) if into is None else into
+        into, first = gathered(ctx.weight)
+        total = torch.zeros_like(ctx.weight) if into is None else into.zero_() if first else into
         total.index_add_(0, ids, grad.to(total.dtype))
         return None, total if into is None else None, None
 
@@ -108,27 +125,14 @@ class _Normed(torch.autograd.Function):
 
 
 class GatedMLP:
-    """Goes before the MLP of a model (GATED_MLPS): the same, keeping one wide tensor less for the backward pass.
+    """Goes before the MLP of a model (GATED_MLPS): the same, keeping two wide tensors less for the backward pass.
 
     Shazeer 2020, arXiv 2002.05202, equation 6: SwiGLU.
     """
 
     def forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(_Gated.apply(gate, up) if x.device.type == "cpu" else self.act_fn(gate) * up)
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)
+        gate, up, plain = self.gate_proj(x), self.up_proj(x), type(self.down_proj) is not Linear  # adapters, say
+        return self.down_proj(self.act_fn(gate) * up) if plain else self.down_proj(gate, up)
 
 
 # By the names that transformers has for one and the same code.
