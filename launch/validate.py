@@ -129,9 +129,8 @@ def quantiles(lengths) -> dict | None:
     if not len(lengths):
         return None
     found = np.quantile(lengths, QUANTILES, method="inverted_cdf")
-    return {f"{share:g}": int(value) for share, value in zip(QUANTILES, found, strict=True)} | {
-        "mean": round(float(lengths.mean()), 1)
-    }
+    at = {f"{share:g}": int(value) for share, value in zip(QUANTILES, found, strict=True)}
+    return at | {"mean": round(float(lengths.mean()), 1)}
 
 
 if __name__ == "__main__":

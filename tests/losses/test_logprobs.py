@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from train.losses import logprobs
 from train.losses.logprobs import damped, score, token_logps, weights
 
 
@@ -53,6 +54,40 @@ def test_second_backward_is_the_same():
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (hidden, weight))
     assert all(torch.allclose(a, b, rtol=1e-13) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_that_wait_for_each_other_keep_their_logits(monkeypatch):
+    monkeypatch.setattr(logprobs, "SLICE", 10)  # of a vocabulary of 37
+    hidden, weight, target, bias = inputs()
+    other = (hidden * 2).detach().requires_grad_()
+    both = [token_logps(h, weight, target, bias).sum() for h in (hidden, other)]
+    for loss, h in zip(both, (hidden, other), strict=True):
+        found = torch.autograd.grad(loss, (h, weight, bias))
+        expected = torch.autograd.grad(plain(h, weight, target, bias).sum(), (h, weight, bias))
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(found, expected, strict=True))
+
+
+def test_scratch_is_used_again_when_nobody_holds_it():
+    like = torch.zeros(5, 3)
+    first = logprobs.scratch(like, 7, torch.float32)
+    second, wide = (logprobs.scratch(like, 7, dtype) for dtype in (torch.float32, torch.float64))
+    first.fill_(1), second.fill_(2), wide.fill_(3)
+    assert (first == 1).all() and (second == 2).all() and first.shape == (5, 7)
+    place = first.data_ptr()
+    del first
+    assert logprobs.scratch(like[:2], 4, torch.float32).data_ptr() == place
+    assert logprobs.scratch(like[:0], 4, torch.float32).shape == (0, 4)
+    with torch.inference_mode():
+        logprobs.scratch(like, 90, torch.float32).fill_(1)
+    logprobs.scratch(like, 90, torch.float32).fill_(1)  # what inference mode made is not for others
+
+
+def test_the_same_bits_with_and_without_a_gradient():
+    # a reference is scored without; against a policy of the same weights its margins are 0 to the bit
+    hidden, weight, target, _ = inputs(tokens=300, vocabulary=9000, width=64, dtype=torch.float32)
+    with torch.no_grad():
+        still = token_logps(hidden, weight, target)
+    assert torch.equal(still, token_logps(hidden, weight, target))
 
 
 def test_huge_logits_stay_finite():

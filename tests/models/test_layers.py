@@ -88,6 +88,35 @@ def test_the_fast_product_and_the_place_of_gradients_are_really_taken(monkeypatc
         assert p.grad is grad and not torch.equal(grad, old)
 
 
+@pytest.mark.parametrize("head", [True, False])  # without it the embedding's is the first gradient
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
+def test_each_step_starts_its_gradient_anew_in_the_same_memory(product, head, monkeypatch):
+    """Two rows a step; what stood there before counts for nothing, NaN included."""
+    ours = tied()
+    layers.swap(ours)
+    alone = copy.deepcopy(ours)
+    products.gather_in_place(ours)
+    monkeypatch.setattr(products, "SLICE", 7)  # of the weights' 24 to 50 rows
+
+    def step(model, parts):
+        for p in model.parameters():
+            p.grad = None
+        for ids, target, weights in parts:
+            with torch.autocast("cpu", product, enabled=product != torch.float32):
+                run(model, ids, target, weights) if head else (model(ids)[0] * weights[:, None]).sum().backward()
+
+    parts = list(zip(*rows(4, 100), strict=True))
+    step(ours, parts[:2])
+    for p in ours.parameters():
+        p.gathers.fill_(torch.nan)
+    step(ours, parts[2:])
+    step(alone, parts[2:])
+    for mine, theirs in zip(ours.parameters(), alone.parameters(), strict=True):
+        assert mine.grad is mine.gathers or mine.ndim == 1  # biases' gradients are autograd's own
+        bound = {torch.float32: 2e-6, torch.bfloat16: 0.01}[product] * theirs.grad.abs().max()
+        assert (mine.grad - theirs.grad).abs().max() <= bound
+
+
 def test_swap_leaves_other_layers_and_shared_weights_alone():
     class Special(nn.Linear):
         pass
@@ -184,6 +213,38 @@ def test_gated_mlps_are_the_models_own_and_keep_less(dtype):
     assert isinstance(theirs, layers.GatedMLP) and type(theirs.gate_proj) is layers.Linear
     layers.swap_back(theirs)
     assert type(theirs) is LlamaMLP and type(theirs.gate_proj) is nn.Linear
+
+
+def test_a_wrapped_down_projection_gets_the_product():
+    """As adapters wrap it."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    torch.manual_seed(0)
+    theirs = LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=40, num_attention_heads=2, num_key_value_heads=2))
+    ours, x = copy.deepcopy(theirs), torch.randn(1, 9, 16)
+    ours.down_proj = Wrapped(ours.down_proj)
+    layers.swap(ours)
+    assert isinstance(ours, layers.GatedMLP) and type(ours.down_proj.base_layer) is layers.Linear
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_an_older_graph_whose_rounded_weight_is_gone_fails_loudly():
+    layer, x = nn.Sequential(nn.Linear(24, 8)), torch.randn(1, 70, 24, requires_grad=True)
+    layers.swap(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        old = layer(x)
+        with torch.no_grad():
+            layer[0].weight.mul_(2)
+        layer(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        old.float().sum().backward()
 
 
 def test_another_activation_stays():

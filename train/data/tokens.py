@@ -15,6 +15,8 @@ import os
 import secrets
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +65,8 @@ class Kind(NamedTuple):
     label_of: Callable[[Any], bool] | None = None  # item -> its label, where it has one
 
 
-def _with_prompts(kind):
-    return lambda tokenizer, max_length, max_prompt_length, allow_control_tokens: kind(
-        Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length
-    )
+def _encoder(kind, tokenizer, max_length, max_prompt_length, allow_control_tokens):
+    return kind(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
 
 
 def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
@@ -76,9 +76,9 @@ def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens
 
 
 KINDS = {
-    "pair": Kind(check_pair, PAIR_COLUMNS, 2, lambda item: item[0], _with_prompts(PairEncoder)),
+    "pair": Kind(check_pair, PAIR_COLUMNS, 2, itemgetter(0), partial(_encoder, PairEncoder)),
     "labelled": Kind(
-        check_labelled, LABELLED_COLUMNS, 1, lambda item: item[0], _with_prompts(LabelledEncoder), lambda item: item[2]
+        check_labelled, LABELLED_COLUMNS, 1, itemgetter(0), partial(_encoder, LabelledEncoder), itemgetter(2)
     ),
     "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
 }

@@ -300,7 +300,8 @@ class Saves:
             self.folder.say(f"told to stop: {done}; {how} continues")
             self._leave("preempted", Exit.PREEMPTED)
         except NotFinite as error:
-            where = f"; the state of before is in {self.path / files.name_of(self.mark.step)}" if self._kept() else ""
+            kept = self.mark.step > 0 and self.save()
+            where = f"; the state of before is in {self.path / files.name_of(self.mark.step)}" if kept else ""
             self.folder.say(f"error: {self.streak} steps in a row had gradients that are not finite, the last with the "
                             f"data's rows {error.args[0]}{where}")  # fmt: skip
             self._leave("failed", Exit.NONFINITE)
@@ -308,9 +309,6 @@ class Saves:
             logging.getLogger("zeropref").exception("the run ends")
             self.folder.status("failed")
             raise
-
-    def _kept(self):
-        return self.mark.step > 0 and self.save()
 
     def _leave(self, status, code):
         self.folder.status(status)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from train.engine import dist, zero
+from train.losses.products import let_go
 from train.models import adapters
 from train.models import backbone as models
 
@@ -25,6 +26,7 @@ def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto
     The directory is loaded again before it takes its name, and its log-probabilities on `rows` (packed rows on this
     device) compared with the module's. Returns the mean difference, nats a token. RuntimeError where it is too large.
     """
+    let_go(module)  # a second model comes into memory below
     dtype = DTYPES[export_dtype]
     with torch.no_grad():
         ours = [module(row).cpu() for row in rows]

@@ -140,8 +140,7 @@ def seal(beside: Path, place: Path, told: dict):
 
 def prune(folder: Path, keep: int, after: int | None = None):
     """Remove all but the newest `keep` checkpoints, those of steps `after` one, and what unfinished ones left."""
-    late = [path for path in found(folder) if after is not None and int(path.name.removeprefix("step-")) > after]
-    for path in late:
+    for path in [p for p in found(folder) if after is not None and int(p.name.removeprefix("step-")) > after]:
         shutil.rmtree(path, ignore_errors=True)
     for path in [*found(folder)[keep:], *folder.glob("step-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)

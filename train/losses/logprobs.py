@@ -14,7 +14,6 @@ import torch
 from train.losses.products import SLICE, rounded, scratch, times_transposed, weight_gradient
 
 LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,730 tokens
-AT_HAND = 1 << 25  # bytes: above it glibc asks the system for memory each time, which hands out a page at a time
 
 
 def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES, log_p2=False):
@@ -26,8 +25,6 @@ def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES, log_p2=F
     With `log_p2` a second (T,) comes out: log sum_v p_v^2 of each token's distribution, without gradient.
     """
     device = hidden.device.type
-    if device == "cpu" and not torch.is_grad_enabled():  # nothing is kept: chunks that the allocator has at hand
-        budget = min(budget, AT_HAND)
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
         logps, squares = _TokenLogps.apply(hidden, weight, target, bias, product, budget, log_p2)
@@ -35,14 +32,14 @@ def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES, log_p2=F
 
 
 def _log_softmax(hidden, weight, bias):
-    """(t, H), (V, H) -> (t, V) nats in fp32 or wider, freshly allocated."""
+    """(t, H), (V, H) -> (t, V) nats in fp32 or wider, on a CPU in `scratch` memory."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.is_cuda and hidden.dtype != wide:
-        logits = torch.mm(hidden, weight.t(), out_dtype=wide)  # half-precision product, never rounded to half
-    else:
+    if hidden.device.type == "cpu":
         logits = scratch(hidden, weight.shape[0], wide)
         for into, rows in zip(logits.split(SLICE, dim=1), weight.split(SLICE), strict=True):
             into.copy_(times_transposed(hidden, rows))
+    else:  # half-precision products, never rounded to half
+        logits = torch.mm(hidden, weight.t(), **({} if hidden.dtype == wide else {"out_dtype": wide}))
     logits = logits if bias is None else logits.add_(bias)
     # in place where that is known to be right: on a CPU each row is read twice and only then written
     return torch.log_softmax(logits, dim=1, **({"out": logits} if logits.device.type == "cpu" else {}))

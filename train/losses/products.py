@@ -31,14 +31,15 @@ def rounded(x, dtype):
         return x.detach().to(dtype)
     version, kept = getattr(x, "rounded", (None, None))
     if version != x._version or kept.dtype != dtype:
-        same = x.is_leaf and kept is not None and kept.dtype == dtype  # a weight's memory serves again
+        same = x.is_leaf and kept is not None and kept.dtype == dtype and not kept.is_inference()  # a weight's memory
         kept = kept.copy_(x.detach()) if same else x.detach().to(dtype)
         x.rounded = x._version, kept
     return kept
 
 
 def scratch(like, columns, dtype):
-    """Memory for a (len(like), columns) tensor; on a CPU that of the call before, where nobody holds that any more.
+    """Memory for a (len(like), columns) tensor; on a CPU that of the call before, once nobody holds that tensor itself
+    (views of it do not count).
 
     Above 32 MB glibc gives memory back at once, and the system clears what it hands out again, page by page.
     """
@@ -46,7 +47,7 @@ def scratch(like, columns, dtype):
     memory, holder = _SCRATCH.get(dtype, (None, None))
     if like.device.type != "cpu" or holder and holder() is not None:
         return like.new_empty(shape, dtype=dtype)
-    if memory is None or memory.numel() < shape[0] * columns:
+    if memory is None or memory.numel() < shape[0] * columns or memory.is_inference():
         memory = like.new_empty(shape[0] * columns, dtype=dtype)
     out = memory[: shape[0] * columns].view(shape)
     _SCRATCH[dtype] = memory, weakref.ref(out)
@@ -78,6 +79,13 @@ def gathered(weight):
     if first:
         weight.grad = weight.gathers
     return weight.grad, first
+
+
+def let_go(module):
+    """Give back the memory that `gather_in_place` and `scratch` keep; the module's gradients stay as they are."""
+    for p in module.parameters():
+        p.__dict__.pop("gathers", None)
+    _SCRATCH.clear()
 
 
 def gather_in_place(module):

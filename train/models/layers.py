@@ -58,7 +58,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up, w = ctx.saved_tensors
         opened, grad_x = nn.functional.silu(gate), times_transposed(grad, w.t()).to(up.dtype)
-        by_weight = _gradients(ctx, grad, (opened * up).to(grad.dtype))
+        by_weight = _gradients(ctx, grad, (opened * up).to(grad.dtype) if ctx.needs_input_grad[2] else None)
         return torch.ops.aten.silu_backward(grad_x * up, gate), opened.mul_(grad_x), *by_weight, None
 
 
