@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from train.losses import logprobs
+from train.losses import logprobs, products
 from train.losses.logprobs import damped, score, token_logps, weights
 
 
@@ -77,6 +77,7 @@ def test_scratch_is_used_again_when_nobody_holds_it():
     del first
     assert logprobs.scratch(like[:2], 4, torch.float32).data_ptr() == place
     assert logprobs.scratch(like[:0], 4, torch.float32).shape == (0, 4)
+    products._SCRATCH.clear()
     with torch.inference_mode():
         logprobs.scratch(like, 90, torch.float32).fill_(1)
     logprobs.scratch(like, 90, torch.float32).fill_(1)  # what inference mode made is not for others

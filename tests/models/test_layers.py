@@ -247,6 +247,17 @@ def test_an_older_graph_whose_rounded_weight_is_gone_fails_loudly():
         old.float().sum().backward()
 
 
+def test_a_weight_rounded_in_inference_mode_is_rounded_again():
+    layer, x = nn.Sequential(nn.Linear(24, 8)), torch.randn(1, 70, 24)
+    layers.swap(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            layer(x)
+        with torch.no_grad():
+            layer[0].weight.mul_(2)
+        assert torch.equal(layer(x), nn.functional.linear(x, layer[0].weight, layer[0].bias))
+
+
 def test_another_activation_stays():
     mlp = LlamaMLP(
         LlamaConfig(
