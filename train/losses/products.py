@@ -27,11 +27,11 @@ def rounded(x, dtype):
     A weight is rounded once a step, not once a row; queries, keys and values read one tensor. What changes `x` must
     count as a change to autograd: an update through `.data` would not be seen.
     """
-    if x.dtype == dtype or x.device.type != "cpu" or x.is_inference():
+    if x.dtype == dtype or x.device.type != "cpu" or x.is_inference() or torch.is_inference_mode_enabled():
         return x.detach().to(dtype)
     version, kept = getattr(x, "rounded", (None, None))
     if version != x._version or kept.dtype != dtype:
-        same = x.is_leaf and kept is not None and kept.dtype == dtype and not kept.is_inference()  # a weight's memory
+        same = x.is_leaf and kept is not None and kept.dtype == dtype  # a weight's memory serves again
         kept = kept.copy_(x.detach()) if same else x.detach().to(dtype)
         x.rounded = x._version, kept
     return kept
@@ -45,9 +45,9 @@ def scratch(like, columns, dtype):
     """
     shape = like.shape[0], columns
     memory, holder = _SCRATCH.get(dtype, (None, None))
-    if like.device.type != "cpu" or holder and holder() is not None:
+    if like.device.type != "cpu" or torch.is_inference_mode_enabled() or (holder and holder() is not None):
         return like.new_empty(shape, dtype=dtype)
-    if memory is None or memory.numel() < shape[0] * columns or memory.is_inference():
+    if memory is None or memory.numel() < shape[0] * columns:
         memory = like.new_empty(shape[0] * columns, dtype=dtype)
     out = memory[: shape[0] * columns].view(shape)
     _SCRATCH[dtype] = memory, weakref.ref(out)
