@@ -1,13 +1,16 @@
-"""What a model makes of preference pairs, of other text and of prompts; better or worse than its reference, or neither.
+"""What a model makes of preference pairs, of other text and of prompts; better or worse than its
+reference, or neither.
 
-    deepspeed eval/evaluate.py --model runs/dpo/model --reference DIR                      # built-in pairs and passages
-    deepspeed eval/evaluate.py --model DIR --reference DIR --data pairs.jsonl --ood wikitext --output runs/eval
-    torchrun --nproc_per_node 2 eval/evaluate.py --model DIR --max_rows 200 --output runs/eval
+    deepspeed eval/evaluate.py --model runs/dpo/model --reference DIR                      #
+    built-in pairs and passages deepspeed eval/evaluate.py --model DIR --reference DIR --data
+    pairs.jsonl --ood wikitext --output runs/eval torchrun --nproc_per_node 2 eval/evaluate.py
+    --model DIR --max_rows 200 --output runs/eval
 
-Scores every row exactly once, with training's own rows, packing and forward pass (eval/scores.py), and writes
-report.json, report.md, figures/, pairs.parquet, texts.parquet, generations.parquet and tensorboard/ to --output; a
-model directory that training wrote gets its card, README.md. The chapters: eval/preferences.py, eval/baselines.py,
-eval/distribution.py, eval/generations.py; intervals are eval/intervals.py's.
+Scores every row exactly once, with training's own rows, packing and forward pass (eval/scores.py),
+and writes report.json, report.md, figures/, pairs.parquet, texts.parquet, generations.parquet and
+tensorboard/ to --output; a model directory that training wrote gets its card, README.md. The
+chapters: eval/preferences.py, eval/baselines.py, eval/distribution.py, eval/generations.py;
+intervals are eval/intervals.py's.
 """
 
 import dataclasses
@@ -21,8 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 from train import config, flags  # noqa: E402
 
-SHARDED = ("--ds_config shards the models over the ranks, and decoding needs whole ones; leave it out where a model's "
-           "weights fit on one device")  # fmt: skip
+SHARDED = (
+    "--ds_config shards the models over the ranks, and decoding needs whole ones; leave it out where a model's "
+    "weights fit on one device"
+)
 
 
 @dataclasses.dataclass
@@ -32,13 +37,21 @@ class Settings:
     model: str | None = None
     """The model: a directory or hub name. None: SmolLM2-135M-Instruct."""
     reference: str | None = None
-    """The model to compare with, usually the one that training started from. None: margins are log-prob differences."""
+    """The model to compare with, usually the one that training started from. None: margins are
+    log-prob differences.
+    """
     data: list[str] | None = None
-    """Pairs: jsonl, json, csv, parquet files, save_to_disk folders or hub names. None: the built-in held-out pairs."""
+    """Pairs: jsonl, json, csv, parquet files, save_to_disk folders or hub names. None: the built-in
+    held-out pairs.
+    """
     ood: list[str] | None = None
-    """Other text: rows with a column "text", a .txt file of paragraphs, or wikitext. None: eval/passages.jsonl."""
+    """Other text: rows with a column "text", a .txt file of paragraphs, or wikitext. None:
+    eval/passages.jsonl.
+    """
     reward_model: str | None = None
-    """A directory that AutoModelForSequenceClassification loads, which scores what the models write."""
+    """A directory that AutoModelForSequenceClassification loads, which scores what the models
+    write.
+    """
     output: str = "runs/eval"
     """Folder for the report."""
     max_rows: int | None = None
@@ -52,7 +65,9 @@ class Settings:
     temperature: float = 1.0
     """Of the sampled answers; at 1, and only there, they give the KL to the reference."""
     beta: float | None = None
-    """Reward = beta * log(pi / pi_ref). None, also in the five below: from the model's run.json, else 0.1."""
+    """Reward = beta * log(pi / pi_ref). None, also in the five below: from the model's run.json,
+    else 0.1.
+    """
     loss: str | None = None
     """The loss, a row of train/losses/preference.py's LOSSES."""
     loss_args: dict | None = None
@@ -62,35 +77,57 @@ class Settings:
     max_prompt_length: int | None = None
     """Most tokens of a prompt; longer ones keep their end."""
     layout: Literal["packed", "padded"] | None = None
-    """packed: shared prompts without padding. padded: a padded sequence a response, for models that packing refuses."""
+    """packed: shared prompts without padding. padded: a padded sequence a response, for models that
+    packing refuses.
+    """
     precision: Literal["auto", "bf16", "fp32"] | None = None
-    """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. None: from the model's run.json, else auto."""
+    """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. None: from the model's run.json, else
+    auto.
+    """
     allow_control_tokens: bool | None = None
-    """Keep rows whose text spells out control tokens such as <|im_end|>. None: from run.json, else false."""
+    """Keep rows whose text spells out control tokens such as <|im_end|>. None: from run.json, else
+    false.
+    """
     max_dropped: float = 0.05
     """Largest share of unusable pairs before the data is refused; texts may be dropped freely."""
     micro_tokens: int | None = None
-    """Tokens a packed row may hold. None: as many as keep the machine busy (train/engine/memory.py), on any ranks."""
+    """Tokens a packed row may hold. None: as many as keep the machine busy
+    (train/engine/memory.py), on any ranks.
+    """
     batch_size: int = 32
     """Answers decoded at once."""
     ds_config: str | None = None
-    """DeepSpeed JSON: ds_configs/frozen_zero3.json shards the models over the ranks, which then are scored but write
-    nothing. None: whole on each rank."""
+    """DeepSpeed JSON: ds_configs/frozen_zero3.json shards the models over the ranks, which then are
+    scored but write nothing. None: whole on each rank.
+    """
     card: bool = True
     """Write results into the model card of a model directory that training wrote."""
     allow_pickle: bool = False
-    """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's weights_only holds."""
+    """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's
+    weights_only holds.
+    """
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code."""
     seed: int = 0
     """Seed of the sampled answers."""
 
     def __post_init__(self):
-        at_least = {"max_rows": 1, "ood_tokens": 2, "prompts": 0, "max_new_tokens": 1, "temperature": 0,
-                    "micro_tokens": 1, "batch_size": 1, "max_length": 2, "max_prompt_length": 1}  # fmt: skip
+        at_least = {
+            "max_rows": 1,
+            "ood_tokens": 2,
+            "prompts": 0,
+            "max_new_tokens": 1,
+            "temperature": 0,
+            "micro_tokens": 1,
+            "batch_size": 1,
+            "max_length": 2,
+            "max_prompt_length": 1,
+        }
         flags.within(self, at_least, shares=("max_dropped",), positive=("beta",))
         if self.reward_model and not self.prompts:
-            raise ValueError("--reward_model scores what the models write, and with --prompts 0 they write nothing")
+            raise ValueError(
+                "--reward_model scores what the models write, and with --prompts 0 they write nothing"
+            )
 
 
 def main():
@@ -106,10 +143,14 @@ def main():
     with run.at_the_door():
         folder = run.Run(settings.output, config.as_dict(settings))
         if folder.finished:
-            folder.say(f"{folder.path} holds this evaluation, finished; another --output repeats it")
+            folder.say(
+                f"{folder.path} holds this evaluation, finished; another --output repeats it"
+            )
             return dist.stop()
         inputs = open_inputs(settings, folder)
-        loss_of = preference.choose(inputs.recipe["loss"], inputs.recipe["beta"], inputs.recipe["loss_args"])
+        loss_of = preference.choose(
+            inputs.recipe["loss"], inputs.recipe["beta"], inputs.recipe["loss_args"]
+        )
         with memory.room_for("loading and checking the models", f"({scores.LESS})"):
             models = open_models(settings, folder, inputs, device)
     folder.start()
@@ -129,7 +170,9 @@ def main():
 
 
 def open_inputs(settings, folder):
-    """The recipe of the model's training, the tokenizer, pairs, texts and prompts. Every rank calls this."""
+    """The recipe of the model's training, the tokenizer, pairs, texts and prompts. Every rank calls
+    this.
+    """
     from eval import generations, inputs
     from train.engine import dist, run
 
@@ -145,14 +188,21 @@ def open_inputs(settings, folder):
     answers = inputs.pair_texts(pairs, pair_sources)
     if settings.reference:
         inputs.same_tokens(tokenizer, settings.reference, answers[0], settings.trust_remote_code)
-    described = {"data": run.describe(pairs, pair_sources), "ood": run.describe(texts, text_sources)}
+    described = {
+        "data": run.describe(pairs, pair_sources),
+        "ood": run.describe(texts, text_sources),
+    }
     folder.note(**described)
-    prompts = generations.prompts_of(pair_sources, pairs, settings.prompts) if settings.prompts else []
+    prompts = (
+        generations.prompts_of(pair_sources, pairs, settings.prompts) if settings.prompts else []
+    )
     return inputs.Inputs(path, record, recipe, tokenizer, pairs, texts, answers, prompts, described)
 
 
 def open_models(settings, folder, opened, device):
-    """The frozen model and reference, checked on the first pairs, and the reward model. Every rank calls this."""
+    """The frozen model and reference, checked on the first pairs, and the reward model. Every rank
+    calls this.
+    """
     from eval import generations, inputs
     from train.data import chat
     from train.engine import checks, generate, memory, run, zero
@@ -160,37 +210,61 @@ def open_models(settings, folder, opened, device):
 
     recipe = opened.recipe
     precision = zero.precision_of(recipe["precision"], device)
-    policy = zero.resolve({"zero_optimization": {"stage": recipe["stage"]}}, precision)  # as the model was trained
+    policy = zero.resolve(
+        {"zero_optimization": {"stage": recipe["stage"]}}, precision
+    )  # as the model was trained
     ds = zero.frozen(zero.read_config(settings.ds_config) if settings.ds_config else {}, policy)
     sharded = zero.stage_of(ds) == 3
     if sharded and settings.reward_model:
         raise ValueError(f"--reward_model scores what the models write; {SHARDED}")
 
     def load(path):
-        module = zero.load_backbone(path, ds, precision, recipe["stage"], device, recipe["layout"],
-                                    settings.trust_remote_code, settings.allow_pickle)  # fmt: skip
+        module = zero.load_backbone(
+            path,
+            ds,
+            precision,
+            recipe["stage"],
+            device,
+            recipe["layout"],
+            settings.trust_remote_code,
+            settings.allow_pickle,
+        )
         chat.check_fit(module.lm.config, opened.tokenizer, recipe["max_length"])
         return Live(module, ds)
 
     model = load(opened.path)
     same = settings.reference and Path(settings.reference).resolve() == Path(opened.path).resolve()
     reference = model if same else load(settings.reference) if settings.reference else None
-    checks.start(model, reference or model, opened.pairs, device, precision, same_weights=bool(same))
+    checks.start(
+        model, reference or model, opened.pairs, device, precision, same_weights=bool(same)
+    )
     judge = None
     if settings.reward_model:
-        judge = generations.RewardModel(settings.reward_model, device, model.module.autocast,
-                                        settings.trust_remote_code)  # fmt: skip
+        judge = generations.RewardModel(
+            settings.reward_model, device, model.module.autocast, settings.trust_remote_code
+        )
         judge.check(opened.prompts, settings.max_new_tokens)
     for one in () if sharded or not opened.prompts else filter(None, (model, reference)):
-        generate.check(one.module.lm, [prompt.ids for prompt in opened.prompts], settings.max_new_tokens)
-    budget = settings.micro_tokens or (memory.CUDA_TOKENS if device.type == "cuda" else memory.CPU_TOKENS)
-    facts = {"precision": precision, "row_tokens": budget, "hardware": run.hardware(device), "versions": run.versions()}
+        generate.check(
+            one.module.lm, [prompt.ids for prompt in opened.prompts], settings.max_new_tokens
+        )
+    budget = settings.micro_tokens or (
+        memory.CUDA_TOKENS if device.type == "cuda" else memory.CPU_TOKENS
+    )
+    facts = {
+        "precision": precision,
+        "row_tokens": budget,
+        "hardware": run.hardware(device),
+        "versions": run.versions(),
+    }
     folder.note(**facts)
     return inputs.Models(model, reference, judge, sharded, budget, facts)
 
 
 def generate(settings, opened, models, device):
-    """What the models write: eval.generations.Generated, or the reason why they do not. Every rank calls this."""
+    """What the models write: eval.generations.Generated, or the reason why they do not. Every rank
+    calls this.
+    """
     from eval import generations
 
     if not settings.prompts:
@@ -198,10 +272,18 @@ def generate(settings, opened, models, device):
     if models.sharded:
         return SHARDED
     return generations.compare(
-        models.model, models.reference, opened.prompts, opened.tokenizer, device, budget=models.budget,
-        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed,
-        batch_size=settings.batch_size, reward_model=models.judge,
-    )  # fmt: skip
+        models.model,
+        models.reference,
+        opened.prompts,
+        opened.tokenizer,
+        device,
+        budget=models.budget,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        reward_model=models.judge,
+    )
 
 
 def measure(settings, opened, models, loss_of, scored, seconds):
@@ -216,21 +298,31 @@ def measure(settings, opened, models, loss_of, scored, seconds):
     trivial, more = baselines.measure(*opened.answers, columns["prompt"], columns["correct"])
     names = list(models.by_name)
     text, text_columns = distribution.measure(of_pairs, of_texts, names)
-    unchanged = len(names) == 2 and all((s.tokens[0] == s.tokens[1]).all() for s in (of_pairs, of_texts))
+    unchanged = len(names) == 2 and all(
+        (s.tokens[0] == s.tokens[1]).all() for s in (of_pairs, of_texts)
+    )
     answered = {"skipped": written} if isinstance(written, str) else written.report
     tables = {"pairs": columns | more, "texts": text_columns}
     if not isinstance(written, str) and written.rows:
-        tables["generations"] = {name: [row[name] for row in written.rows] for name in written.rows[0]}
+        tables["generations"] = {
+            name: [row[name] for row in written.rows] for name in written.rows[0]
+        }
     content = {
         "model": card.shown(settings.model or builtin.REPOSITORY),
-        "reference": settings.reference and card.shown(settings.reference), "trained": inputs.trained(opened.record),
-        "recipe": opened.recipe, **{name: {**one, "sources": list(map(card.shown, one["sources"]))}
-                                    for name, one in opened.described.items()},
+        "reference": settings.reference and card.shown(settings.reference),
+        "trained": inputs.trained(opened.record),
+        "recipe": opened.recipe,
+        **{
+            name: {**one, "sources": list(map(card.shown, one["sources"]))}
+            for name, one in opened.described.items()
+        },
         "verdict": reporting.verdict(preferred, trivial, text, answered, unchanged),
-        "preferences": preferred, "baselines": trivial, "distribution": text,
+        "preferences": preferred,
+        "baselines": trivial,
+        "distribution": text,
         "generations": answered,
         "run": models.facts | {"flags": inputs.shown_flags(settings), "seconds_scoring": seconds},
-    }  # fmt: skip
+    }
     return reporting.clean(content), tables
 
 
@@ -249,12 +341,22 @@ def write(settings, folder, opened, models, content, tables, scored):
     for name, columns in tables.items():
         reporting.parquet(folder.path / f"{name}.parquet", columns)
     values = board.histograms(tables["pairs"], of_pairs, of_texts, list(models.by_name))
-    pages = {"report": reporting.markdown(content, [])}  # the figures stand among TensorBoard's images
+    pages = {
+        "report": reporting.markdown(content, [])
+    }  # the figures stand among TensorBoard's images
     if not isinstance(written, str):
-        values |= {name: column for name, column in written.values.items() if not name.endswith("ended")}
-        pages |= {f"generations/{mode}": "\n".join(reporting.samples(written.rows, mode, settings.prompts))
-                  for mode in ("greedy", "sampled")}  # fmt: skip
-    board.write(folder.path / "tensorboard", content, pages, values, drawn, opened.record.get("steps", 0))
+        values |= {
+            name: column for name, column in written.values.items() if not name.endswith("ended")
+        }
+        pages |= {
+            f"generations/{mode}": "\n".join(
+                reporting.samples(written.rows, mode, settings.prompts)
+            )
+            for mode in ("greedy", "sampled")
+        }
+    board.write(
+        folder.path / "tensorboard", content, pages, values, drawn, opened.record.get("steps", 0)
+    )
     carded = settings.card and opened.recipe["from"] is not None
     if carded:
         card.update(Path(opened.path), content, drawn, opened.record)

@@ -1,4 +1,6 @@
-"""The report's figures as PNG: an opaque white ground, so that they read the same on a light and on a dark page."""
+"""The report's figures as PNG: an opaque white ground, so that they read the same on a light and on
+a dark page.
+"""
 
 from pathlib import Path
 
@@ -13,25 +15,37 @@ from eval.distribution import shared_edges
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 BEFORE_AFTER = {"reference": "before (reference)", "model": "after (model)"}
 VIEWS = {"by_text": "of a text, mean nats a token", "by_token": "of a token, nats"}
-SIDES = (("in", BLUE, "chosen answers (in distribution)"), ("out", ORANGE, "other text (out of distribution)"))
+SIDES = (
+    ("in", BLUE, "chosen answers (in distribution)"),
+    ("out", ORANGE, "other text (out of distribution)"),
+)
 BELOW_LEGEND = 0.8  # of the height of a panel whose legend stands at the top
 UNSEEN = 0.001  # share of a sample that may lie left of a panel: a few tokens would take half of it
 
 
 def draw(folder: Path, report: dict, columns: dict) -> list[Path]:
-    """Write preferences.png and distribution.png from the report and the pairs' columns; returns their paths."""
+    """Write preferences.png and distribution.png from the report and the pairs' columns; returns
+    their paths.
+    """
     folder.mkdir(exist_ok=True)
     made = []
-    for name, figure in (("preferences", preferences(report, columns)), ("distribution", distribution(report))):
+    for name, figure in (
+        ("preferences", preferences(report, columns)),
+        ("distribution", distribution(report)),
+    ):
         FigureCanvasAgg(figure)
         path = folder / f"{name}.png"
-        figure.savefig(path, dpi=110, facecolor="white", transparent=False, metadata={"Software": None})
+        figure.savefig(
+            path, dpi=110, facecolor="white", transparent=False, metadata={"Software": None}
+        )
         made.append(path)
     return made
 
 
 def preferences(report: dict, columns: dict) -> Figure:
-    """Margins, rewards of both sides, calibration (with a reference), accuracy by length difference."""
+    """Margins, rewards of both sides, calibration (with a reference), accuracy by length
+    difference.
+    """
     section, compared = report["preferences"], "calibration" in report["preferences"]
     panels = [_margins, _rewards, _calibration, _by_length] if compared else [_margins, _by_length]
     figure = Figure(figsize=(10, 7.2 if compared else 4), layout="constrained")
@@ -43,12 +57,29 @@ def preferences(report: dict, columns: dict) -> Figure:
 
 
 def _margins(axes, section, baselines, columns):
-    axes.hist(columns["margin"], bins=shared_edges(np.asarray(columns["margin"])[None]), color=BLUE, alpha=0.8)
+    axes.hist(
+        columns["margin"],
+        bins=shared_edges(np.asarray(columns["margin"])[None]),
+        color=BLUE,
+        alpha=0.8,
+    )
     axes.axvline(0, ymax=BELOW_LEGEND, color=GREY, linewidth=1)
     measure = section["model"].get("rewards/margins", section["model"]["logps/margins"])
-    axes.axvline(measure["value"], ymax=BELOW_LEGEND, color=ORANGE, linewidth=2, label=f"mean {measure['value']:.3g}")
+    axes.axvline(
+        measure["value"],
+        ymax=BELOW_LEGEND,
+        color=ORANGE,
+        linewidth=2,
+        label=f"mean {measure['value']:.3g}",
+    )
     if measure["interval"]:
-        axes.axvspan(*measure["interval"], ymax=BELOW_LEGEND, color=ORANGE, alpha=0.25, label="its 95 % interval")
+        axes.axvspan(
+            *measure["interval"],
+            ymax=BELOW_LEGEND,
+            color=ORANGE,
+            alpha=0.25,
+            label="its 95 % interval",
+        )
     axes.set(title="Margin of chosen over rejected", xlabel=section["margin"])
     _counts(axes, "pairs")
 
@@ -57,7 +88,9 @@ def _rewards(axes, section, baselines, columns):
     both = {side: np.asarray(columns[f"{side}_reward"]) for side in ("chosen", "rejected")}
     bins = shared_edges(np.stack(list(both.values())))
     for (side, values), colour in zip(both.items(), (BLUE, ORANGE), strict=True):
-        axes.hist(values, bins=bins, color=colour, alpha=0.55, label=f"{side}, mean {values.mean():.3g}")
+        axes.hist(
+            values, bins=bins, color=colour, alpha=0.55, label=f"{side}, mean {values.mean():.3g}"
+        )
     axes.axvline(0, ymax=BELOW_LEGEND, color=GREY, linewidth=1)
     axes.set(title="Rewards", xlabel="beta x log(model / reference)")
     _counts(axes, "answers")
@@ -75,14 +108,29 @@ def _calibration(axes, section, baselines, columns):
     rows = [row for row in found["table"] if row["n"]]
     axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
     x, y = [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
-    spread = [[max(0, v - row["interval"][0]) for v, row in zip(y, rows, strict=True)],
-              [max(0, row["interval"][1] - v) for v, row in zip(y, rows, strict=True)]]  # fmt: skip
-    axes.errorbar(x, y, yerr=spread, color=BLUE, marker="o", linestyle="none", capsize=3, label="pairs, Wilson 95 %")
+    spread = [
+        [max(0, v - row["interval"][0]) for v, row in zip(y, rows, strict=True)],
+        [max(0, row["interval"][1] - v) for v, row in zip(y, rows, strict=True)],
+    ]
+    axes.errorbar(
+        x,
+        y,
+        yerr=spread,
+        color=BLUE,
+        marker="o",
+        linestyle="none",
+        capsize=3,
+        label="pairs, Wilson 95 %",
+    )
     for row in rows:
         axes.text((row["from"] + row["to"]) / 2, -0.08, row["n"], ha="center", fontsize=8)
-    axes.set(title=f"Calibration: ECE {found['ece']['value']:.3f}",
-             xlabel="confidence in the preferred answer; at the bottom: pairs",
-             ylabel="how often it is the chosen one", xlim=(0.48, 1.02), ylim=(-0.12, 1.04))  # fmt: skip
+    axes.set(
+        title=f"Calibration: ECE {found['ece']['value']:.3f}",
+        xlabel="confidence in the preferred answer; at the bottom: pairs",
+        ylabel="how often it is the chosen one",
+        xlim=(0.48, 1.02),
+        ylim=(-0.12, 1.04),
+    )
     axes.legend(frameon=False, loc="lower right", fontsize=9)
 
 
@@ -101,13 +149,19 @@ def _by_length(axes, section, baselines, columns):
             axes.axhline(baselines[name]["value"], color=colour, linewidth=1.5, label=label)
     axes.set_xticks(range(len(rows)), names, fontsize=8)
     axes.set_yticks(np.linspace(0, 1, 6))
-    axes.set(title="Accuracy by length difference", xlabel="chosen's tokens over rejected's, relative to the longer",
-             xlim=(-0.6, len(rows) - 0.4), ylim=(0, 1.3))  # fmt: skip
+    axes.set(
+        title="Accuracy by length difference",
+        xlabel="chosen's tokens over rejected's, relative to the longer",
+        xlim=(-0.6, len(rows) - 0.4),
+        ylim=(0, 1.3),
+    )
     axes.legend(frameon=False, loc="upper left", ncols=2, fontsize=8)
 
 
 def distribution(report: dict) -> Figure:
-    """In-distribution responses against other text: before and after side by side, by text and by token."""
+    """In-distribution responses against other text: before and after side by side, by text and by
+    token.
+    """
     section = report["distribution"]
     names = [name for name in BEFORE_AFTER if name in section]
     figure = Figure(figsize=(5 * len(names) + 3 * (len(names) == 1), 7.2), layout="constrained")
@@ -115,13 +169,19 @@ def distribution(report: dict) -> Figure:
     for column, name in enumerate(names):
         who = BEFORE_AFTER[name] if len(names) > 1 else "model"
         for row, (view, unit) in enumerate(VIEWS.items()):
-            _two_histograms(grid[row][column], section[name], view, f"{who}: log-probability {unit}")
+            _two_histograms(
+                grid[row][column], section[name], view, f"{who}: log-probability {unit}"
+            )
     for row, view in enumerate(VIEWS):
         grid[row][0].set_xlim(_left([section[name] for name in names], view), None)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2
+    )
     inside, outside = section["in_distribution"], section["out_of_distribution"]
-    figure.suptitle(f"{inside['texts']} chosen answers of {', '.join(report['data']['sources'])} "
-                    f"against {outside['texts']} texts of {', '.join(report['ood']['sources'])}")  # fmt: skip
+    figure.suptitle(
+        f"{inside['texts']} chosen answers of {', '.join(report['data']['sources'])} "
+        f"against {outside['texts']} texts of {', '.join(report['ood']['sources'])}"
+    )
     return figure
 
 
@@ -130,7 +190,14 @@ def _two_histograms(axes, section, view, what):
     edges = np.array(found["histogram"]["edges"])
     for side, colour, label in SIDES:
         share = np.array(found["histogram"][side], dtype=float)
-        axes.stairs(share / share.sum() / np.diff(edges), edges, color=colour, alpha=0.55, fill=True, label=label)
+        axes.stairs(
+            share / share.sum() / np.diff(edges),
+            edges,
+            color=colour,
+            alpha=0.55,
+            fill=True,
+            label=label,
+        )
     title = f"overlap {found['overlap']['value']:.2f}, AUROC {found['auroc']['value']:.2f}"
     if view == "by_token":
         means = {side: section[side]["logp_per_token"]["value"] for side, *_ in SIDES}

@@ -1,4 +1,6 @@
-"""What an evaluation starts from: the settings of the model's training, pairs, texts, two tokenizers that agree."""
+"""What an evaluation starts from: the settings of the model's training, pairs, texts, two
+tokenizers that agree.
+"""
 
 import dataclasses
 import json
@@ -16,10 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "train/data/builtin/held_out.jsonl"
 PASSAGES = ROOT / "eval/passages.jsonl"
 # Spelt as people say it; the hub's full name, and the split that is made for evaluation.
-KNOWN_TEXTS = dict.fromkeys(("wikitext", "wikitext-2-raw-v1"), "Salesforce/wikitext:wikitext-2-raw-v1@test")
+KNOWN_TEXTS = dict.fromkeys(
+    ("wikitext", "wikitext-2-raw-v1"), "Salesforce/wikitext:wikitext-2-raw-v1@test"
+)
 # Flags of training that an evaluation takes over, and what holds where there is no run.json.
-INHERITED = {"beta": 0.1, "loss": "sigmoid", "loss_args": {}, "max_length": 1024, "max_prompt_length": 256,
-             "layout": "packed", "precision": "auto", "allow_control_tokens": False}  # fmt: skip
+INHERITED = {
+    "beta": 0.1,
+    "loss": "sigmoid",
+    "loss_args": {},
+    "max_length": 1024,
+    "max_prompt_length": 256,
+    "layout": "packed",
+    "precision": "auto",
+    "allow_control_tokens": False,
+}
 PROBES = 64  # texts that both tokenizers must split alike
 
 
@@ -54,8 +66,14 @@ class Models(NamedTuple):
 
 
 def training_record(model: str | None) -> tuple[dict, str | None]:
-    """What training wrote beside a model directory (MODEL/../run.json, as OUTPUT/model has it) or in it, and where."""
-    for folder in (Path(model).resolve().parent, Path(model).resolve()) if model and Path(model).is_dir() else ():
+    """What training wrote beside a model directory (MODEL/../run.json, as OUTPUT/model has it) or
+    in it, and where.
+    """
+    for folder in (
+        (Path(model).resolve().parent, Path(model).resolve())
+        if model and Path(model).is_dir()
+        else ()
+    ):
         path = folder / "run.json"
         if not path.is_file():
             continue
@@ -69,43 +87,66 @@ def training_record(model: str | None) -> tuple[dict, str | None]:
 
 
 def recipe(settings, record: dict, where: str | None) -> dict:
-    """INHERITED, each from a flag, else from training's record, else the default; the ZeRO stage; where it is from."""
+    """INHERITED, each from a flag, else from training's record, else the default; the ZeRO stage;
+    where it is from.
+    """
     trained = record.get("flags", {})
     if "precision" in record:
         trained = trained | {"precision": record["precision"]}  # what "auto" came to
     found = {name: trained.get(name, default) for name, default in INHERITED.items()}
-    given = {name: getattr(settings, name) for name in INHERITED if getattr(settings, name) is not None}
+    given = {
+        name: getattr(settings, name) for name in INHERITED if getattr(settings, name) is not None
+    }
     stage = record.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
     return found | given | {"stage": stage, "from": where}
 
 
 def shown_flags(settings) -> dict:
-    """The settings for the report, which others read: of local paths the end, and not where it was written."""
+    """The settings for the report, which others read: of local paths the end, and not where it was
+    written.
+    """
     found = config.as_dict(settings)
     for name in ("model", "reference", "reward_model", "ds_config", "data", "ood"):
         value = found[name]
-        found[name] = list(map(card.shown, value)) if isinstance(value, list) else value and card.shown(value)
+        found[name] = (
+            list(map(card.shown, value)) if isinstance(value, list) else value and card.shown(value)
+        )
     return {name: value for name, value in found.items() if name != "output"}
 
 
 def trained(record: dict) -> dict | None:
-    """What the report says of the training that made the model; None where there is no record of it."""
+    """What the report says of the training that made the model; None where there is no record of
+    it.
+    """
     if not record:
         return None
     flags = record["flags"]
-    return {"from": card.base_of(record)[0], "loss": flags.get("loss"), "beta": flags["beta"], "lr": flags.get("lr"),
-            "steps": record.get("steps"), "batch_size": flags.get("batch_size"),
-            "pairs": (record.get("data") or {}).get("groups"),
-            "data": card.shown_sources(record.get("data")),
-            "reference": card.shown(record["reference_model"]) if record.get("reference_model") else None}  # fmt: skip
+    return {
+        "from": card.base_of(record)[0],
+        "loss": flags.get("loss"),
+        "beta": flags["beta"],
+        "lr": flags.get("lr"),
+        "steps": record.get("steps"),
+        "batch_size": flags.get("batch_size"),
+        "pairs": (record.get("data") or {}).get("groups"),
+        "data": card.shown_sources(record.get("data")),
+        "reference": card.shown(record["reference_model"])
+        if record.get("reference_model")
+        else None,
+    }
 
 
 def read_pairs(settings, recipe: dict, tokenizer):
     """The pairs, tokenised, and their sources."""
     sources = settings.data or [str(PAIRS)]
-    data = tokens.prepare(sources, tokenizer, max_length=recipe["max_length"],
-                          max_prompt_length=recipe["max_prompt_length"], max_dropped=settings.max_dropped,
-                          allow_control_tokens=recipe["allow_control_tokens"])  # fmt: skip
+    data = tokens.prepare(
+        sources,
+        tokenizer,
+        max_length=recipe["max_length"],
+        max_prompt_length=recipe["max_prompt_length"],
+        max_dropped=settings.max_dropped,
+        allow_control_tokens=recipe["allow_control_tokens"],
+    )
     return data.select(range(min(len(data), settings.max_rows or len(data)))), sources
 
 
@@ -117,11 +158,19 @@ def pair_texts(data, sources) -> tuple[list[str], list[str]]:
 
 
 def read_texts(settings, recipe: dict, tokenizer, folder: Path):
-    """The texts, tokenised, and their sources as the user named them. Texts of fewer than two tokens are dropped."""
+    """The texts, tokenised, and their sources as the user named them. Texts of fewer than two
+    tokens are dropped.
+    """
     named = settings.ood or [str(PASSAGES)]
     sources = [_as_rows(source, folder) for source in named]
-    data = tokens.prepare(sources, tokenizer, kind="text", max_length=recipe["max_length"], max_dropped=1.0,
-                          allow_control_tokens=recipe["allow_control_tokens"])  # fmt: skip
+    data = tokens.prepare(
+        sources,
+        tokenizer,
+        kind="text",
+        max_length=recipe["max_length"],
+        max_dropped=1.0,
+        allow_control_tokens=recipe["allow_control_tokens"],
+    )
     long_enough = data.lengths[:, 1] > 1
     dropped = [dataclasses.replace(d) if dataclasses.is_dataclass(d) else d for d in data.dropped]
     dropped += [
@@ -146,19 +195,25 @@ def _as_rows(source: str, folder: Path) -> str:
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 at byte {error.start}: 0x{error.object[error.start]:02x}") from error
+        raise DataError(
+            f"{source}: not UTF-8 at byte {error.start}: 0x{error.object[error.start]:02x}"
+        ) from error
     paragraphs = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
     if not paragraphs:
         raise DataError(f"{source}: no text in it")
     path = folder / f"{Path(source).stem}.jsonl"
     if dist.first():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps({"text": part}) + "\n" for part in paragraphs), encoding="utf-8"
+        )
     return str(path)
 
 
 def _first_tokens(data, most: int | None):
-    """The first texts with `most` tokens in all, the last one cut to fit (a stump of one token goes)."""
+    """The first texts with `most` tokens in all, the last one cut to fit (a stump of one token
+    goes).
+    """
     if most is None or data.lengths.sum() <= most:
         return data
     before = np.cumsum(data.lengths[:, 1]) - data.lengths[:, 1]
@@ -169,16 +224,22 @@ def _first_tokens(data, most: int | None):
 
 
 def same_tokens(tokenizer, path: str, texts: list[str], trust_remote_code: bool):
-    """ValueError where the model at `path` reads other token ids than `tokenizer`: the two would not compare."""
+    """ValueError where the model at `path` reads other token ids than `tokenizer`: the two would
+    not compare.
+    """
     other = run.load_tokenizer(path, trust_remote_code)
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     problem = None
     if ours != theirs:
         odd = sorted(set(ours.items()) ^ set(theirs.items()))
-        problem = f"{len(ours):,} against {len(theirs):,} tokens, of which {odd[0][0]!r} is not the same"
+        problem = (
+            f"{len(ours):,} against {len(theirs):,} tokens, of which {odd[0][0]!r} is not the same"
+        )
     else:
         split = lambda one, text: one.encode(text, add_special_tokens=False)
-        differing = [text for text in texts[:PROBES] if split(tokenizer, text) != split(other, text)]
+        differing = [
+            text for text in texts[:PROBES] if split(tokenizer, text) != split(other, text)
+        ]
         if differing:
             problem = f"{differing[0][:60]!r} is split otherwise"
     if problem:

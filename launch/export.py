@@ -3,9 +3,9 @@
     python launch/export.py runs/dpo/checkpoints/step-400 my-model
     python launch/export.py runs/dpo/checkpoints/step-400 my-model --export_dtype bf16
 
-Works for checkpoints of any ZeRO stage and number of ranks; those of LoRA runs hold adapters alone, which are merged
-into the model that the run started from. Checked twice: the checkpoint against its manifest, and the directory, loaded
-again, against what was to be written.
+Works for checkpoints of any ZeRO stage and number of ranks; those of LoRA runs hold adapters alone,
+which are merged into the model that the run started from. Checked twice: the checkpoint against its
+manifest, and the directory, loaded again, against what was to be written.
 """
 
 import argparse
@@ -19,13 +19,23 @@ from train.config import Exit, fail  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path, help="a step-N directory")
     parser.add_argument("folder", type=Path, help="the model directory to make")
-    parser.add_argument("--export_dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights")
-    parser.add_argument("--model", help="the base of LoRA adapters, where it is not where the run had it")
-    parser.add_argument("--trust_remote_code", action="store_true", help="let the model's own Python code run")
-    parser.add_argument("--allow_pickle", action="store_true", help="read the base from a pickle where it is one")
+    parser.add_argument(
+        "--export_dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights"
+    )
+    parser.add_argument(
+        "--model", help="the base of LoRA adapters, where it is not where the run had it"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="let the model's own Python code run"
+    )
+    parser.add_argument(
+        "--allow_pickle", action="store_true", help="read the base from a pickle where it is one"
+    )
     args = parser.parse_args()
     from train.engine import export, files
 
@@ -47,11 +57,15 @@ def main():
     if args.folder.exists():
         args.folder.rmdir()
     export.replace(beside, args.folder)
-    print(f"{args.folder}: the model after step {told['step']}, {count:,} parameters in {args.export_dtype}")
+    print(
+        f"{args.folder}: the model after step {told['step']}, {count:,} parameters in {args.export_dtype}"
+    )
 
 
 def write(checkpoint, told, folder, args) -> int:
-    """Write the model to `folder`, load it again and compare every weight; the number of parameters."""
+    """Write the model to `folder`, load it again and compare every weight; the number of
+    parameters.
+    """
     import torch
     import transformers
     from safetensors.torch import load_file
@@ -60,36 +74,56 @@ def write(checkpoint, told, folder, args) -> int:
     from train.engine.checkpoint import rank_file
 
     read, kept = files.Reader(checkpoint, told), load_file(checkpoint / rank_file(0))
-    names = [key.removesuffix(f"/{state.WEIGHT}") for key in read.shapes() if key.endswith(f"/{state.WEIGHT}")]
+    names = [
+        key.removesuffix(f"/{state.WEIGHT}")
+        for key in read.shapes()
+        if key.endswith(f"/{state.WEIGHT}")
+    ]
     weights = {name.removeprefix("lm."): read(f"{name}/{state.WEIGHT}") for name in names}
     if told["flags"].get("lora_rank"):
         lm = adapted(told, weights, kept, args)
-        weights = {name: p.detach() for name, p in lm.named_parameters()} | zero.buffers(lm) | weights
+        weights = (
+            {name: p.detach() for name, p in lm.named_parameters()} | zero.buffers(lm) | weights
+        )
     else:
-        config = transformers.AutoConfig.from_pretrained(checkpoint / "model", trust_remote_code=args.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint / "model", trust_remote_code=args.trust_remote_code
+        )
         with torch.device("meta"):
-            lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32,
-                                                               trust_remote_code=args.trust_remote_code)  # fmt: skip
+            lm = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=args.trust_remote_code
+            )
         lm.load_state_dict(weights, strict=False, assign=True)
         lm.tie_weights()
         if left := [name for name, p in lm.named_parameters() if p.is_meta]:
             fail(f"{checkpoint} has no {left[0]}", Exit.CHECKPOINT)
-    buffers = {key.removeprefix("buffer/"): value for key, value in kept.items() if key.startswith("buffer/")}
+    buffers = {
+        key.removeprefix("buffer/"): value
+        for key, value in kept.items()
+        if key.startswith("buffer/")
+    }
     written = export.weights_to(folder, lm, weights | buffers, export.DTYPES[args.export_dtype])
-    for extra in sorted((checkpoint / "model").iterdir()):  # the tokenizer, the settings for generation
+    for extra in sorted(
+        (checkpoint / "model").iterdir()
+    ):  # the tokenizer, the settings for generation
         if extra.name != "config.json":
             (folder / extra.name).write_bytes(extra.read_bytes())
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True,
-                                                               trust_remote_code=args.trust_remote_code)  # fmt: skip
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=args.trust_remote_code
+    )
     here, parameters = loaded.state_dict(), dict(loaded.named_parameters())
-    same = lambda name: name in written and torch.equal(written[name].to(here[name].dtype), here[name])
+    same = lambda name: (
+        name in written and torch.equal(written[name].to(here[name].dtype), here[name])
+    )
     if wrong := [name for name in written | parameters | zero.buffers(loaded) if not same(name)]:
         fail(f"{folder}: {wrong[0]} is not what was written")
     return sum(p.numel() for p in parameters.values())
 
 
 def adapted(told, trained, kept, args):
-    """The base model of a LoRA run, in fp32, with adapters that are not the run's yet. ValueError: it is another."""
+    """The base model of a LoRA run, in fp32, with adapters that are not the run's yet. ValueError:
+    it is another.
+    """
     import torch
 
     from train.engine import state, zero
@@ -102,10 +136,17 @@ def adapted(told, trained, kept, args):
     except (ValueError, builtin.ModelUnavailable) as error:
         raise ValueError(f"{error}; --model names the model that the run started from") from error
     adapters.add(lm, flags["lora_rank"], flags["lora_alpha"], flags["lora_targets"])
-    shapes, here = {name: p.shape for name, p in lm.named_parameters() if p.requires_grad}, state.still(lm)
-    same = lambda key, value: key in here and torch.equal(here[key][: len(value)], value[: len(here[key])])
+    shapes, here = (
+        {name: p.shape for name, p in lm.named_parameters() if p.requires_grad},
+        state.still(lm),
+    )
+    same = lambda key, value: (
+        key in here and torch.equal(here[key][: len(value)], value[: len(here[key])])
+    )
     begins = {key: value for key, value in kept.items() if key.startswith("frozen/")}
-    if shapes != {name: p.shape for name, p in trained.items()} or not all(same(*item) for item in begins.items()):
+    if shapes != {name: p.shape for name, p in trained.items()} or not all(
+        same(*item) for item in begins.items()
+    ):
         raise ValueError(f"{path} is not the base of these adapters: --model names it")
     return lm
 

@@ -1,16 +1,19 @@
-"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) of a causal language model.
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) of a causal language
+model.
 
-    deepspeed launch/train_dpo.py                                        # the built-in model on the built-in pairs
-    deepspeed launch/train_dpo.py --config launch/recipes/smollm_human_like.yaml
-    deepspeed --num_accelerators 2 launch/train_dpo.py --model DIR --data pairs.jsonl --ds_config ds_configs/zero3.json
+    deepspeed launch/train_dpo.py                                        # the built-in model on the
+    built-in pairs deepspeed launch/train_dpo.py --config launch/recipes/smollm_human_like.yaml
+    deepspeed --num_accelerators 2 launch/train_dpo.py --model DIR --data pairs.jsonl --ds_config
+    ds_configs/zero3.json
 
 For a prompt x with a chosen answer y_w and a rejected answer y_l, minimises
 
     -log sigmoid(beta * ((log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x))))
 
-averaged over all pairs of a step, whatever the ranks and rows they are spread over. It departs from the paper in the
-optimiser (AdamW for RMSprop, with decoupled weight decay on matrices), and in how pairs are computed, not in what: the
-prompt's tokens stand once for both answers, packed rows without padding (train/data/packing.py).
+averaged over all pairs of a step, whatever the ranks and rows they are spread over. It departs from
+the paper in the optimiser (AdamW for RMSprop, with decoupled weight decay on matrices), and in how
+pairs are computed, not in what: the prompt's tokens stand once for both answers, packed rows
+without padding (train/data/packing.py).
 """
 
 import dataclasses
@@ -34,14 +37,19 @@ class Settings(flags.Training):
     output: str = "runs/dpo"
     """Folder for the model, TensorBoard, logs and run.json."""
     loss: str = "sigmoid"
-    """The loss, a row of train/losses/preference.py's LOSSES, or a weighted sum: sigmoid:0.8,sft:0.2."""
+    """The loss, a row of train/losses/preference.py's LOSSES, or a weighted sum:
+    sigmoid:0.8,sft:0.2.
+    """
     beta: float = 0.1
     """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
     loss_args: dict = dataclasses.field(default_factory=dict)
-    """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha: 0.5}'."""
+    """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha:
+    0.5}'.
+    """
     reference: Literal["live", "cached", "none"] = "live"
-    """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the same, scored once and
-    kept on disk. none: nowhere, for losses that need none."""
+    """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the
+    same, scored once and kept on disk. none: nowhere, for losses that need none.
+    """
     reference_model: str | None = None
     """The reference: a model directory or hub name. None: --model as it is at the start."""
     reference_every: int = 0
@@ -49,10 +57,13 @@ class Settings(flags.Training):
     reference_mixup: float = 0.6
     """The policy's share in a reference that moves; 1 replaces it."""
     reference_ds_config: str | None = None
-    """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy, else whole on each
-    rank."""
+    """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
+    else whole on each rank.
+    """
     lora_rank: int = 0
-    """Rank of LoRA adapters, which are trained in place of the weights; 0: the weights are. Needs peft."""
+    """Rank of LoRA adapters, which are trained in place of the weights; 0: the weights are. Needs
+    peft.
+    """
     lora_alpha: float = 16.0
     """LoRA's scale: adapters count alpha / rank times."""
     lora_targets: list[str] | None = None
@@ -70,7 +81,18 @@ def main():
 
     quiet.now()  # before the libraries that it quiets
     from train.data import order
-    from train.engine import checkpoint, checks, dist, export, memory, objective, report, run, scoring, zero
+    from train.engine import (
+        checkpoint,
+        checks,
+        dist,
+        export,
+        memory,
+        objective,
+        report,
+        run,
+        scoring,
+        zero,
+    )
     from train.losses import preference
 
     device = dist.start()
@@ -84,15 +106,21 @@ def main():
         refuse(settings, loss_of)
         ds = zero.read_config(settings.ds_config)
         tokenizer, data, held_out = open_data(settings, folder, loss_of)
-        policy, reference, plan = open_models(settings, ds, folder, tokenizer, data, held_out, device)
-        first_rows = checks.start(policy, reference, data, device, plan.precision, plan.same_weights)
+        policy, reference, plan = open_models(
+            settings, ds, folder, tokenizer, data, held_out, device
+        )
+        first_rows = checks.start(
+            policy, reference, data, device, plan.precision, plan.same_weights
+        )
         moving = reference if settings.reference_every else None
         saves = checkpoint.Saves(folder, settings, policy, tokenizer, data, moving)
         plan = saves.resume(plan)
     folder.start()
     running = preference.Running()  # statistics that some losses keep
     evaluation = (
-        objective.HeldOut(held_out, plan.row_tokens, device, loss_of, settings.max_length) if held_out else None
+        objective.HeldOut(held_out, plan.row_tokens, device, loss_of, settings.max_length)
+        if held_out
+        else None
     )
     board = report.Training(folder, settings, policy, device, plan, reference.forwards)
     saves.attach(board, running=running)
@@ -100,18 +128,42 @@ def main():
     with saves.guard():
         if due(settings, plan.begun) or saves.foreign:
             evaluate(plan.begun)
-        steps = order.steps(data.lengths.sum(1), settings.batch_size, plan.row_tokens, seed=settings.seed,
-                            start=plan.begun, total=plan.steps, rank=dist.rank(), world=dist.world())  # fmt: skip
+        steps = order.steps(
+            data.lengths.sum(1),
+            settings.batch_size,
+            plan.row_tokens,
+            seed=settings.seed,
+            start=plan.begun,
+            total=plan.steps,
+            rank=dist.rank(),
+            world=dist.world(),
+        )
         for step, rows in scoring.ahead(steps, data, device):
             shares, before = [None] * len(rows), running.state_dict()
-            if loss_of.couples:  # an example's loss depends on the others of its step: score them all first
+            if (
+                loss_of.couples
+            ):  # an example's loss depends on the others of its step: score them all first
                 with memory.explained(rows[0], plan.row_tokens):
-                    shares = objective.whole_step(policy, reference, data, step, loss_of, running, plan.row_tokens,
-                                                  settings.max_length, device)  # fmt: skip
-            for row, share in zip(rows, shares, strict=True):  # as many on every rank; the last ones may be empty
+                    shares = objective.whole_step(
+                        policy,
+                        reference,
+                        data,
+                        step,
+                        loss_of,
+                        running,
+                        plan.row_tokens,
+                        settings.max_length,
+                        device,
+                    )
+            for row, share in zip(
+                rows, shares, strict=True
+            ):  # as many on every rank; the last ones may be empty
                 with memory.explained(row, plan.row_tokens):
-                    examples, losses, total = objective.of_row(policy, reference, row, loss_of, share)
-                    # the engine averages over ranks; the mean wanted is over all examples of the step
+                    examples, losses, total = objective.of_row(
+                        policy, reference, row, loss_of, share
+                    )
+                    # the engine averages over ranks; the mean wanted is over all examples of the
+                    # step
                     policy.backward(total * dist.world() / len(step.groups))
                 board.add(row, examples, losses)
             update = policy.step()
@@ -126,16 +178,24 @@ def main():
             saves.settle(step)
         evaluate(plan.steps)
         preempt.check()
-        gap = export.model_directory(policy.module, tokenizer, folder.path / "model", first_rows,
-                                     export_dtype=settings.export_dtype, write_card=board.card(),
-                                     trust_remote_code=settings.trust_remote_code)  # fmt: skip
+        gap = export.model_directory(
+            policy.module,
+            tokenizer,
+            folder.path / "model",
+            first_rows,
+            export_dtype=settings.export_dtype,
+            write_card=board.card(),
+            trust_remote_code=settings.trust_remote_code,
+        )
     board.finish(gap)
     preempt.stop()
     dist.stop()
 
 
 def due(settings, number: int) -> bool:
-    """Whether the held-out pairs are scored after `number` steps: at the start, then every --eval_every."""
+    """Whether the held-out pairs are scored after `number` steps: at the start, then every
+    --eval_every.
+    """
     return number % settings.eval_every == 0 if settings.eval_every else number == 0
 
 
@@ -150,7 +210,9 @@ def refuse(settings, loss_of):
     if settings.reference_every and settings.reference != "live":
         raise ValueError(f"a reference that moves is --reference live, not {settings.reference}")
     if settings.reference_every and settings.lora_rank:
-        raise ValueError("--reference_every moves weights towards the policy's, and with --lora_rank those stand still")
+        raise ValueError(
+            "--reference_every moves weights towards the policy's, and with --lora_rank those stand still"
+        )
     if not 0 < settings.reference_mixup <= 1:
         raise ValueError(f"--reference_mixup lies in (0, 1], not at {settings.reference_mixup}")
     if settings.reference == "none" and settings.reference_model:
@@ -168,26 +230,36 @@ class Plan(NamedTuple):
 
 
 def open_data(settings, folder, loss_of):
-    """The tokenizer, the training pairs and the held-out pairs (None where there are none), tokenised."""
+    """The tokenizer, the training pairs and the held-out pairs (None where there are none),
+    tokenised.
+    """
     from train.data import tokens
     from train.engine import dist, run
 
     sources, eval_sources = flags.sources(settings)
     tokenizer = run.load_tokenizer(folder.model_path(settings.model), settings.trust_remote_code)
-    options = dict(max_length=settings.max_length, max_prompt_length=settings.max_prompt_length,
-                   allow_control_tokens=settings.allow_control_tokens, max_dropped=settings.max_dropped)  # fmt: skip
+    options = dict(
+        max_length=settings.max_length,
+        max_prompt_length=settings.max_prompt_length,
+        allow_control_tokens=settings.allow_control_tokens,
+        max_dropped=settings.max_dropped,
+    )
     with dist.one_at_a_time():  # rank 0 tokenises, the others find it in the cache
         options |= {"kind": tokens.kind_of(sources)}  # the held-out data are of the same kind
         data = tokens.prepare(sources, tokenizer, **options)
         held_out = tokens.prepare(eval_sources, tokenizer, **options) if eval_sources else None
     if data.labels is not None and not loss_of.takes_labelled:
-        raise ValueError(f"--loss {settings.loss} compares pairs, and the data has single answers with labels: kto, "
-                         "bco_pair and aot_unpaired take those")  # fmt: skip
+        raise ValueError(
+            f"--loss {settings.loss} compares pairs, and the data has single answers with labels: kto, "
+            "bco_pair and aot_unpaired take those"
+        )
     folder.dropped({"train": data.dropped, "eval": held_out.dropped if held_out else []})
     if not eval_sources and settings.eval_split:
         data, held_out = tokens.split_by_prompt(data, settings.eval_split, settings.data_split_seed)
-    folder.note(data=run.describe(data, sources),
-                eval_data=held_out and run.describe(held_out, eval_sources or sources))  # fmt: skip
+    folder.note(
+        data=run.describe(data, sources),
+        eval_data=held_out and run.describe(held_out, eval_sources or sources),
+    )
     return tokenizer, data, held_out
 
 
@@ -203,34 +275,67 @@ def open_models(settings, ds, folder, tokenizer, data, held_out, device):
     stage = zero.stage_of(ds)
     most = settings.max_steps or (CPU_STEPS if not settings.data and device.type == "cpu" else 0)
     steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
-    path, ref_path = folder.model_path(settings.model), folder.model_path(settings.reference_model or settings.model)
+    path, ref_path = (
+        folder.model_path(settings.model),
+        folder.model_path(settings.reference_model or settings.model),
+    )
     load = lambda source, mode, change=None: zero.load_backbone(
-        source, mode, precision, stage, device, settings.layout, settings.trust_remote_code, settings.allow_pickle,
-        change)  # fmt: skip
-    adapt = lambda lm: adapters.add(lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+        source,
+        mode,
+        precision,
+        stage,
+        device,
+        settings.layout,
+        settings.trust_remote_code,
+        settings.allow_pickle,
+        change,
+    )
+    adapt = lambda lm: adapters.add(
+        lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets
+    )
     budget = lambda module: (
         settings.micro_tokens
-        or memory.row_tokens(module, device, stage, settings.gradient_checkpointing, settings.max_length)
+        or memory.row_tokens(
+            module, device, stage, settings.gradient_checkpointing, settings.max_length
+        )
     )
     sets = [each for each in (data, held_out) if each is not None]
-    looked_up = settings.reference != "live"  # then no second model is in memory when the policy is there
+    looked_up = (
+        settings.reference != "live"
+    )  # then no second model is in memory when the policy is there
     ref_ds, reference = (
-        open_reference(settings, ds, ref_path, load, budget, sets, folder) if looked_up else (None, None)
+        open_reference(settings, ds, ref_path, load, budget, sets, folder)
+        if looked_up
+        else (None, None)
     )
     module = load(path, ds, adapt if settings.lora_rank else None)
     chat.check_fit(module.lm.config, tokenizer, settings.max_length)
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
-    policy = zero.Policy(module, ds, lr=settings.lr, weight_decay=settings.weight_decay, grad_clip=settings.grad_clip,
-                         scheduler=settings.lr_scheduler, warmup_ratio=settings.warmup_ratio,
-                         total_steps=steps)  # fmt: skip
+    policy = zero.Policy(
+        module,
+        ds,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        grad_clip=settings.grad_clip,
+        scheduler=settings.lr_scheduler,
+        warmup_ratio=settings.warmup_ratio,
+        total_steps=steps,
+    )
     if settings.lora_rank and settings.reference == "live" and path == ref_path:
         ref_ds, reference = None, Base(policy)
     elif not looked_up:
         ref_ds, reference = open_reference(settings, ds, ref_path, load, budget, sets, folder)
     plan = Plan(precision, budget(module), steps, path == ref_path and settings.reference != "none")
-    folder.note(model=path, reference_model=ref_path, deepspeed=ds, reference_deepspeed=ref_ds, **plan._asdict(),
-                hardware=run.hardware(device), versions=run.versions())  # fmt: skip
+    folder.note(
+        model=path,
+        reference_model=ref_path,
+        deepspeed=ds,
+        reference_deepspeed=ref_ds,
+        **plan._asdict(),
+        hardware=run.hardware(device),
+        versions=run.versions(),
+    )
     return policy, reference, plan
 
 
@@ -246,12 +351,19 @@ def open_reference(settings, ds, path, load, budget, sets, folder):
         frozen = str(ROOT / "ds_configs/frozen_zero3.json")
     config = zero.frozen(zero.read_config(frozen) if frozen else {}, ds)
     if zero.stage_of(config) in (1, 2):
-        raise ValueError(f"{frozen}: stages 1 and 2 shard gradients, which a reference has not; take stage 0 or 3")
+        raise ValueError(
+            f"{frozen}: stages 1 and 2 shard gradients, which a reference has not; take stage 0 or 3"
+        )
     live = Live(load(path, config), config, bool(settings.reference_every))
     if settings.reference == "live":
         return config, live
-    return config, Cached(live, sets, 2 * budget(live.module), zero.precision_of(settings.precision, live.device),
-                          folder.say)  # fmt: skip
+    return config, Cached(
+        live,
+        sets,
+        2 * budget(live.module),
+        zero.precision_of(settings.precision, live.device),
+        folder.say,
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Check a model and preference pairs before a run: on any machine, without a GPU, without loading a weight.
+"""Check a model and preference pairs before a run: on any machine, without a GPU, without loading a
+weight.
 
     python launch/validate.py --model DIR --data pairs.jsonl > report.json
     python launch/validate.py --data a.jsonl b.parquet --eval_split 0.05 --output report.json
 
-Takes training's flags that concern data and does what a run does at its door, by the same functions: reads
-every row, renders and tokenises it, and compares the model's configuration with the tokenizer. The tokens are kept, so
-that a run with the same flags finds them. The report is JSON on stdout; what is wrong is said in one line on stderr.
+Takes training's flags that concern data and does what a run does at its door, by the same
+functions: reads every row, renders and tokenises it, and compares the model's configuration with
+the tokenizer. The tokens are kept, so that a run with the same flags finds them. The report is JSON
+on stdout; what is wrong is said in one line on stderr.
 
 Exit codes: 0 usable, 2 flags, tokenizer or model, 4 data.
 """
@@ -57,7 +59,9 @@ def main():
 
 
 def examine(settings, report):
-    """Add what is found to `report`, as far as one gets. Raises ValueError for flags and model, DataError for data."""
+    """Add what is found to `report`, as far as one gets. Raises ValueError for flags and model,
+    DataError for data.
+    """
     from train.data import chat, tokens
     from train.engine import run
     from train.models import builtin
@@ -69,19 +73,26 @@ def examine(settings, report):
     parts = {}
     for name, named in {"data": sources, "eval_data": eval_sources}.items():
         if named:
-            parts[name] = tokens.collect(named, tokenizer, max_length=settings.max_length,
-                                         max_prompt_length=settings.max_prompt_length,
-                                         allow_control_tokens=settings.allow_control_tokens,
-                                         kind=tokens.kind_of(sources))  # fmt: skip
+            parts[name] = tokens.collect(
+                named,
+                tokenizer,
+                max_length=settings.max_length,
+                max_prompt_length=settings.max_prompt_length,
+                allow_control_tokens=settings.allow_control_tokens,
+                kind=tokens.kind_of(sources),
+            )
             report[name] = described(parts[name], named)
     for part in parts.values():
         tokens.refuse_too_many(part, settings.max_dropped)
     if settings.eval_split and not eval_sources:
-        parts["data"], parts["eval_data"] = tokens.split_by_prompt(parts["data"], settings.eval_split,
-                                                                   settings.data_split_seed)  # fmt: skip
+        parts["data"], parts["eval_data"] = tokens.split_by_prompt(
+            parts["data"], settings.eval_split, settings.data_split_seed
+        )
         report["split"] = {"train": len(parts["data"]), "held_out": len(parts["eval_data"])}
     if "eval_data" in parts:
-        report["prompts_in_both"] = len(set(parts["data"].prompts.tolist()) & set(parts["eval_data"].prompts.tolist()))
+        report["prompts_in_both"] = len(
+            set(parts["data"].prompts.tolist()) & set(parts["eval_data"].prompts.tolist())
+        )
 
 
 def model_config(path, trust_remote_code):
@@ -91,7 +102,9 @@ def model_config(path, trust_remote_code):
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a dozen types, and the cure is the same
-        raise ValueError(f"cannot load the configuration of {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"cannot load the configuration of {path}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def described(data, sources) -> dict:
@@ -106,20 +119,24 @@ def described(data, sources) -> dict:
         "rows": count + dropped,
         "usable": count,
         "dropped": dropped,
-        "dropped_reasons": dict(collections.Counter(d.reason for d in data.dropped).most_common(20)),
+        "dropped_reasons": dict(
+            collections.Counter(d.reason for d in data.dropped).most_common(20)
+        ),
         "dropped_rows": [d._asdict() for d in data.dropped],
         "truncated": {"pairs": int(data.truncated.any(1).sum()), **cut},
         "duplicates": count - len({fingerprint(data, i) for i in range(count)}),
         "prompts": {"distinct": prompts, "repeats": count - prompts},
         "tokens": {**sizes, "pair": quantiles(data.lengths.sum(1)), "all": int(data.lengths.sum())},
         "fingerprint": data.fingerprint,
-    }  # fmt: skip
+    }
 
 
 def fingerprint(data, i) -> bytes:
     """Equal for two pairs of the same tokens."""
     start, lengths = data.offsets[i], data.lengths[i]
-    return hashlib.sha256(lengths.tobytes() + data.ids[start : start + lengths.sum()].tobytes()).digest()
+    return hashlib.sha256(
+        lengths.tobytes() + data.ids[start : start + lengths.sum()].tobytes()
+    ).digest()
 
 
 def quantiles(lengths) -> dict | None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# The environment's own ninja and launchers, activated or not: another version of ninja compiles DeepSpeed's op anew.
+# The environment's own ninja and launchers, activated or not: another version of ninja compiles
+# DeepSpeed's op anew.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -102,7 +102,10 @@ def test_a_flag_becomes_its_field(argv, name, value):
         ("--data", "error: --data needs a value"),
         ("--max_steps 1.5", "error: --max_steps: expected int or null, got '1.5'"),
         ("--precision fp16", "error: --precision: expected one of auto, bf16, fp32, got 'fp16'"),
-        ("--deterministic perhaps", "error: --deterministic: expected true or false, got 'perhaps'"),
+        (
+            "--deterministic perhaps",
+            "error: --deterministic: expected true or false, got 'perhaps'",
+        ),
         ("--loss_args 3", "error: --loss_args: expected dict[str, int | float | str], got '3'"),
         ("--beta -1", "error: --beta must not be negative, got -1.0"),
         ("stray", "error: unexpected argument 'stray': flags are written --name value"),
@@ -140,7 +143,9 @@ def test_flags_override_the_file_and_the_second_file_the_first(tmp_path):
     settings = config.parse(Settings, argv)
     assert (settings.beta, settings.batch_size, settings.data) == (0.5, 8, ["a", "b"])
     assert settings.loss_args == {"tau": 1, "kind": "x"}
-    assert config.parse(Settings, ["--config", str(first)]).beta == 1e-6  # a float, although YAML 1.1 reads a string
+    assert (
+        config.parse(Settings, ["--config", str(first)]).beta == 1e-6
+    )  # a float, although YAML 1.1 reads a string
 
 
 def test_a_printed_config_is_a_config_again(capsys, tmp_path):
@@ -168,7 +173,10 @@ def test_a_required_field_may_stand_in_the_file(capsys, tmp_path):
     assert config.parse(Needs, ["--checkpoint", "c", "--config", str(recipe)]) == Needs("c", 2)
     with pytest.raises(SystemExit) as stop:
         config.parse(Needs, [])
-    assert stop.value.code == 2 and capsys.readouterr().err == "error: missing: --checkpoint; see --help\n"
+    assert (
+        stop.value.code == 2
+        and capsys.readouterr().err == "error: missing: --checkpoint; see --help\n"
+    )
 
 
 def test_help_shows_the_docstrings_without_importing_torch():
@@ -183,7 +191,12 @@ finally:
     assert not {{"torch", "transformers", "deepspeed"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for text in ("Train a small thing on small data.", "--batch_size", "groups a step, all ranks", "default: 16"):
+    for text in (
+        "Train a small thing on small data.",
+        "--batch_size",
+        "groups a step, all ranks",
+        "default: 16",
+    ):
         assert text in done.stdout
 
 
@@ -197,7 +210,9 @@ def test_only_rank_0_speaks_and_every_rank_exits(capsys, monkeypatch, variable):
     with pytest.raises(SystemExit) as stop:
         config.fail("nothing left", config.Exit.DATA)
     assert stop.value.code == 4 and capsys.readouterr() == ("", "")
-    monkeypatch.setenv("RANK", "0")  # a launcher's RANK counts before the srun that started the launcher
+    monkeypatch.setenv(
+        "RANK", "0"
+    )  # a launcher's RANK counts before the srun that started the launcher
     with pytest.raises(SystemExit):
         config.fail("nothing left", config.Exit.DATA)
     assert capsys.readouterr() == ("", "error: nothing left\n")
@@ -205,7 +220,13 @@ def test_only_rank_0_speaks_and_every_rank_exits(capsys, monkeypatch, variable):
 
 def test_exit_codes_are_those_that_wrappers_know():
     assert {code.name: int(code) for code in config.Exit} == {
-        "DONE": 0, "FLAGS": 2, "CHECKPOINT": 3, "DATA": 4, "NONFINITE": 5, "PREEMPTED": 85}  # fmt: skip
+        "DONE": 0,
+        "FLAGS": 2,
+        "CHECKPOINT": 3,
+        "DATA": 4,
+        "NONFINITE": 5,
+        "PREEMPTED": 85,
+    }
 
 
 def test_settings_as_plain_values():
@@ -222,5 +243,10 @@ def test_settings_as_plain_values():
         nested: dict = field(default_factory=lambda: {"a": (Path("x"), None)})
 
     plain = config.as_dict(Odd())
-    assert plain == {"output": "runs/1", "sizes": [1, 2], "colour": "red", "nested": {"a": ["x", None]}}
+    assert plain == {
+        "output": "runs/1",
+        "sizes": [1, 2],
+        "colour": "red",
+        "nested": {"a": ["x", None]},
+    }
     assert json.loads(json.dumps(plain)) == plain

@@ -1,4 +1,6 @@
-"""The house rules that a machine can check: which room imports what, how large things are, that every flag is read."""
+"""The house rules that a machine can check: which room imports what, how large things are, that
+every flag is read.
+"""
 
 import ast
 import dataclasses
@@ -29,7 +31,16 @@ FLOORS = {
 }
 LIBRARIES = {
     "train/losses": {"torch"},
-    "train/data": {"torch", "transformers", "datasets", "pyarrow", "numpy", "safetensors", "huggingface_hub", "tqdm"},
+    "train/data": {
+        "torch",
+        "transformers",
+        "datasets",
+        "pyarrow",
+        "numpy",
+        "safetensors",
+        "huggingface_hub",
+        "tqdm",
+    },
 }
 
 
@@ -53,7 +64,9 @@ def test_arrows_go_down(path):
         top = module.split(".")[0]
         if top in ("train", "launch", "eval", "tests"):
             allowed = FLOORS[room]
-            assert any(module == a or module.startswith(a + ".") for a in allowed), f"{path} imports {module}"
+            assert any(module == a or module.startswith(a + ".") for a in allowed), (
+                f"{path} imports {module}"
+            )
         if top == "deepspeed" or module.startswith("torch.distributed"):
             assert room == "train/engine", f"{path} imports {module}"
         if room in LIBRARIES and top not in ("train", *LIBRARIES[room]):
@@ -71,7 +84,9 @@ def test_sizes(path):
 
 
 def test_product_stays_small():
-    """Lines of code, without blanks, comments and docstrings. Above the budget: look first for what can go."""
+    """Lines of code, without blanks, comments and docstrings. Above the budget: look first for what
+    can go.
+    """
     total = 0
     for path in PRODUCT:
         tree = ast.parse(path.read_text())
@@ -84,7 +99,9 @@ def test_product_stays_small():
             ):
                 skipped |= set(range(node.lineno, node.end_lineno + 1))
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            total += bool(line.strip()) and not line.strip().startswith("#") and number not in skipped
+            total += (
+                bool(line.strip()) and not line.strip().startswith("#") and number not in skipped
+            )
     assert total <= 6350, total
 
 
@@ -94,25 +111,38 @@ def test_every_flag_is_explained_and_read(script):
     if settings is None:
         pytest.skip("no flags")
     text = "".join(p.read_text() for p in PRODUCT)
-    files = {script, *(Path(inspect.getfile(base)) for base in settings.__mro__[1:-1])}  # where flags are declared
+    files = {
+        script,
+        *(Path(inspect.getfile(base)) for base in settings.__mro__[1:-1]),
+    }  # where flags are declared
     helps = {name: text for path in files for name, text in _field_docstrings(path)}
-    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True
+    ).stdout
     for field in dataclasses.fields(settings):
-        assert len(re.findall(rf"settings\.{field.name}\b", text)) >= 1, f"--{field.name} is read nowhere"
+        assert len(re.findall(rf"settings\.{field.name}\b", text)) >= 1, (
+            f"--{field.name} is read nowhere"
+        )
         assert helps.get(field.name), f"--{field.name} has no help"
-        assert "".join(helps[field.name].split()) in "".join(shown.split()), f"--help does not explain --{field.name}"
+        assert "".join(helps[field.name].split()) in "".join(shown.split()), (
+            f"--help does not explain --{field.name}"
+        )
 
 
 def _field_docstrings(path):
     """(field, the docstring under it) of every class in a file."""
     for found in ast.walk(ast.parse(path.read_text())):
-        for field, below in itertools.pairwise(found.body if isinstance(found, ast.ClassDef) else ()):
+        for field, below in itertools.pairwise(
+            found.body if isinstance(found, ast.ClassDef) else ()
+        ):
             match field, below:
                 case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
                     yield name, text
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_recipes_hold_flags_that_exist_and_say_why_their_rate(recipe):
     text = recipe.read_text()
     command = re.search(r"(launch/train_\w+\.py) --config (\S+)", text)
@@ -139,6 +169,8 @@ def test_init_files_are_empty():
 
 
 def test_top_level_is_fixed():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     folders = {name.split("/")[0] for name in tracked if "/" in name and not name.startswith(".")}
     assert folders <= {"train", "launch", "ds_configs", "eval", "tests"}

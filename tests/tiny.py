@@ -1,4 +1,6 @@
-"""Small real things for tests: a byte-level BPE tokenizer with a ChatML template, and tiny random models of several families."""
+"""Small real things for tests: a byte-level BPE tokenizer with a ChatML template, and tiny random
+models of several families.
+"""
 
 from pathlib import Path
 
@@ -16,17 +18,30 @@ VOCAB = 1024
 FAMILIES = {
     "llama": (transformers.LlamaConfig, dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "qwen2": (transformers.Qwen2Config, dict(num_key_value_heads=2, tie_word_embeddings=False)),
-    "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=1, head_dim=24, tie_word_embeddings=True)),
+    "qwen3": (
+        transformers.Qwen3Config,
+        dict(num_key_value_heads=1, head_dim=24, tie_word_embeddings=True),
+    ),
     "mistral": (transformers.MistralConfig, dict(num_key_value_heads=2, sliding_window=8)),
     "gemma": (transformers.GemmaConfig, dict(num_key_value_heads=1, head_dim=16)),
-    "gemma3": (transformers.Gemma3TextConfig, dict(num_key_value_heads=2, head_dim=16, sliding_window=8,
-                                                   num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        dict(
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=8,
+            num_hidden_layers=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     "gpt2": (transformers.GPT2Config, dict()),
-}  # fmt: skip
+}
 
 
 def save_tokenizer(folder):
-    """Train a BPE tokenizer of 1,024 tokens on the built-in pairs and save it; pad is eos, as in SmolLM."""
+    """Train a BPE tokenizer of 1,024 tokens on the built-in pairs and save it; pad is eos, as in
+    SmolLM.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -51,13 +66,34 @@ def save_tokenizer(folder):
 
 
 def make_model(family="llama", dtype=torch.float32, seed=0, **overrides):
-    """A random model of `family`: 2 or 3 layers, width 64, 4 heads, vocabulary 1,024; large initial weights, so that logits spread."""
+    """A random model of `family`: 2 or 3 layers, width 64, 4 heads, vocabulary 1,024; large initial
+    weights, so that logits spread.
+    """
     config_class, extra = FAMILIES[family]
-    sizes = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-                 max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.2)  # fmt: skip
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
     if family == "gpt2":
-        sizes = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
-                     pad_token_id=2, initializer_range=0.2)  # fmt: skip
+        sizes = dict(
+            vocab_size=VOCAB,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            initializer_range=0.2,
+        )
     torch.manual_seed(seed)
     config = config_class(**{**sizes, **extra, **overrides})
     return (
@@ -66,7 +102,9 @@ def make_model(family="llama", dtype=torch.float32, seed=0, **overrides):
 
 
 def save_model(folder, family="llama", seed=0, **overrides):
-    """Save a tiny model and the tokenizer in `folder` as a user's model directory; returns the folder's path."""
+    """Save a tiny model and the tokenizer in `folder` as a user's model directory; returns the
+    folder's path.
+    """
     lm = make_model(family, seed=seed, **overrides)
     lm.generation_config.max_length = 99  # its own, to be found again wherever a model is written
     lm.save_pretrained(folder)

@@ -1,4 +1,6 @@
-"""fp64 all the way: transformers' norms, rotary embeddings and softmaxes cast to fp32, which would hide errors below 1e-7."""
+"""fp64 all the way: transformers' norms, rotary embeddings and softmaxes cast to fp32, which would
+hide errors below 1e-7.
+"""
 
 import torch
 from torch.overrides import TorchFunctionMode

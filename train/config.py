@@ -1,15 +1,18 @@
 """How a script's settings, one flat dataclass, become its command line.
 
-The class's docstring is the description, the docstring under each field, its own or inherited, the help:
+The class's docstring is the description, the docstring under each field, its own or inherited, the
+help:
 
-    settings = config.parse(Settings)                # --name value, --config recipe.yaml, --print_config, --help
+    settings = config.parse(Settings)                # --name value, --config recipe.yaml,
+    --print_config, --help
 
-Flags given on the command line override the YAML, wherever `--config` stands. Lists take several values
-(`--data a.jsonl b.jsonl`), booleans true or false or nothing (`--deterministic`), dictionaries `--loss_args.tau 2` or
-`--loss_args '{tau: 2}'`. `--local_rank N`, which the deepspeed launcher appends, is ignored.
+Flags given on the command line override the YAML, wherever `--config` stands. Lists take several
+values (`--data a.jsonl b.jsonl`), booleans true or false or nothing (`--deterministic`),
+dictionaries `--loss_args.tau 2` or `--loss_args '{tau: 2}'`. `--local_rank N`, which the deepspeed
+launcher appends, is ignored.
 
-Imports the standard library and jsonargparse only, so that a script can read its flags, and say what is wrong with
-them, before it installs signal handlers and imports torch.
+Imports the standard library and jsonargparse only, so that a script can read its flags, and say
+what is wrong with them, before it installs signal handlers and imports torch.
 """
 
 import contextlib
@@ -33,7 +36,9 @@ LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 PARSER_FLAGS = ("config", "print_config", "help")  # what is there besides the fields
 NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 REQUIRED = re.compile(r"following arguments are required: (.*)")
-SECRET = re.compile(r"://\S*[@?]|\bhf_\w{20,}")  # an address with a user or a signature in it; a hub token
+SECRET = re.compile(
+    r"://\S*[@?]|\bhf_\w{20,}"
+)  # an address with a user or a signature in it; a hub token
 
 
 class Exit(enum.IntEnum):
@@ -50,11 +55,13 @@ class Exit(enum.IntEnum):
 def parse(settings_class, argv=None):
     """An instance of the dataclass `settings_class` from `argv` (default: the command line).
 
-    A flag or key that does not exist, a wrong type, an unreadable YAML file, or a ValueError of the class's own
-    `__post_init__` prints one line on stderr and exits with Exit.FLAGS.
+    A flag or key that does not exist, a wrong type, an unreadable YAML file, or a ValueError of the
+    class's own `__post_init__` prints one line on stderr and exits with Exit.FLAGS.
     """
     parser = _parser(settings_class)
-    quiet = io.StringIO() if _rank() else None  # one rank is enough to print the help or --print_config
+    quiet = (
+        io.StringIO() if _rank() else None
+    )  # one rank is enough to print the help or --print_config
     try:
         configs, flags = _tidy(sys.argv[1:] if argv is None else argv, _kinds(settings_class))
         for path in configs:
@@ -62,7 +69,9 @@ def parse(settings_class, argv=None):
         with contextlib.redirect_stdout(quiet or sys.stdout):
             # the files first: what is parsed later wins
             values = parser.parse_args([f"--config={path}" for path in configs] + flags)
-        settings = settings_class(**{f.name: values[f.name] for f in dataclasses.fields(settings_class) if f.init})
+        settings = settings_class(
+            **{f.name: values[f.name] for f in dataclasses.fields(settings_class) if f.init}
+        )
         _refuse_unwritable(settings)
         return settings
     except jsonargparse.ArgumentError as error:
@@ -72,12 +81,16 @@ def parse(settings_class, argv=None):
 
 
 def as_dict(settings):
-    """The settings as plain JSON-able values: paths as strings, enums as their values, tuples as lists."""
+    """The settings as plain JSON-able values: paths as strings, enums as their values, tuples as
+    lists.
+    """
     return _plain(dataclasses.asdict(settings))
 
 
 def fail(message, code=Exit.FLAGS):
-    """Print `error: message` on stderr and exit with `code`: every rank that calls it exits, only rank 0 prints."""
+    """Print `error: message` on stderr and exit with `code`: every rank that calls it exits, only
+    rank 0 prints.
+    """
     if _rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(int(code))
@@ -88,14 +101,18 @@ def _refuse_unwritable(settings):
     for name, value in as_dict(settings).items():
         text = json.dumps(value, ensure_ascii=False)
         if SECRET.search(text):
-            raise ValueError(f"--{name} seems to hold a password or a token, and flags are written to run.json: "
-                             "set HF_TOKEN for the hub, or fetch the file and name it")  # fmt: skip
+            raise ValueError(
+                f"--{name} seems to hold a password or a token, and flags are written to run.json: "
+                "set HF_TOKEN for the hub, or fetch the file and name it"
+            )
         if text != text.encode("utf-8", "replace").decode("utf-8"):
             raise ValueError(f"--{name} is not UTF-8: {value!a}")
 
 
 def _rank():
-    """This process's global rank before anything is initialised: RANK, under a plain srun SLURM_PROCID, else 0."""
+    """This process's global rank before anything is initialised: RANK, under a plain srun
+    SLURM_PROCID, else 0.
+    """
     text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(text) if text.isdigit() else 0
 
@@ -118,7 +135,11 @@ def _parser(settings_class):
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="a YAML file of flags; those on the command line override it")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a YAML file of flags; those on the command line override it",
+    )
     parser.add_class_arguments(settings_class, as_group=False)
     return parser
 
@@ -141,8 +162,8 @@ def _is_union(hint):
 def _tidy(argv, kinds):
     """Split `argv` into the paths after --config and the other flags, each written `--name=value`.
 
-    Launcher flags go; a bare boolean becomes true; several values of a list become one; `-1e-6` is a value. Raises
-    ArgumentError for a flag that does not exist.
+    Launcher flags go; a bare boolean becomes true; several values of a list become one; `-1e-6` is
+    a value. Raises ArgumentError for a flag that does not exist.
     """
     tokens, configs, flags = deque(argv), [], []
     while tokens:
@@ -157,7 +178,11 @@ def _tidy(argv, kinds):
         elif name not in kinds and name not in PARSER_FLAGS:
             raise jsonargparse.ArgumentError(None, _unknown("flag", name, kinds, dashes="--"))
         else:
-            values = [value] if equals else _values(tokens, many=typing.get_origin(kinds.get(name)) is list)
+            values = (
+                [value]
+                if equals
+                else _values(tokens, many=typing.get_origin(kinds.get(name)) is list)
+            )
             if kinds.get(name) is bool and not values:
                 values = ["true"]
             if name == "config" and values:
@@ -170,7 +195,11 @@ def _tidy(argv, kinds):
 def _values(tokens, many):
     """Take the values that follow a flag off `tokens`: all of them for a list, else at most one."""
     values = []
-    while tokens and (many or not values) and (tokens[0][:1] != "-" or NEGATIVE_NUMBER.match(tokens[0])):
+    while (
+        tokens
+        and (many or not values)
+        and (tokens[0][:1] != "-" or NEGATIVE_NUMBER.match(tokens[0]))
+    ):
         values.append(tokens.popleft())
     return values
 
@@ -179,21 +208,33 @@ def _join(values, kind):
     if typing.get_origin(kind) is not list or (len(values) == 1 and values[0].startswith("[")):
         return values[0]
     # Only strings are quoted: the parser reads the other elements as YAML numbers.
-    return "[" + ", ".join(json.dumps(v) if typing.get_args(kind) == (str,) else v for v in values) + "]"
+    return (
+        "["
+        + ", ".join(json.dumps(v) if typing.get_args(kind) == (str,) else v for v in values)
+        + "]"
+    )
 
 
 def _check_file(parser, path, settings_class):
-    """Parse one YAML file alone, so that what is wrong in it is reported with its name; the result is not used."""
+    """Parse one YAML file alone, so that what is wrong in it is reported with its name; the result
+    is not used.
+    """
     try:
         parser.parse_path(path, defaults=False)
     except UnicodeDecodeError as error:
-        raise jsonargparse.ArgumentError(None, f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+        raise jsonargparse.ArgumentError(
+            None, f"{path}: not UTF-8: {error.reason} at byte {error.start}"
+        ) from None
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         if REQUIRED.search(str(error)):
             return  # flags may supply it
         if not Path(path).is_file():
-            raise jsonargparse.ArgumentError(None, f"--config {path}: there is no such file") from None
-        raise jsonargparse.ArgumentError(None, f"{path}: {_explain(str(error), settings_class, dashes='')}") from None
+            raise jsonargparse.ArgumentError(
+                None, f"--config {path}: there is no such file"
+            ) from None
+        raise jsonargparse.ArgumentError(
+            None, f"{path}: {_explain(str(error), settings_class, dashes='')}"
+        ) from None
 
 
 def _unknown(what, name, kinds, dashes):
@@ -204,7 +245,9 @@ def _unknown(what, name, kinds, dashes):
 
 
 def _explain(message, settings_class, dashes="--"):
-    """One line for what jsonargparse says in several, with the flag, the type it takes and what was given."""
+    """One line for what jsonargparse says in several, with the flag, the type it takes and what was
+    given.
+    """
     if found := re.search(r"Option '([^']*)' is not accepted", message):
         return _unknown("key", found[1], _kinds(settings_class), dashes)
     if found := re.search(r"argument (--[\w.]+)\S*: expected one argument", message):

@@ -1,29 +1,35 @@
-"""What one DPO step costs, ours against others': seconds, pairs a second and peak memory on the same pairs.
+"""What one DPO step costs, ours against others': seconds, pairs a second and peak memory on the
+same pairs.
 
-    python tests/benchmarks/dpo_step.py --data PAIRS.jsonl
-    python tests/benchmarks/dpo_step.py --data PAIRS.jsonl --pairs 16 --rounds 1 --contenders ours trl --json OUT.json
+    python tests/benchmarks/dpo_step.py --data PAIRS.jsonl python tests/benchmarks/dpo_step.py
+    --data PAIRS.jsonl --pairs 16 --rounds 1 --contenders ours trl --json OUT.json
 
-(TRL comes with the extra: pip install -e '.[peers]'.) A step is policy forward, reference forward, backward, clipping
-and AdamW update. Contenders, with the name's number the pairs of a micro-batch:
+(TRL comes with the extra: pip install -e '.[peers]'.) A step is policy forward, reference forward,
+backward, clipping and AdamW update. Contenders, with the name's number the pairs of a micro-batch:
 
-    ours      the loop of launch/train_dpo.py at ZeRO stage 0: packed rows, shared prompts, chunked head, the measures
+    ours      the loop of launch/train_dpo.py at ZeRO stage 0: packed rows, shared prompts, chunked
+    head, the measures
               and TensorBoard of every step, clipping and the non-finite check
-    padded/m  the same loop over plain rows: one padded sequence a response, full logits, micro-batches of m pairs
-    trl/m     TRL's DPOTrainer, gradient accumulation up to the step's pairs. Its defaults, but no activation
-              checkpointing (faster without; the others do without; --trl-checkpointing puts its default back), no
-              reports, no checkpoints. It gets our token ids, so that all see the same pairs.
+    padded/m  the same loop over plain rows: one padded sequence a response, full logits,
+    micro-batches of m pairs trl/m     TRL's DPOTrainer, gradient accumulation up to the step's
+    pairs. Its defaults, but no activation
+              checkpointing (faster without; the others do without; --trl-checkpointing puts its
+              default back), no reports, no checkpoints. It gets our token ids, so that all see the
+              same pairs.
 
-All train fp32 weights at one constant learning rate, beta and clipping; bf16 is autocast over them. Contenders take
-turns, a fresh process each per round: loading, tokenisation and making the optimiser are not timed. A process runs one
-step to warm up, then --steps measured ones, all on the first --pairs pairs of --data that survive tokenisation. Ours
-and padded are timed from the end of a step to the end of the next, TRL from on_step_begin to on_step_end, which leaves
-out its collation. Peak memory is the whole process's: ru_maxrss, nothing deducted, on CPU;
-torch.cuda.max_memory_allocated on CUDA. The losses of the warm-up and of the first measured step must agree between
-contenders (within 2e-3 in fp32, else the exit status is 1; in bf16 the differences are only shown).
+All train fp32 weights at one constant learning rate, beta and clipping; bf16 is autocast over them.
+Contenders take turns, a fresh process each per round: loading, tokenisation and making the
+optimiser are not timed. A process runs one step to warm up, then --steps measured ones, all on the
+first --pairs pairs of --data that survive tokenisation. Ours and padded are timed from the end of a
+step to the end of the next, TRL from on_step_begin to on_step_end, which leaves out its collation.
+Peak memory is the whole process's: ru_maxrss, nothing deducted, on CPU;
+torch.cuda.max_memory_allocated on CUDA. The losses of the warm-up and of the first measured step
+must agree between contenders (within 2e-3 in fp32, else the exit status is 1; in bf16 the
+differences are only shown).
 
-"useful" FLOP/s counts the packed rows' work (train.models.flops: 4 forwards a step), the same for all; "own" counts
-what a layout computes, padding included. Shares are of the best matrix product measured in the same run over several
-shapes, in fp32 or bf16 like the step.
+"useful" FLOP/s counts the packed rows' work (train.models.flops: 4 forwards a step), the same for
+all; "own" counts what a layout computes, padding included. Shares are of the best matrix product
+measured in the same run over several shapes, in fp32 or bf16 like the step.
 """
 
 import argparse
@@ -52,10 +58,17 @@ from train.losses import preference  # noqa: E402
 from train.models import builtin  # noqa: E402
 from train.models.flops import Counter  # noqa: E402
 
-# The reference workload's, but beta: at its 1.0 the second loss of these few pairs is 0 for all, and shows nothing.
+# The reference workload's, but beta: at its 1.0 the second loss of these few pairs is 0 for all,
+# and shows nothing.
 LR, BETA, CLIP, MAX_LENGTH, MAX_PROMPT = 5e-6, 0.1, 1.0, 1024, 256
 AGREE = 2e-3  # nats: how far losses of two contenders may lie apart in fp32
-SHAPES = ((1024,) * 3, (2048,) * 3, (4096,) * 3, (2048, 576, 1536), (1536, 576, 49152))  # matrix products (m, k, n)
+SHAPES = (
+    (1024,) * 3,
+    (2048,) * 3,
+    (4096,) * 3,
+    (2048, 576, 1536),
+    (1536, 576, 49152),
+)  # matrix products (m, k, n)
 
 
 # In a process of its own: one contender's turn.
@@ -75,17 +88,23 @@ def _now(device) -> float:
 
 
 def open_pairs(job):
-    """The tokenizer and the first pairs that survive tokenisation, through the training code's own cache."""
+    """The tokenizer and the first pairs that survive tokenisation, through the training code's own
+    cache.
+    """
     tokenizer = run.load_tokenizer(job["model"])
     options = dict(max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT, max_dropped=1.0)
     data = tokens.prepare([job["data"]], tokenizer, **options)
     if len(data) < job["pairs"]:
-        raise ValueError(f"{job['data']} has {len(data)} usable pairs, fewer than --pairs {job['pairs']}")
+        raise ValueError(
+            f"{job['data']} has {len(data)} usable pairs, fewer than --pairs {job['pairs']}"
+        )
     return tokenizer, data.select(range(job["pairs"]))
 
 
 def machine(job, _) -> dict:
-    """The best matrix product, in FLOP/s, and its shape; the pairs' sizes in tokens. Fills the token cache."""
+    """The best matrix product, in FLOP/s, and its shape; the pairs' sizes in tokens. Fills the
+    token cache.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, best = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["precision"]], (0.0, None)
     for m, k, n in SHAPES + ((8192,) * 3,) * (device.type == "cuda"):
@@ -96,8 +115,13 @@ def machine(job, _) -> dict:
             best = max(best, (2 * m * k * n / (_now(device) - started), f"{m} x {k} x {n}"))
     prompts, chosen, rejected = (int(column.sum()) for column in open_pairs(job)[1].lengths.T)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    return {"peak": best[0], "peak_shape": best[1], "packed_tokens": prompts + chosen + rejected,
-            "two_sided_tokens": 2 * prompts + chosen + rejected, "device": name}  # fmt: skip
+    return {
+        "peak": best[0],
+        "peak_shape": best[1],
+        "packed_tokens": prompts + chosen + rejected,
+        "two_sided_tokens": 2 * prompts + chosen + rejected,
+        "device": name,
+    }
 
 
 def in_house(job, micro) -> dict:
@@ -105,36 +129,62 @@ def in_house(job, micro) -> dict:
     quiet.now()
     device = dist.start()
     _, data = open_pairs(job)
-    policy, reference, loss_of, budget, training = _open_models(job, data, device, "padded" if micro else "packed")
+    policy, reference, loss_of, budget, training = _open_models(
+        job, data, device, "padded" if micro else "packed"
+    )
     plans = _steps(job, micro, data, budget)
-    seconds, losses, rows = _train(plans, data, device, policy, reference, loss_of, budget, training)
+    seconds, losses, rows = _train(
+        plans, data, device, policy, reference, loss_of, budget, training
+    )
     useful, own = _operations(policy.module, data, rows, bool(micro))
     training.board.close()
     dist.stop()
-    return {"seconds": seconds, "losses": losses, "peak_gb": board.peak_memory(device), "useful_flops": useful,
-            "own_flops": own, "rows": [row.input_ids.shape[0] for row in rows], "budget": budget}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "losses": losses,
+        "peak_gb": board.peak_memory(device),
+        "useful_flops": useful,
+        "own_flops": own,
+        "rows": [row.input_ids.shape[0] for row in rows],
+        "budget": budget,
+    }
 
 
 def _open_models(job, data, device, layout):
-    """Policy, reference, loss, token budget and reporter as launch/train_dpo.py makes them, after its start check."""
+    """Policy, reference, loss, token budget and reporter as launch/train_dpo.py makes them, after
+    its start check.
+    """
     precision, steps = job["precision"], 1 + job["steps"]
     ds = zero.resolve(zero.read_config(ROOT / "ds_configs/zero0.json"), precision, CLIP)
-    module, frozen = (zero.load_backbone(job["model"], ds, precision, 0, device, layout) for _ in range(2))
-    policy = zero.Policy(module, ds, lr=LR, weight_decay=0.0, grad_clip=CLIP, scheduler="constant", warmup_ratio=0.0,
-                         total_steps=steps)  # fmt: skip
+    module, frozen = (
+        zero.load_backbone(job["model"], ds, precision, 0, device, layout) for _ in range(2)
+    )
+    policy = zero.Policy(
+        module,
+        ds,
+        lr=LR,
+        weight_decay=0.0,
+        grad_clip=CLIP,
+        scheduler="constant",
+        warmup_ratio=0.0,
+        total_steps=steps,
+    )
     reference = Live(frozen, zero.frozen({}, ds))
     budget = job["micro_tokens"] or memory.row_tokens(module, device, 0, False, MAX_LENGTH)
     if layout == "packed":
         checks.start(policy, reference, data, device, precision, True)
-    plan = SimpleNamespace(precision=precision, steps=steps, same_weights=True, begun=0, beta=BETA,
-                           log_every=1)  # fmt: skip
+    plan = SimpleNamespace(
+        precision=precision, steps=steps, same_weights=True, begun=0, beta=BETA, log_every=1
+    )
     training = report.Training(run.Run(job["folder"], {}), plan, policy, device, plan)
     return policy, reference, preference.choose("sigmoid", BETA, {}), budget, training
 
 
 def _steps(job, micro, data, budget):
     if not micro:
-        return order.steps(data.lengths.sum(1), job["pairs"], budget, seed=0, total=1 + job["steps"])
+        return order.steps(
+            data.lengths.sum(1), job["pairs"], budget, seed=0, total=1 + job["steps"]
+        )
     groups = tuple(range(job["pairs"]))
     rows = tuple(groups[i : i + micro] for i in groups[::micro])
     return [order.Step(number, number, groups, rows) for number in range(1 + job["steps"])]
@@ -162,10 +212,14 @@ def _operations(module, data, rows, padded):
     """FLOPs of a step: useful (prompts once, no padding), and own (as this layout computes them)."""
     counter = Counter(module)
     if padded:
-        sizes = [[prompt + n for prompt, *responses in row.shape for n in responses] for row in rows]
+        sizes = [
+            [prompt + n for prompt, *responses in row.shape for n in responses] for row in rows
+        ]
         flat = [torch.empty(len(each) * max(each), device="meta") for each in sizes]
-        rows = [SimpleNamespace(input_ids=x, target=x, shape=[(0, max(each))] * len(each))
-                for x, each in zip(flat, sizes, strict=True)]  # fmt: skip
+        rows = [
+            SimpleNamespace(input_ids=x, target=x, shape=[(0, max(each))] * len(each))
+            for x, each in zip(flat, sizes, strict=True)
+        ]
     useful = counter.forward(pack([data.group(i) for i in range(len(data))]))
     return 4 * useful, 4 * sum(counter.forward(row) for row in rows)
 
@@ -177,16 +231,31 @@ def trl(job, micro) -> dict:
 
     tokenizer, data = open_pairs(job)
     groups = [data.group(i) for i in range(len(data))]
-    columns = {"prompt_ids": [list(g.prompt) for g in groups], "chosen_ids": [list(g.responses[0]) for g in groups],
-               "rejected_ids": [list(g.responses[1]) for g in groups]}  # fmt: skip
+    columns = {
+        "prompt_ids": [list(g.prompt) for g in groups],
+        "chosen_ids": [list(g.responses[0]) for g in groups],
+        "rejected_ids": [list(g.responses[1]) for g in groups],
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args = DPOConfig(
-        job["folder"], max_steps=1 + job["steps"], per_device_train_batch_size=micro,
-        gradient_accumulation_steps=job["pairs"] // micro, learning_rate=LR, lr_scheduler_type="constant",
-        weight_decay=0.0, max_grad_norm=CLIP, beta=BETA, max_length=MAX_LENGTH, bf16=job["precision"] == "bf16",
-        use_cpu=device.type == "cpu", gradient_checkpointing=job["trl_checkpointing"], report_to="none",
-        save_strategy="no", logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
+        job["folder"],
+        max_steps=1 + job["steps"],
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=job["pairs"] // micro,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+        beta=BETA,
+        max_length=MAX_LENGTH,
+        bf16=job["precision"] == "bf16",
+        use_cpu=device.type == "cpu",
+        gradient_checkpointing=job["trl_checkpointing"],
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
 
     class Tokenised(DPOTrainer):
         def _prepare_dataset(self, dataset, *_, **__):
@@ -205,9 +274,17 @@ def trl(job, micro) -> dict:
             self.losses += [float(logs["loss"])] if "loss" in logs else []
 
     clock = Clock()
-    models = [transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32) for _ in range(2)]
-    trainer = Tokenised(*models, args=args, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
-                        callbacks=[clock])  # fmt: skip
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+        for _ in range(2)
+    ]
+    trainer = Tokenised(
+        *models,
+        args=args,
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
     trainer.train()
     return {"seconds": clock.seconds, "losses": clock.losses, "peak_gb": board.peak_memory(device)}
 
@@ -219,38 +296,81 @@ def main():
     args = arguments()
     if args.model is None:
         args.model = str(builtin.fetch(say=lambda line: print(line, file=sys.stderr)))
-    micros = {"ours": [], "padded": sorted({min(m, args.pairs) for m in args.padded_micro}), "trl": args.trl_micro}
-    names = [name for kind in args.contenders for name in ([f"{kind}/{m}" for m in micros[kind]] or [kind])]
+    micros = {
+        "ours": [],
+        "padded": sorted({min(m, args.pairs) for m in args.padded_micro}),
+        "trl": args.trl_micro,
+    }
+    names = [
+        name
+        for kind in args.contenders
+        for name in ([f"{kind}/{m}" for m in micros[kind]] or [kind])
+    ]
     runs = []
     for number in range(args.rounds):
         first = number % len(names)
         for precision in args.precision:
             for name in ("machine", *names[first:], *names[:first]):
-                runs.append({"contender": name, "precision": precision, "round": number} | spawn(args, name, precision))
+                runs.append(
+                    {"contender": name, "precision": precision, "round": number}
+                    | spawn(args, name, precision)
+                )
                 print(f"round {number + 1}: {_short(runs[-1])}", file=sys.stderr, flush=True)
                 if name == "machine" and "failed" in runs[-1]:
                     sys.exit(1)
                 if args.json:
-                    Path(args.json).write_text(json.dumps({"arguments": vars(args), "runs": runs}, indent=1))
+                    Path(args.json).write_text(
+                        json.dumps({"arguments": vars(args), "runs": runs}, indent=1)
+                    )
     lines, agreed = agreement(args, names, runs)
     print("\n".join([*header(args, runs), *table(args, names, runs), "", *lines]))
     sys.exit(0 if agreed else 1)
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", help="a model directory; default: the built-in model")
     add("--data", required=True, help="a jsonl file of pairs")
     add("--pairs", type=int, default=4, help="pairs a step (default 4)")
     add("--rounds", type=int, default=3, help="turns of every contender (default 3)")
-    add("--steps", type=int, default=1, help="measured steps a turn, after one to warm up (default 1)")
+    add(
+        "--steps",
+        type=int,
+        default=1,
+        help="measured steps a turn, after one to warm up (default 1)",
+    )
     add("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    add("--contenders", nargs="+", choices=("ours", "padded", "trl"), default=["ours", "padded", "trl"])
-    add("--micro-tokens", type=int, help="ours: tokens a packed row may hold; default: from free memory")
-    add("--padded-micro", type=int, nargs="+", default=[1, 2, 4], help="padded: pairs a micro-batch (default 1 2 4)")
-    add("--trl-micro", type=int, nargs="+", default=[1], help="TRL: pairs a micro-batch; divides --pairs (default 1)")
-    add("--trl-checkpointing", action="store_true", help="TRL: its default activation checkpointing")
+    add(
+        "--contenders",
+        nargs="+",
+        choices=("ours", "padded", "trl"),
+        default=["ours", "padded", "trl"],
+    )
+    add(
+        "--micro-tokens",
+        type=int,
+        help="ours: tokens a packed row may hold; default: from free memory",
+    )
+    add(
+        "--padded-micro",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        help="padded: pairs a micro-batch (default 1 2 4)",
+    )
+    add(
+        "--trl-micro",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="TRL: pairs a micro-batch; divides --pairs (default 1)",
+    )
+    add(
+        "--trl-checkpointing", action="store_true", help="TRL: its default activation checkpointing"
+    )
     add("--threads", type=int, help="CPU threads of each process; default: torch's own choice")
     add("--json", help="file for everything measured, written as it comes")
     args = parser.parse_args()
@@ -267,11 +387,20 @@ def spawn(args, name, precision) -> dict:
     if args.threads:
         env["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory(prefix="dpo_step-") as work:
-        job = vars(args) | {"contender": name, "precision": precision, "folder": f"{work}/run", "out": f"{work}/out"}
+        job = vars(args) | {
+            "contender": name,
+            "precision": precision,
+            "folder": f"{work}/run",
+            "out": f"{work}/out",
+        }
         load, command = os.getloadavg()[0], [sys.executable, __file__, json.dumps(job)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
         if done.returncode:
-            why = signal.Signals(-done.returncode).name if done.returncode < 0 else done.stderr.strip()[-2000:]
+            why = (
+                signal.Signals(-done.returncode).name
+                if done.returncode < 0
+                else done.stderr.strip()[-2000:]
+            )
             return {"failed": why, "load_before": load}
         return json.loads(Path(job["out"]).read_text()) | {"load_before": load}
 
@@ -279,31 +408,54 @@ def spawn(args, name, precision) -> dict:
 def _short(run) -> str:
     what = f"{run['contender']} {run['precision']}: "
     if "failed" in run or "peak" in run:
-        return what + (f"failed: {run['failed']}" if "failed" in run else f"{run['peak'] / 1e9:,.0f} GFLOP/s")
+        return what + (
+            f"failed: {run['failed']}" if "failed" in run else f"{run['peak'] / 1e9:,.0f} GFLOP/s"
+        )
     steps = ", ".join(f"{seconds:.3f} s" for seconds in run["seconds"])
-    return what + f"{steps} (the first warms up), {run['peak_gb']:.2f} GB, load {run['load_before']:.1f} before"
+    return (
+        what
+        + f"{steps} (the first warms up), {run['peak_gb']:.2f} GB, load {run['load_before']:.1f} before"
+    )
 
 
 def sound(runs, name, precision):
-    return [r for r in runs if r["contender"] == name and r["precision"] == precision and "failed" not in r]
+    return [
+        r
+        for r in runs
+        if r["contender"] == name and r["precision"] == precision and "failed" not in r
+    ]
 
 
 def header(args, runs) -> list[str]:
     one = next(r for r in runs if r["contender"] == "machine")
     threads = "/".join(str(n) for n in sorted({r["threads"] for r in runs if "threads" in r}))
-    lines = [f"{Path(args.model).name}, the first {args.pairs} pairs of {Path(args.data).name} "
-             f"({one['two_sided_tokens']:,} tokens two-sided, {one['packed_tokens']:,} packed and shared), "
-             f"{one['device']} with {threads} threads, torch {torch.__version__}, {args.rounds} rounds."]  # fmt: skip
+    lines = [
+        f"{Path(args.model).name}, the first {args.pairs} pairs of {Path(args.data).name} "
+        f"({one['two_sided_tokens']:,} tokens two-sided, {one['packed_tokens']:,} packed and shared), "
+        f"{one['device']} with {threads} threads, torch {torch.__version__}, {args.rounds} rounds."
+    ]
     for precision in args.precision:
         best, shape = max((r["peak"], r["peak_shape"]) for r in sound(runs, "machine", precision))
-        lines.append(f"Best matrix product of this run, {precision}: {best / 1e9:,.0f} GFLOP/s ({shape}).")
+        lines.append(
+            f"Best matrix product of this run, {precision}: {best / 1e9:,.0f} GFLOP/s ({shape})."
+        )
     return [*lines, ""]
 
 
 def table(args, names, runs) -> list[str]:
     """The Markdown table, a row a contender and precision."""
-    columns = ("contender", "precision", "s/step: median (min-max)", "pairs/s", "ours is faster by", "peak GB",
-               "loss 1", "loss 2", "useful GFLOP/s (of peak)", "own GFLOP/s (of peak)")  # fmt: skip
+    columns = (
+        "contender",
+        "precision",
+        "s/step: median (min-max)",
+        "pairs/s",
+        "ours is faster by",
+        "peak GB",
+        "loss 1",
+        "loss 2",
+        "useful GFLOP/s (of peak)",
+        "own GFLOP/s (of peak)",
+    )
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for precision in args.precision:
         peak = max(r["peak"] for r in sound(runs, "machine", precision))
@@ -315,28 +467,52 @@ def table(args, names, runs) -> list[str]:
                 lines.append(f"| {name} | {precision} | failed |" + " |" * (len(columns) - 3))
                 continue
             seconds = [s for r in mine for s in r["seconds"][1:]]
-            middle, losses = statistics.median(seconds), (f"{loss:.4f}" for loss in mine[0]["losses"][:2])
+            middle, losses = (
+                statistics.median(seconds),
+                (f"{loss:.4f}" for loss in mine[0]["losses"][:2]),
+            )
             ratio = f"{middle / statistics.median(ours):.2f}x" if ours else ""
             spread = f"{middle:.3f} ({min(seconds):.3f}-{max(seconds):.3f})"
             work = (useful, mine[0].get("own_flops"))
-            rates = (f"{n / middle / 1e9:,.0f} ({n / middle / peak:.0%})" if n else "" for n in work)
+            rates = (
+                f"{n / middle / 1e9:,.0f} ({n / middle / peak:.0%})" if n else "" for n in work
+            )
             memory_gb = f"{max(r['peak_gb'] for r in mine):.2f}"
-            cells = (name, precision, spread, f"{args.pairs / middle:.3f}", ratio, memory_gb, *losses, *rates)
+            cells = (
+                name,
+                precision,
+                spread,
+                f"{args.pairs / middle:.3f}",
+                ratio,
+                memory_gb,
+                *losses,
+                *rates,
+            )
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def agreement(args, names, runs) -> tuple[list[str], bool]:
-    """How far the first two steps' losses lie apart over all contenders and rounds, and whether that is near enough."""
+    """How far the first two steps' losses lie apart over all contenders and rounds, and whether
+    that is near enough.
+    """
     lines, agreed = [], not any("failed" in r for r in runs)
     for precision in args.precision:
-        if not (losses := [r["losses"][:2] for name in names for r in sound(runs, name, precision)]):
+        if not (
+            losses := [r["losses"][:2] for name in names for r in sound(runs, name, precision)]
+        ):
             continue
         apart = [max(column) - min(column) for column in zip(*losses, strict=True)]
         near = max(apart) <= AGREE
         agreed &= near or precision != "fp32"
-        verdict = f"{'agree' if near else 'DISAGREE'}, bound {AGREE:g}" if precision == "fp32" else "shown only"
-        lines.append(f"Losses 1 and 2, {precision}: at most {apart[0]:.1e} and {apart[1]:.1e} apart ({verdict}).")
+        verdict = (
+            f"{'agree' if near else 'DISAGREE'}, bound {AGREE:g}"
+            if precision == "fp32"
+            else "shown only"
+        )
+        lines.append(
+            f"Losses 1 and 2, {precision}: at most {apart[0]:.1e} and {apart[1]:.1e} apart ({verdict})."
+        )
     return lines, agreed
 
 

@@ -1,10 +1,12 @@
 """Pairs a second of the evaluation's forward pass against the plain padded way, interleaved.
 
-    python tests/benchmarks/evaluate_rows.py --data pairs.jsonl [--pairs 32] [--rounds 3] [--batch 1 2 4]
+    python tests/benchmarks/evaluate_rows.py --data pairs.jsonl [--pairs 32] [--rounds 3] [--batch 1
+    2 4]
 
-Packed: rows planned over all pairs, as evaluation does. Padded: pairs in the data's order, a batch of them at a time,
-each answer with its prompt, padded to the batch's longest, all logits, transformers' own layers throughout. Both: one
-forward pass without gradient, the same weights. Prints a Markdown table, `--json FILE` keeps every round.
+Packed: rows planned over all pairs, as evaluation does. Padded: pairs in the data's order, a batch
+of them at a time, each answer with its prompt, padded to the batch's longest, all logits,
+transformers' own layers throughout. Both: one forward pass without gradient, the same weights.
+Prints a Markdown table, `--json FILE` keeps every round.
 """
 
 import argparse
@@ -40,11 +42,15 @@ def main():
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     path = args.model or str(builtin.fetch())
-    data = tokens.prepare([args.data], run.load_tokenizer(path), max_length=1024, max_prompt_length=256)
+    data = tokens.prepare(
+        [args.data], run.load_tokenizer(path), max_length=1024, max_prompt_length=256
+    )
     data = data.select(range(min(args.pairs, len(data))))
     module, whole = backbone.Backbone(backbone.load(path)), range(len(data))
     plans = {PACKED: passes(data.lengths.sum(1), memory.CPU_TOKENS)}
-    plans |= {f"padded, {n} at a time": [tuple(whole[i : i + n]) for i in whole[::n]] for n in args.batch}
+    plans |= {
+        f"padded, {n} at a time": [tuple(whole[i : i + n]) for i in whole[::n]] for n in args.batch
+    }
     seconds, values = {name: [] for name in plans}, {}
     for _ in range(args.rounds):
         for name, plan in plans.items():
@@ -61,11 +67,15 @@ def main():
     ]
     for name, median in medians.items():
         took = seconds[name]
-        lines.append(f"| {name} | {median:.2f} | {min(took):.2f} | {max(took):.2f} | {len(data) / median:.2f} | "
-                     f"{median / medians[PACKED]:.2f} | {gaps[name]:.1g} |")  # fmt: skip
+        lines.append(
+            f"| {name} | {median:.2f} | {min(took):.2f} | {max(took):.2f} | {len(data) / median:.2f} | "
+            f"{median / medians[PACKED]:.2f} | {gaps[name]:.1g} |"
+        )
     print("\n".join(lines))
     if args.json:
-        Path(args.json).write_text(json.dumps({"pairs": len(data), "seconds": seconds, "gaps": gaps}, indent=1))
+        Path(args.json).write_text(
+            json.dumps({"pairs": len(data), "seconds": seconds, "gaps": gaps}, indent=1)
+        )
 
 
 @torch.no_grad()

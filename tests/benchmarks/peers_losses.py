@@ -1,9 +1,11 @@
-"""Every loss beside TRL 1.16's own code for it, on the same token log-probabilities: values and gradients.
+"""Every loss beside TRL 1.16's own code for it, on the same token log-probabilities: values and
+gradients.
 
     python tests/benchmarks/peers_losses.py             # the table; needs pip install -e '.[peers]'
 
-TRL's trainers are not run: their loss methods are, on a stand-in for the model that returns made log-probabilities.
-Exit code 1 where a row that should be equal is not, or one that should differ does not.
+TRL's trainers are not run: their loss methods are, on a stand-in for the model that returns made
+log-probabilities. Exit code 1 where a row that should be equal is not, or one that should differ
+does not.
 """
 
 import math
@@ -28,8 +30,9 @@ EQUAL = {torch.float64: 1e-12, torch.float32: 1e-5}  # relative to the largest n
 
 
 class Case(NamedTuple):
-    """One comparison. `why`: what our docstring says where the two differ, and "" where they must not. `raises`: TRL's
-    backward pass does, and values alone are compared."""
+    """One comparison. `why`: what our docstring says where the two differ, and "" where they must
+    not. `raises`: TRL's backward pass does, and values alone are compared.
+    """
 
     loss: str
     ours: dict  # loss_args
@@ -55,32 +58,85 @@ def divergences():
         smooth = SMOOTH.get(name, {"label_smoothing": 0.1} if name == "robust" else {})
         for kind in ("forward_kl", "js_divergence"):
             why = FAR if (name, kind) == ("discopop", "forward_kl") else ""
-            yield Case(name, smooth | {"f_divergence_type": kind}, smooth | {"f_divergence_type": kind}, why)
+            yield Case(
+                name,
+                smooth | {"f_divergence_type": kind},
+                smooth | {"f_divergence_type": kind},
+                why,
+            )
         alpha = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7}
         yield Case(name, smooth | alpha, smooth | alpha, fp32=True)
 
 
 IN_PLACE = ("hinge",)  # TRL multiplies the weights into a tensor that the backward pass needs
-PLAIN = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-         "apo_zero", "apo_down", "discopop", "sigmoid_norm")  # fmt: skip
+PLAIN = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+)
 CASES = [
-    *(Case(name, SMOOTH.get(name, {"label_smoothing": 0.0} if name == "robust" else {}), SMOOTH.get(name, {}))
-      for name in PLAIN),
+    *(
+        Case(
+            name,
+            SMOOTH.get(name, {"label_smoothing": 0.0} if name == "robust" else {}),
+            SMOOTH.get(name, {}),
+        )
+        for name in PLAIN
+    ),
     Case("sft", {}, {}, lengths="equal"),
-    Case("sft", {}, {}, why="TRL: the micro-batch's sum over its tokens; here each answer's own mean"),
-    *(Case(name, {"label_smoothing": 0.2}, {"label_smoothing": 0.2})
-      for name in ("robust", "exo_pair", "aot", "aot_unpaired")),
-    Case("sigmoid", {"label_smoothing": 0.2}, {"label_smoothing": 0.2}, why="TRL's sigmoid does not read it"),
+    Case(
+        "sft", {}, {}, why="TRL: the micro-batch's sum over its tokens; here each answer's own mean"
+    ),
+    *(
+        Case(name, {"label_smoothing": 0.2}, {"label_smoothing": 0.2})
+        for name in ("robust", "exo_pair", "aot", "aot_unpaired")
+    ),
+    Case(
+        "sigmoid",
+        {"label_smoothing": 0.2},
+        {"label_smoothing": 0.2},
+        why="TRL's sigmoid does not read it",
+    ),
     Case("discopop", {"tau": 0.5}, {"discopop_tau": 0.5}),
     *divergences(),
-    *(Case(name, SMOOTH.get(name, {"label_smoothing": 0.0} if name == "robust" else {}) | {"ld_alpha": 0.4},
-           SMOOTH.get(name, {}) | {"ld_alpha": 0.4}) for name in PLAIN),
-    *(Case(name, SMOOTH.get(name, {"label_smoothing": 0.0} if name == "robust" else {}) | {"use_weighting": True},
-           SMOOTH.get(name, {}) | {"use_weighting": True}, raises=name in IN_PLACE)
-      for name in PLAIN if not name.startswith("aot")),
-    Case("sigmoid:0.8,bco_pair:0.2,sft:1.0", {}, {"loss_type": ["sigmoid", "bco_pair", "sft"],
-                                                  "loss_weights": [0.8, 0.2, 1.0]}, lengths="equal"),
-]  # fmt: skip
+    *(
+        Case(
+            name,
+            SMOOTH.get(name, {"label_smoothing": 0.0} if name == "robust" else {})
+            | {"ld_alpha": 0.4},
+            SMOOTH.get(name, {}) | {"ld_alpha": 0.4},
+        )
+        for name in PLAIN
+    ),
+    *(
+        Case(
+            name,
+            SMOOTH.get(name, {"label_smoothing": 0.0} if name == "robust" else {})
+            | {"use_weighting": True},
+            SMOOTH.get(name, {}) | {"use_weighting": True},
+            raises=name in IN_PLACE,
+        )
+        for name in PLAIN
+        if not name.startswith("aot")
+    ),
+    Case(
+        "sigmoid:0.8,bco_pair:0.2,sft:1.0",
+        {},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        lengths="equal",
+    ),
+]
 
 
 class Made(NamedTuple):
@@ -94,7 +150,11 @@ class Made(NamedTuple):
 
 def made(case: Case) -> Made:
     random = torch.Generator().manual_seed(7)
-    lengths = torch.randint(1, 14, (2 * PAIRS,), generator=random) if case.lengths == "mixed" else torch.full((18,), 6)
+    lengths = (
+        torch.randint(1, 14, (2 * PAIRS,), generator=random)
+        if case.lengths == "mixed"
+        else torch.full((18,), 6)
+    )
     total = int(lengths.sum())
     values = lambda scale: -scale * torch.rand(total, dtype=torch.float64, generator=random)
     made = [values(3.0), values(3.0), values(2.0)]
@@ -122,18 +182,37 @@ def padded(values, lengths):
 
 def answer(logps, log_p2=None):
     zeros = torch.zeros_like(logps)
-    return SimpleNamespace(log_probs=logps, log_sum_sq_probs=log_p2, entropy=zeros, mean_logits=zeros,
-                           is_top1=zeros.bool())  # fmt: skip
+    return SimpleNamespace(
+        log_probs=logps,
+        log_sum_sq_probs=log_p2,
+        entropy=zeros,
+        mean_logits=zeros,
+        is_top1=zeros.bool(),
+    )
 
 
 def stand_in(**settings):
     """What TRL's loss methods ask of their trainer."""
-    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
-    defaults = dict(accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=False,
-                    f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, label_smoothing=0.0, beta=BETA,
-                    use_weighting=False, _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0,
-                    _tp_size=1, args=SimpleNamespace(discopop_tau=settings.pop("discopop_tau", 0.05),
-                                                     gradient_checkpointing_kwargs=None))  # fmt: skip
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
+    )
+    defaults = dict(
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=False,
+        f_divergence_type="reverse_kl",
+        f_alpha_divergence_coef=0.5,
+        label_smoothing=0.0,
+        beta=BETA,
+        use_weighting=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+        args=SimpleNamespace(
+            discopop_tau=settings.pop("discopop_tau", 0.05), gradient_checkpointing_kwargs=None
+        ),
+    )
     return SimpleNamespace(**defaults | settings)
 
 
@@ -141,15 +220,27 @@ def of_trl(case: Case, tokens: Made) -> torch.Tensor:
     """The mean loss of TRL's DPOTrainer over the pairs."""
     from trl import DPOTrainer
 
-    sides = torch.cat([torch.arange(0, 2 * PAIRS, 2), torch.arange(1, 2 * PAIRS, 2)])  # chosen first, then rejected
+    sides = torch.cat(
+        [torch.arange(0, 2 * PAIRS, 2), torch.arange(1, 2 * PAIRS, 2)]
+    )  # chosen first, then rejected
     place = lambda values: padded(values, tokens.lengths)[sides]
     mask = padded(torch.ones_like(tokens.logps, dtype=torch.long), tokens.lengths)[sides]
-    mask = torch.cat([torch.zeros(2 * PAIRS, 1, dtype=torch.long), mask], 1)  # a prompt of one token
+    mask = torch.cat(
+        [torch.zeros(2 * PAIRS, 1, dtype=torch.long), mask], 1
+    )  # a prompt of one token
     model = Model({1: answer(place(tokens.logps), place(tokens.log_p2))})
     settings = {"loss_type": [case.loss]} | case.theirs
-    trainer = stand_in(loss_types=settings.pop("loss_type"), ref_model=Model({1: answer(place(tokens.ref_logps))}),
-                       model=model, **{"loss_weights": [1.0]} | settings)  # fmt: skip
-    inputs = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+    trainer = stand_in(
+        loss_types=settings.pop("loss_type"),
+        ref_model=Model({1: answer(place(tokens.ref_logps))}),
+        model=model,
+        **{"loss_weights": [1.0]} | settings,
+    )
+    inputs = {
+        "input_ids": torch.ones_like(mask),
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+    }
     return DPOTrainer._compute_loss(trainer, model, inputs, False)
 
 
@@ -174,13 +265,22 @@ def of_trl_kto(tokens: Made, mismatched: Made) -> torch.Tensor:
     for number, (prefix, part) in enumerate((("", tokens), ("KL_", mismatched)), 1):
         mask = padded(torch.ones_like(part.logps, dtype=torch.long), part.lengths)
         mask = torch.cat([torch.zeros(2 * PAIRS, 1, dtype=torch.long), mask], 1)
-        batch |= {f"{prefix}input_ids": torch.full_like(mask, number), f"{prefix}attention_mask": torch.ones_like(mask),
-                  f"{prefix}completion_mask": mask}  # fmt: skip
+        batch |= {
+            f"{prefix}input_ids": torch.full_like(mask, number),
+            f"{prefix}attention_mask": torch.ones_like(mask),
+            f"{prefix}completion_mask": mask,
+        }
         answers[number] = answer(padded(part.logps, part.lengths))
         ref_answers[number] = answer(padded(part.ref_logps, part.lengths))
     model = Model(answers)
-    trainer = stand_in(loss_type="kto", calculate_KL=True, desirable_weight=1.2, undesirable_weight=0.7, model=model,
-                       ref_model=Model(ref_answers))  # fmt: skip
+    trainer = stand_in(
+        loss_type="kto",
+        calculate_KL=True,
+        desirable_weight=1.2,
+        undesirable_weight=0.7,
+        model=model,
+        ref_model=Model(ref_answers),
+    )
     trainer._compute_kl_logps = lambda *given: KTOTrainer._compute_kl_logps(trainer, *given)
     return KTOTrainer._compute_loss(trainer, model, batch, False)
 
@@ -188,19 +288,26 @@ def of_trl_kto(tokens: Made, mismatched: Made) -> torch.Tensor:
 def kto_row():
     case = Case("kto", {"desirable_weight": 1.2, "undesirable_weight": 0.7}, {})
     tokens, other = made(case), made(case)
-    # likelier than under the reference, so that the estimate of the KL divergence is above its bound of 0
+    # likelier than under the reference, so that the estimate of the KL divergence is above its
+    # bound of 0
     other = other._replace(logps=other.logps * 0.5)
     theirs = lambda logps: of_trl_kto(tokens._replace(logps=logps), other)
     ratio = score(other.logps, other.lengths) - score(other.ref_logps, other.lengths)
     assert ratio.mean() > 0
-    examples = lambda logps: Labelled(score(logps, tokens.lengths), score(tokens.ref_logps, tokens.lengths),
-                                      tokens.lengths, torch.arange(2 * PAIRS) % 2 == 0)  # fmt: skip
+    examples = lambda logps: Labelled(
+        score(logps, tokens.lengths),
+        score(tokens.ref_logps, tokens.lengths),
+        tokens.lengths,
+        torch.arange(2 * PAIRS) % 2 == 0,
+    )
     ours = lambda logps: kto(examples(logps), BETA, float(ratio.mean()), **case.ours).mean()
     return case, tokens, ours, theirs
 
 
 def reference_free_rows():
-    """CPOTrainer's simpo and preference term, ORPOTrainer's odds term: TRL takes sums or means of log-probabilities."""
+    """CPOTrainer's simpo and preference term, ORPOTrainer's odds term: TRL takes sums or means of
+    log-probabilities.
+    """
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
@@ -208,22 +315,31 @@ def reference_free_rows():
 
     def cpo_trainer(loss_type, logps, tokens):
         p = pairs(logps, tokens)
-        given = p.per_token(p.chosen, p.rejected) if loss_type == "simpo" else (p.chosen, p.rejected)
+        given = (
+            p.per_token(p.chosen, p.rejected) if loss_type == "simpo" else (p.chosen, p.rejected)
+        )
         trainer = stand_in(alpha=0.0, loss_type=loss_type, simpo_gamma=0.9)
         return CPOTrainer.cpo_loss(trainer, *given)[0].mean()
 
     def odds(logps, tokens):
         p = pairs(logps, tokens)
-        return -ORPOTrainer.odds_ratio_loss(stand_in(), *p.per_token(p.chosen, p.rejected))[0].mean()
+        return -ORPOTrainer.odds_ratio_loss(stand_in(), *p.per_token(p.chosen, p.rejected))[
+            0
+        ].mean()
 
     simpo, cpo_case = Case("simpo", {"gamma": 0.9}, {}), Case("cpo", {"nll_weight": 0.0}, {})
     odds_case = Case("orpo", {}, {}, fp32=True)  # TRL computes it in fp32
-    for case, theirs in ((simpo, lambda logps, t: cpo_trainer("simpo", logps, t)),
-                         (cpo_case, lambda logps, t: cpo_trainer("sigmoid", logps, t)), (odds_case, odds)):  # fmt: skip
+    for case, theirs in (
+        (simpo, lambda logps, t: cpo_trainer("simpo", logps, t)),
+        (cpo_case, lambda logps, t: cpo_trainer("sigmoid", logps, t)),
+        (odds_case, odds),
+    ):
         tokens = made(case)
         ours = lambda logps, c=case, t=tokens: choose(c.loss, BETA, c.ours)(pairs(logps, t)).mean()
         if case.loss == "orpo":
-            ours = lambda logps, t=tokens: (orpo(pairs(logps, t), BETA) - pairs(logps, t).nll()).mean()
+            ours = lambda logps, t=tokens: (
+                orpo(pairs(logps, t), BETA) - pairs(logps, t).nll()
+            ).mean()
         yield case, tokens, ours, lambda logps, t=tokens, f=theirs: f(logps, t)
 
 
@@ -231,8 +347,12 @@ def rows():
     """Every comparison: the case, its tokens, and two functions of token log-probabilities."""
     for case in CASES:
         tokens = made(case)
-        yield (case, tokens, lambda logps, c=case, t=tokens: of_ours(c, t._replace(logps=logps)),
-               lambda logps, c=case, t=tokens: of_trl(c, t._replace(logps=logps)))  # fmt: skip
+        yield (
+            case,
+            tokens,
+            lambda logps, c=case, t=tokens: of_ours(c, t._replace(logps=logps)),
+            lambda logps, c=case, t=tokens: of_trl(c, t._replace(logps=logps)),
+        )
     yield kto_row()
     yield from reference_free_rows()
 
@@ -242,11 +362,15 @@ class Found(NamedTuple):
     ours: float
     theirs: float
     value_gap: float  # relative
-    gradient_gap: float | None  # relative to the largest entry; None where TRL's backward pass raises
+    gradient_gap: (
+        float | None
+    )  # relative to the largest entry; None where TRL's backward pass raises
 
     @property
     def equal(self) -> bool:
-        return all(gap <= EQUAL[self.case.dtype] for gap in (self.value_gap, self.gradient_gap or 0.0))
+        return all(
+            gap <= EQUAL[self.case.dtype] for gap in (self.value_gap, self.gradient_gap or 0.0)
+        )
 
     @property
     def as_said(self) -> bool:
@@ -273,9 +397,13 @@ def main():
     import trl
 
     torch.set_num_threads(1)
-    print(f"TRL {trl.__version__}, torch {torch.__version__}: the mean over {PAIRS} pairs, beta {BETA}. Gaps are "
-          "relative, of the value and of its gradient by token log-probabilities.\n")  # fmt: skip
-    print("| loss | its parameters | type | here | TRL | gap | gradient's gap | |\n|---|---|---|---|---|---|---|---|")
+    print(
+        f"TRL {trl.__version__}, torch {torch.__version__}: the mean over {PAIRS} pairs, beta {BETA}. Gaps are "
+        "relative, of the value and of its gradient by token log-probabilities.\n"
+    )
+    print(
+        "| loss | its parameters | type | here | TRL | gap | gradient's gap | |\n|---|---|---|---|---|---|---|---|"
+    )
     sound = True
     for row in rows():
         found = compare(*row)
@@ -283,10 +411,14 @@ def main():
         verdict = "equal" if found.equal else f"differs: {case.why}" if case.why else "NOT EQUAL"
         verdict += "; TRL's backward pass raises" * (found.gradient_gap is None)
         verdict += "" if found.as_said else " (UNEXPECTED)"
-        given = ", ".join(f"{k}={v}" for k, v in case.ours.items()) + (" (equal lengths)" * (case.lengths == "equal"))
-        print(f"| {case.loss} | {given} | {str(case.dtype)[6:]} | {found.ours:.9g} | {found.theirs:.9g} | "
-              f"{found.value_gap:.1e} | {math.nan if found.gradient_gap is None else found.gradient_gap:.1e} | "
-              f"{verdict} |")  # fmt: skip
+        given = ", ".join(f"{k}={v}" for k, v in case.ours.items()) + (
+            " (equal lengths)" * (case.lengths == "equal")
+        )
+        print(
+            f"| {case.loss} | {given} | {str(case.dtype)[6:]} | {found.ours:.9g} | {found.theirs:.9g} | "
+            f"{found.value_gap:.1e} | {math.nan if found.gradient_gap is None else found.gradient_gap:.1e} | "
+            f"{verdict} |"
+        )
     sys.exit(0 if sound else 1)
 
 

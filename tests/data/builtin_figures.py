@@ -1,10 +1,10 @@
 """Figures of the built-in preference pairs, for the data's README and its test.
 
-    python tests/data/builtin_figures.py                # lengths in words
-    python tests/data/builtin_figures.py MODEL_DIR      # lengths in tokens of that directory's tokenizer
+    python tests/data/builtin_figures.py                # lengths in words python
+    tests/data/builtin_figures.py MODEL_DIR      # lengths in tokens of that directory's tokenizer
 
-The pairs are worth training on only if the preference lies in the stance of the answers. So what a model could learn
-instead is measured here: a template, a length, a give-away word.
+The pairs are worth training on only if the preference lies in the stance of the answers. So what a
+model could learn instead is measured here: a template, a length, a give-away word.
 """
 
 import json
@@ -52,7 +52,9 @@ def longer_wins(rows, length):
 
 
 def worst_ngram(rows, n=6):
-    """(number of pairs it occurs in, n-gram) of the n words in a row that most pairs share, prompt included."""
+    """(number of pairs it occurs in, n-gram) of the n words in a row that most pairs share, prompt
+    included.
+    """
     count = {}
     for row in rows:
         texts = [words(row[column]) for column in ("prompt", *ANSWERS)]
@@ -69,10 +71,11 @@ def share_with(rows, pattern):
 
 
 def bag_of_words(rows, shuffles=5, folds=5):
-    """(shuffles,) accuracy of a pairwise linear classifier on word counts, on the folds it was not trained on.
+    """(shuffles,) accuracy of a pairwise linear classifier on word counts, on the folds it was not
+    trained on.
 
-    A pair is d = counts(chosen) - counts(rejected). Trained on +d and -d without intercept, so that the order of a pair
-    tells nothing; right when d.w > 0, half right when d.w = 0.
+    A pair is d = counts(chosen) - counts(rejected). Trained on +d and -d without intercept, so that
+    the order of a pair tells nothing; right when d.w > 0, half right when d.w = 0.
     """
     vectorizer = CountVectorizer().fit([row[side] for row in rows for side in ANSWERS])
     chosen, rejected = (vectorizer.transform([row[side] for row in rows]) for side in ANSWERS)
@@ -90,8 +93,12 @@ def bag_of_words(rows, shuffles=5, folds=5):
 
 
 def token_counter(folder):
-    """A function that counts the tokens of a text under the tokenizer in `folder`, special tokens left out."""
-    from transformers import AutoTokenizer  # imported here: the other figures need no torch and come in a second
+    """A function that counts the tokens of a text under the tokenizer in `folder`, special tokens
+    left out.
+    """
+    from transformers import (
+        AutoTokenizer,
+    )  # imported here: the other figures need no torch and come in a second
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -104,19 +111,33 @@ def main(folder=None):
         print(f"{split:9} {len(rows[split]):4} pairs, {len(prompts(rows[split]))} distinct prompts")
     print(f"overlap   {len(prompts(rows['train']) & prompts(rows['held_out'])):4} prompts in both")
 
-    unit, length = ("tokens", token_counter(folder)) if folder else ("words", lambda text: len(text.split()))
+    unit, length = (
+        ("tokens", token_counter(folder)) if folder else ("words", lambda text: len(text.split()))
+    )
     for side in ANSWERS:
         found = np.array([length(row[side]) for row in every])
-        print(f"{side:9} {found.min()} / {found.mean():.1f} / {found.max()} {unit} an answer (min / mean / max)")
+        print(
+            f"{side:9} {found.min()} / {found.mean():.1f} / {found.max()} {unit} an answer (min / mean / max)"
+        )
     for split in SPLITS:
-        by_characters, by_words = (longer_wins(rows[split], by) for by in (len, lambda text: len(text.split())))
-        print(f"longer answer wins, {split:9} {by_characters:.3f} by characters, {by_words:.3f} by words")
+        by_characters, by_words = (
+            longer_wins(rows[split], by) for by in (len, lambda text: len(text.split()))
+        )
+        print(
+            f"longer answer wins, {split:9} {by_characters:.3f} by characters, {by_words:.3f} by words"
+        )
 
     print("6 words in a row shared by most pairs: {} pair(s), {!r}".format(*worst_ngram(every)))
     for name, pattern in (("claim to be an AI", CLAIM), ("emoji", EMOJI)):
-        print("answers with {}: {:.3f} ({} of {})".format(name, *share_with(every, pattern), len(every) * 2))
+        print(
+            "answers with {}: {:.3f} ({} of {})".format(
+                name, *share_with(every, pattern), len(every) * 2
+            )
+        )
     accuracy = bag_of_words(every)
-    print(f"bag of words, 5 folds, 5 shuffles: mean accuracy {accuracy.mean():.3f}, max {accuracy.max():.3f}")
+    print(
+        f"bag of words, 5 folds, 5 shuffles: mean accuracy {accuracy.mean():.3f}, max {accuracy.max():.3f}"
+    )
 
 
 if __name__ == "__main__":

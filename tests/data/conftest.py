@@ -1,4 +1,6 @@
-"""Tokenizers of tests/tiny.py trained on lines of their own, so that no token here depends on the built-in pairs."""
+"""Tokenizers of tests/tiny.py trained on lines of their own, so that no token here depends on the
+built-in pairs.
+"""
 
 import datasets
 import pytest
@@ -6,7 +8,9 @@ import pytest
 from tests import tiny
 
 LINES = "\n".join(
-    f"{a} {b} the weather, the answer and the question" for a in ("hello", "thanks") for b in ("you", "friend")
+    f"{a} {b} the weather, the answer and the question"
+    for a in ("hello", "thanks")
+    for b in ("you", "friend")
 )
 
 
@@ -21,7 +25,9 @@ def _train(folder, vocab):
 
 @pytest.fixture
 def letters(tmp_path_factory):
-    """A token a byte: 3 control tokens and 256 bytes leave no room for merges. "!" is 3, "A" 35, "a" 67, "z" 92."""
+    """A token a byte: 3 control tokens and 256 bytes leave no room for merges. "!" is 3, "A" 35,
+    "a" 67, "z" 92.
+    """
     return _train(tmp_path_factory.mktemp("letters"), 259)
 
 

@@ -9,7 +9,9 @@ from tests.data import builtin_figures as figures
 from train.data import rows
 from train.models import builtin
 
-CACHE = Path(os.environ.get("ZEROPREF_CACHE") or Path.home() / ".cache/zeropref")  # conftest.py gives tests another
+CACHE = Path(
+    os.environ.get("ZEROPREF_CACHE") or Path.home() / ".cache/zeropref"
+)  # conftest.py gives tests another
 MODEL = CACHE / "models" / builtin.NAME
 PAIRS = {split: figures.load(split) for split in figures.SPLITS}
 EVERY = [row for split in figures.SPLITS for row in PAIRS[split]]
@@ -28,17 +30,25 @@ def test_every_row_is_a_pair_of_plain_strings():
     for row in EVERY:
         assert tuple(row) == rows.PAIR_COLUMNS
         assert all(text == text.strip() for text in row.values())
-        assert rows.check_pair(row) == ([{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"])
+        assert rows.check_pair(row) == (
+            [{"role": "user", "content": row["prompt"]}],
+            row["chosen"],
+            row["rejected"],
+        )
 
 
 def test_lengths_in_words():
-    """A stand-in for the bounds in tokens, which need the model's tokenizer: see the slow test below."""
+    """A stand-in for the bounds in tokens, which need the model's tokenizer: see the slow test
+    below.
+    """
     found = figures.lengths(EVERY, count_words)
     assert found.min() >= 15 and found.max() <= 66
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MODEL.is_dir(), reason="needs the built-in model's tokenizer: run launch/train_dpo.py once")
+@pytest.mark.skipif(
+    not MODEL.is_dir(), reason="needs the built-in model's tokenizer: run launch/train_dpo.py once"
+)
 def test_answers_are_20_to_90_tokens():
     found = figures.lengths(EVERY, figures.token_counter(MODEL))
     assert found.min() >= 20 and found.max() <= 90
@@ -67,9 +77,15 @@ def test_words_alone_tell_some_pairs_but_not_all():
 
 
 def test_the_figures_see_what_they_are_for():
-    """Two pairs with one sentence in common, a claim, an emoji, and a longer chosen answer in one pair of two."""
+    """Two pairs with one sentence in common, a claim, an emoji, and a longer chosen answer in one
+    pair of two.
+    """
     pairs = [
-        {"prompt": "Hello", "chosen": "One two three four five six 😄", "rejected": "As an AI I greet you"},
+        {
+            "prompt": "Hello",
+            "chosen": "One two three four five six 😄",
+            "rejected": "As an AI I greet you",
+        },
         {"prompt": "hello!", "chosen": "yes", "rejected": "So: one, two, three, four, five, six."},
     ]
     assert figures.worst_ngram(pairs) == (2, "one two three four five six")
@@ -83,4 +99,6 @@ def test_bag_of_words_finds_a_give_away_and_ignores_a_tie():
     told = [{"prompt": str(i), "chosen": f"well w{i}", "rejected": f"thus v{i}"} for i in range(20)]
     tied = [{"prompt": str(i), "chosen": f"w{i}", "rejected": f"v{i}"} for i in range(20)]
     assert figures.bag_of_words(told).mean() == 1.0
-    assert figures.bag_of_words(tied).mean() == 0.5  # no word of the held-out fold was seen: all ties
+    assert (
+        figures.bag_of_words(tied).mean() == 0.5
+    )  # no word of the held-out fold was seen: all ties

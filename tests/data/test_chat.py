@@ -1,4 +1,6 @@
-"""Prompt and response ids against token lists spelt out by hand (fixture `letters`: a token a byte)."""
+"""Prompt and response ids against token lists spelt out by hand (fixture `letters`: a token a
+byte).
+"""
 
 import pytest
 import transformers
@@ -17,10 +19,14 @@ TRIMMED = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] | trim
 
 
 def spell(text):
-    """Token ids by the byte-level alphabet: printable ASCII from "!" (3) on, see SPACE for the rest."""
+    """Token ids by the byte-level alphabet: printable ASCII from "!" (3) on, see SPACE for the
+    rest.
+    """
     ids = []
     while text:
-        special = next((s for s in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if text.startswith(s)), None)
+        special = next(
+            (s for s in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if text.startswith(s)), None
+        )
         if special:
             ids.append(["<|endoftext|>", "<|im_start|>", "<|im_end|>"].index(special))
         else:
@@ -29,7 +35,8 @@ def spell(text):
     return ids
 
 
-# 3 control tokens, 94 printable ASCII, 12 + 82 of Latin-1, then the bytes 0, 1, ... that have no letter of their own
+# 3 control tokens, 94 printable ASCII, 12 + 82 of Latin-1, then the bytes 0, 1, ... that have no
+# letter of their own
 SPACE = 3 + 94 + 12 + 82 + 32
 NEWLINE = 3 + 94 + 12 + 82 + 10
 
@@ -45,12 +52,41 @@ def with_template(tokenizer, template):
 
 def test_ids_by_hand(letters):
     chat = Chat(letters)
-    header = [START, 67, 85, 85, 75, 85, 86, 67, 80, 86, NEWLINE]  # <|im_start|> a s s i s t a n t \n
-    hello = [START, 87, 85, 71, 84, NEWLINE, 42, 75, END, NEWLINE]  # <|im_start|> u s e r \n H i <|im_end|> \n
+    header = [
+        START,
+        67,
+        85,
+        85,
+        75,
+        85,
+        86,
+        67,
+        80,
+        86,
+        NEWLINE,
+    ]  # <|im_start|> a s s i s t a n t \n
+    hello = [
+        START,
+        87,
+        85,
+        71,
+        84,
+        NEWLINE,
+        42,
+        75,
+        END,
+        NEWLINE,
+    ]  # <|im_start|> u s e r \n H i <|im_end|> \n
     assert chat.prompt_ids(HI) == spell(SYSTEM) + hello + header == spell(HI_TEXT)
-    assert chat.response_ids(HI, "ok") == [81, 77, END]  # o k <|im_end|>, without the newline behind it
+    assert chat.response_ids(HI, "ok") == [
+        81,
+        77,
+        END,
+    ]  # o k <|im_end|>, without the newline behind it
     assert (chat.end, chat.end_id, chat.header_length) == ("<|im_end|>", END, 11)
-    assert encode(chat, pair(row=7), 200) == Group(tuple(spell(HI_TEXT)), ((81, 77, END), (80, 81, END)), 7)
+    assert encode(chat, pair(row=7), 200) == Group(
+        tuple(spell(HI_TEXT)), ((81, 77, END), (80, 81, END)), 7
+    )
 
 
 def test_multi_turn(letters):
@@ -106,12 +142,16 @@ def test_template_that_trims_and_goes_on_after_the_end(letters):
         (None, "no chat template.*chat_template.jinja"),
         ("{{ raise_exception('never') }}", "cannot render a question and its answer: .*never"),
         ("{% if m %}{{ 1 + '1' }}{% endif %}{{ messages[0].content + 1 }}", "cannot render"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
-         "does not start with the prompt"),
-        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-         "leaves out the assistant"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+            "does not start with the prompt",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves out the assistant",
+        ),
     ],
-)  # fmt: skip
+)
 def test_templates_refused_at_the_door(letters, template, message):
     with pytest.raises(ValueError, match=message):
         Chat(with_template(letters, template))
@@ -129,26 +169,38 @@ def test_row_that_the_template_refuses(letters):
         "{% for m in messages %}",
         "{% for m in messages %}{% if 'X' in m.content %}{{ raise_exception('no X') }}{% endif %}",
     )  # noqa: E501
-    moody = PLAIN.replace("'assistant: '", "'assistant: ' if 'X' not in messages[0].content else 'bot: '")
+    moody = PLAIN.replace(
+        "'assistant: '", "'assistant: ' if 'X' not in messages[0].content else 'bot: '"
+    )
     with pytest.raises(RowError, match="the chat template refuses it: no X"):
         encode(Chat(with_template(letters, picky)), pair("X"), 100)
     good, bad = Chat(letters).render([(HI, "ok"), (HI, "X")])  # in one batch: only one of them goes
     assert good == (HI_TEXT, "ok<|im_end|>") and isinstance(bad, RowError)
     with pytest.raises(RowError, match="renders the prompt otherwise once an answer follows"):
-        encode(Chat(with_template(letters, moody)), pair(messages=[{"role": "user", "content": "X"}]), 100)
+        encode(
+            Chat(with_template(letters, moody)),
+            pair(messages=[{"role": "user", "content": "X"}]),
+            100,
+        )
 
 
 def test_truncation(letters):
     chat = Chat(letters)
     prompt = tuple(spell(HI_TEXT))
-    # the prompt keeps its end, 13 of its tokens: <|im_end|> \n and the header of 11; 3 tokens are left of 16
-    assert encode(chat, pair("okay", "no"), 16, 13) == Group(prompt[-13:], ((81, 77, 67), (80, 81, END)), 0)
+    # the prompt keeps its end, 13 of its tokens: <|im_end|> \n and the header of 11; 3 tokens are
+    # left of 16
+    assert encode(chat, pair("okay", "no"), 16, 13) == Group(
+        prompt[-13:], ((81, 77, 67), (80, 81, END)), 0
+    )
     assert prompt[-13:] == (END, NEWLINE, *spell("<|im_start|>assistant\n"))
     encoder = PairEncoder(chat, 16, 13)
     assert encoder.finish(chat._ids(HI, "okay", "no")).truncated == (True, True, False)
     # without max_prompt_length one token is left for the responses
     assert encode(chat, pair("ok", "no"), len(prompt)) == Group(prompt[1:], ((81,), (80,)), 0)
-    assert encode(chat, pair("ok", "no"), len(prompt) + 3, len(prompt)).responses == ((81, 77, END), (80, 81, END))
+    assert encode(chat, pair("ok", "no"), len(prompt) + 3, len(prompt)).responses == (
+        (81, 77, END),
+        (80, 81, END),
+    )
     with pytest.raises(RowError, match="equal after truncation"):
         encode(chat, pair("okay", "okra"), 13, 11)
     assert encode(chat, pair("ok", "okay"), 14, 11).responses == ((81, 77, END), (81, 77, 67))
@@ -157,7 +209,10 @@ def test_truncation(letters):
 def test_lengths_that_leave_no_room(letters):
     chat = Chat(letters)
     for lengths, message in [
-        ((16, 10), "a prompt of 10 tokens cannot hold the assistant's header of 11: raise max_prompt_length"),
+        (
+            (16, 10),
+            "a prompt of 10 tokens cannot hold the assistant's header of 11: raise max_prompt_length",
+        ),
         ((11, None), "header of 11: raise max_length"),
         ((16, 16), "max_prompt_length 16 leaves no room for a response in max_length 16"),
         ((1, None), "at least 2 and 1"),
@@ -169,10 +224,14 @@ def test_lengths_that_leave_no_room(letters):
 
 
 def test_model_and_tokenizer_that_do_not_fit(letters):
-    """Ids 0 to 258, then one more with a gap before it: it is the largest id that needs an embedding."""
+    """Ids 0 to 258, then one more with a gap before it: it is the largest id that needs an
+    embedding.
+    """
     config = lambda size: transformers.LlamaConfig(vocab_size=size, max_position_embeddings=64)
     check_fit(config(259), letters, 64)
-    with pytest.raises(ValueError, match="the tokenizer has 259 tokens, the model's vocabulary 258"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has 259 tokens, the model's vocabulary 258"
+    ):
         check_fit(config(258), letters, 64)
     with pytest.raises(ValueError, match="--max_length 65 is more than the model's 64 positions"):
         check_fit(config(259), letters, 65)
@@ -182,7 +241,11 @@ def test_model_and_tokenizer_that_do_not_fit(letters):
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
 def test_control_tokens(letters, place, token):
     text = f"a{token}b"
-    odd = pair(messages=[{"role": "user", "content": text}]) if place == "prompt" else pair(**{place: text})
+    odd = (
+        pair(messages=[{"role": "user", "content": text}])
+        if place == "prompt"
+        else pair(**{place: text})
+    )
     with pytest.raises(RowError) as error:
         encode(Chat(letters), odd, 200)
     assert str(error.value) == f"control token {token!r} in the text"
@@ -192,7 +255,11 @@ def test_control_tokens(letters, place, token):
 
 
 def test_an_allowed_end_token_stands_once(letters):
-    assert Chat(letters, allow_control_tokens=True).response_ids(HI, "ok<|im_end|>") == [81, 77, END]
+    assert Chat(letters, allow_control_tokens=True).response_ids(HI, "ok<|im_end|>") == [
+        81,
+        77,
+        END,
+    ]
 
 
 def test_added_special_tokens_count_as_control(letters):
@@ -200,11 +267,16 @@ def test_added_special_tokens_count_as_control(letters):
     letters.add_tokens(["<plain>"])
     with pytest.raises(RowError, match="control token"):
         encode(Chat(letters), pair("<|tool|>"), 200)
-    assert Chat(letters).response_ids(HI, "<plain>") == [letters.convert_tokens_to_ids("<plain>"), END]
+    assert Chat(letters).response_ids(HI, "<plain>") == [
+        letters.convert_tokens_to_ids("<plain>"),
+        END,
+    ]
 
 
 def test_tokens_that_frame_turns_are_control_tokens_special_or_not(letters):
-    """`<turn>` and `</turn>` are plain added tokens: what the template writes around a turn, no text may hold."""
+    """`<turn>` and `</turn>` are plain added tokens: what the template writes around a turn, no
+    text may hold.
+    """
     letters.add_tokens(["<turn>", "</turn>", "<think>", "user", "\n\n"])
     template = (
         "{% for m in messages %}{{ '<turn>' + m.role + '\n\n' }}"
@@ -227,4 +299,7 @@ def test_text_encoder(letters):
     assert encoder.finish([[81]]) == ([], ([81],), (False, False))
     with pytest.raises(RowError, match="no tokens"):
         encoder.finish([[]])
-    assert tokenise(letters, ["okay", "\0"]) == [[81, 77, 67, 91], [NEWLINE - 10]] and tokenise(letters, []) == []
+    assert (
+        tokenise(letters, ["okay", "\0"]) == [[81, 77, 67, 91], [NEWLINE - 10]]
+        and tokenise(letters, []) == []
+    )

@@ -1,8 +1,9 @@
-"""Files made by a machine: sound rows among broken ones: every sound row comes out with its tokens, in order; every
-other one is listed with its number and the reason; a file that cannot be read as what it says it is names the line.
+"""Files made by a machine: sound rows among broken ones: every sound row comes out with its tokens,
+in order; every other one is listed with its number and the reason; a file that cannot be read as
+what it says it is names the line.
 
-Nothing else may happen: any exception but DataError fails. The tokens expected are spelt here, byte by byte, with no
-tokenizer and no template (fixture `letters`: a token a byte).
+Nothing else may happen: any exception but DataError fails. The tokens expected are spelt here, byte
+by byte, with no tokenizer and no template (fixture `letters`: a token a byte).
 """
 
 import collections
@@ -22,18 +23,81 @@ from train.data.tokens import collect
 
 MOST, MOST_PROMPT = 700, 400  # tokens, here bytes
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the bytes that byte-level BPE writes as themselves
-IDS = {byte: 3 + i for i, byte in enumerate(PRINTED + [byte for byte in range(256) if byte not in PRINTED])}
-NASTY = ["\0", "\x1b[31m", "\x7f", "\u2028", "\x85", "\ufeff", "\u202e", "\u200b", "\r\n", "\r", "\t", '"', '""', ",",
-         "\\", "\\ud800", "{{ 7 * 7 }}", "{% raise %}", "<|im_en", "d|>", "[INST]", "NaN", "null", "42", "👩‍👩‍👧",
-         "\U0010ffff", "e\u0301", "../../etc", "=1+1", "</s>"]  # fmt: skip
-CLUTTER = ['"score": NaN', '"a": Infinity', '"b": -Infinity', '"n": ' + "9" * 5000, '"deep": ' + "[" * 200 + "]" * 200,
-           '"\\ud800": "\\udfff"', '"": null', '"x": {"k": 1, "k": 2}', '"f": 1e999', '"Prompt": 0']  # fmt: skip
-TEXT = st.lists(st.text(max_size=10) | st.sampled_from(NASTY), max_size=4).map("".join).filter(
-    lambda text: not any(token in text for token in CONTROL))  # fmt: skip
+PRINTED = [
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+]  # the bytes that byte-level BPE writes as themselves
+IDS = {
+    byte: 3 + i
+    for i, byte in enumerate(PRINTED + [byte for byte in range(256) if byte not in PRINTED])
+}
+NASTY = [
+    "\0",
+    "\x1b[31m",
+    "\x7f",
+    "\u2028",
+    "\x85",
+    "\ufeff",
+    "\u202e",
+    "\u200b",
+    "\r\n",
+    "\r",
+    "\t",
+    '"',
+    '""',
+    ",",
+    "\\",
+    "\\ud800",
+    "{{ 7 * 7 }}",
+    "{% raise %}",
+    "<|im_en",
+    "d|>",
+    "[INST]",
+    "NaN",
+    "null",
+    "42",
+    "👩‍👩‍👧",
+    "\U0010ffff",
+    "e\u0301",
+    "../../etc",
+    "=1+1",
+    "</s>",
+]
+CLUTTER = [
+    '"score": NaN',
+    '"a": Infinity',
+    '"b": -Infinity',
+    '"n": ' + "9" * 5000,
+    '"deep": ' + "[" * 200 + "]" * 200,
+    '"\\ud800": "\\udfff"',
+    '"": null',
+    '"x": {"k": 1, "k": 2}',
+    '"f": 1e999',
+    '"Prompt": 0',
+]
+TEXT = (
+    st.lists(st.text(max_size=10) | st.sampled_from(NASTY), max_size=4)
+    .map("".join)
+    .filter(lambda text: not any(token in text for token in CONTROL))
+)
 BLANK = st.sampled_from(["", " ", "\n\t", "\u3000", "\u2028"])
 JUNK = st.sampled_from(
-    [0, -1.5, True, float("nan"), 10**400, {}, {"role": "user"}, [1], ["Hi"], [[]], [None], [{}], {"a": {}}]
+    [
+        0,
+        -1.5,
+        True,
+        float("nan"),
+        10**400,
+        {},
+        {"role": "user"},
+        [1],
+        ["Hi"],
+        [[]],
+        [None],
+        [{}],
+        {"a": {}},
+    ]
 )
 
 
@@ -47,22 +111,33 @@ def spell(text):
 
 def group_of(messages, chosen, rejected):
     """What tests/tiny.py's template and the length limits make of a pair."""
-    text = "" if messages[0]["role"] == "system" else "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    text = (
+        ""
+        if messages[0]["role"] == "system"
+        else "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    )
     text += "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     prompt = spell(text + "<|im_start|>assistant\n")[-MOST_PROMPT:]
-    return prompt, tuple(spell(answer + "<|im_end|>")[: MOST - len(prompt)] for answer in (chosen, rejected))
+    return prompt, tuple(
+        spell(answer + "<|im_end|>")[: MOST - len(prompt)] for answer in (chosen, rejected)
+    )
 
 
 def turn(role, content):
     return {"role": role, "content": content}
 
 
-# ------------------------------------------------------------ sound rows: a dict, and the pair that it means
+# ------------------------------------------------------------ sound rows: a dict, and the pair that
+# it means
 
 
 def plain(draw):
     prompt, chosen, rejected = "?" + draw(TEXT), "A" + draw(TEXT), "B" + draw(TEXT)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, ([turn("user", prompt)], chosen, rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, (
+        [turn("user", prompt)],
+        chosen,
+        rejected,
+    )
 
 
 def messages(draw):
@@ -73,10 +148,12 @@ def messages(draw):
     if draw(st.booleans()):
         turns = [turn("system", draw(TEXT))] + turns
     answers = [turn("assistant", chosen), turn("assistant", rejected)]
-    shapes = [{"prompt": turns, "chosen": chosen, "rejected": rejected},
-              {"prompt": turns, "chosen": answers[0], "rejected": [answers[1]]},
-              {"chosen": turns + answers[:1], "rejected": turns + answers[1:]},
-              {**row, "chosen": turns + answers[:1], "rejected": turns + answers[1:]}]  # fmt: skip
+    shapes = [
+        {"prompt": turns, "chosen": chosen, "rejected": rejected},
+        {"prompt": turns, "chosen": answers[0], "rejected": [answers[1]]},
+        {"chosen": turns + answers[:1], "rejected": turns + answers[1:]},
+        {**row, "chosen": turns + answers[:1], "rejected": turns + answers[1:]},
+    ]
     return draw(st.sampled_from(shapes)), (turns, chosen, rejected)
 
 
@@ -89,7 +166,8 @@ def huge(draw):
 GOOD = {"plain": plain, "messages": messages, "huge": huge}
 
 
-# ------------------------------------------------------------ broken rows: JSON, and the reason that must be given
+# ------------------------------------------------------------ broken rows: JSON, and the reason
+# that must be given
 
 
 def changed(draw, **columns):
@@ -108,9 +186,17 @@ def twice(draw):
 
 def twice_in_message(draw):
     row = plain(draw)[0]
-    said = draw(st.sampled_from(['"role": "user", "role": "assistant", "content": "x"',
-                                 '"role": "assistant", "content": "x", "content": "y"']))  # fmt: skip
-    return members(draw, {k: row[k] for k in ("prompt", "rejected")}, ['"chosen": {' + said + "}"]), "twice"
+    said = draw(
+        st.sampled_from(
+            [
+                '"role": "user", "role": "assistant", "content": "x"',
+                '"role": "assistant", "content": "x", "content": "y"',
+            ]
+        )
+    )
+    return members(
+        draw, {k: row[k] for k in ("prompt", "rejected")}, ['"chosen": {' + said + "}"]
+    ), "twice"
 
 
 def lacking(draw):
@@ -125,7 +211,9 @@ def same(draw):
 
 
 def same_when_cut(draw):
-    return changed(draw, chosen="x" * MOST + "a", rejected="x" * MOST + "b"), "equal after truncation"
+    return changed(
+        draw, chosen="x" * MOST + "a", rejected="x" * MOST + "b"
+    ), "equal after truncation"
 
 
 def unknown_role(draw):
@@ -140,7 +228,9 @@ def out_of_order(draw):
 
 
 def differing(draw):
-    chosen, rejected = ([turn("user", text), turn("assistant", text)] for text in ("x", "y" + draw(TEXT)))
+    chosen, rejected = (
+        [turn("user", text), turn("assistant", text)] for text in ("x", "y" + draw(TEXT))
+    )
     return {"chosen": chosen, "rejected": rejected}, "prompts of chosen and rejected differ"
 
 
@@ -154,31 +244,59 @@ BAD = {
     "key twice in a message": twice_in_message,
     "column missing": lacking,
     "null": lambda draw: ({**plain(draw)[0], one_of(draw): None}, "is null"),
-    "wrong type": lambda draw: ({**plain(draw)[0], one_of(draw): draw(JUNK)}, "not a|no role|empty|role is null"),
+    "wrong type": lambda draw: (
+        {**plain(draw)[0], one_of(draw): draw(JUNK)},
+        "not a|no role|empty|role is null",
+    ),
     "empty prompt": lambda draw: (changed(draw, prompt=draw(BLANK)), "empty prompt"),
     "empty response": lambda draw: (
-        {**plain(draw)[0], one_of(draw, "chosen", "rejected"): draw(BLANK)}, "empty response: "),
+        {**plain(draw)[0], one_of(draw, "chosen", "rejected"): draw(BLANK)},
+        "empty response: ",
+    ),
     "equal": same,
     "equal after truncation": same_when_cut,
     "unknown role": unknown_role,
     "roles out of order": out_of_order,
     "ends with user": lambda draw: (changed(draw, chosen=turn("user", "x")), "ends with user"),
     "content no text": lambda draw: (
-        changed(draw, chosen=turn("assistant", draw(JUNK))), "content is .*, not a string"),
+        changed(draw, chosen=turn("assistant", draw(JUNK))),
+        "content is .*, not a string",
+    ),
     "prompts differ": differing,
     "half a surrogate pair": half_a_pair,
     "control token": lambda draw: (
-        {**plain(draw)[0], one_of(draw): "x" + draw(st.sampled_from(CONTROL)) + "y"}, "control token"),
+        {**plain(draw)[0], one_of(draw): "x" + draw(st.sampled_from(CONTROL)) + "y"},
+        "control token",
+    ),
     "no object": lambda draw: (
-        draw(st.sampled_from(['"x"', "7", "null", "true", "NaN", "[]", '[{"prompt": 1}]'])), "the row is"),
+        draw(st.sampled_from(['"x"', "7", "null", "true", "NaN", "[]", '[{"prompt": 1}]'])),
+        "the row is",
+    ),
     "nested": lambda draw: ('{"prompt": ' + "[" * 50_000 + "]" * 50_000 + "}", "nested too deeply"),
-}  # fmt: skip
+}
 
 # Lines that no reader of JSON lines could make sense of, and bytes that are no UTF-8.
-FATAL = [b'{"prompt": "x"', b"{} {}", b'{"prompt": "x"} trailing', b"{'prompt': 1}", b"prompt", b'{"a": "\x01"}',
-         b"\x00", b'{"a": "\xff"}', b'{"a": "\xed\xa0\x80"}', '{"a": "ä"}'.encode("utf-16"), b'{"a": 1,}',
-         '{"a": "ä"}'.encode("latin-1"), b'{"a": nan}', b'{"a": 0x1}', b'{"a": "\\x"}', b"// {}", b'{"a": "x',
-         b"[1, 2", b"}"]  # fmt: skip
+FATAL = [
+    b'{"prompt": "x"',
+    b"{} {}",
+    b'{"prompt": "x"} trailing',
+    b"{'prompt': 1}",
+    b"prompt",
+    b'{"a": "\x01"}',
+    b"\x00",
+    b'{"a": "\xff"}',
+    b'{"a": "\xed\xa0\x80"}',
+    '{"a": "ä"}'.encode("utf-16"),
+    b'{"a": 1,}',
+    '{"a": "ä"}'.encode("latin-1"),
+    b'{"a": nan}',
+    b'{"a": 0x1}',
+    b'{"a": "\\x"}',
+    b"// {}",
+    b'{"a": "x',
+    b"[1, 2",
+    b"}",
+]
 
 
 def members(draw, row, more=()):
@@ -190,7 +308,9 @@ def members(draw, row, more=()):
 
 
 def drawn(draw, kinds, most):
-    """Up to `most` of `kinds`, each as likely as the others: hypothesis on its own prefers the first."""
+    """Up to `most` of `kinds`, each as likely as the others: hypothesis on its own prefers the
+    first.
+    """
     random = draw(st.randoms(use_true_random=True))
     return random.choices(kinds, k=random.randint(1, most))
 
@@ -221,7 +341,9 @@ def check(path, tokenizer, rows):
         found = data.group(place)
         assert (found.prompt, found.responses) == group_of(*rows[i][1]), rows[i]
     listed = {d.row: d.reason for d in data.dropped}
-    assert len(listed) == len(data.dropped) == len(rows) - len(sound) and not set(listed) & set(sound)
+    assert len(listed) == len(data.dropped) == len(rows) - len(sound) and not set(listed) & set(
+        sound
+    )
     for i, (text, _, reason) in enumerate(rows):
         if reason:
             assert re.search(reason, listed[i]), (str(text)[:200], listed[i])
@@ -258,13 +380,17 @@ def json_lines(draw, path, tokenizer, seen):
 
 
 def json_array(draw, path, tokenizer, seen):
-    rows = rows_of(draw, seen, skip=["nested"])  # where such an element ends nobody can say: the file is refused
+    rows = rows_of(
+        draw, seen, skip=["nested"]
+    )  # where such an element ends nobody can say: the file is refused
     texts = [text for text, *_ in rows]
     broken = draw(st.sampled_from([None] * 3 + ["x", "{", "'", "1 2", "", '{"a": "\t"}', "]"]))
     place = draw(st.integers(0, len(texts)))
     if broken is not None:
         texts.insert(place, broken)
-    path.write_bytes(draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + ("[\n" + ",\n".join(texts) + "\n]").encode())
+    path.write_bytes(
+        draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + ("[\n" + ",\n".join(texts) + "\n]").encode()
+    )
     if broken is None:
         check(path, tokenizer, rows)
     else:
@@ -272,26 +398,45 @@ def json_array(draw, path, tokenizer, seen):
         with pytest.raises(DataError) as error:
             collect([str(path)], tokenizer, max_length=MOST, max_prompt_length=MOST_PROMPT)
         line = int(re.match(re.escape(f"{path}, line ") + r"(\d+)", str(error.value))[1])
-        assert line - (place + 2) in (0, 1)  # an element that is not there is missed on the next line
+        assert line - (place + 2) in (
+            0,
+            1,
+        )  # an element that is not there is missed on the next line
 
 
 def table_of_text(draw, path, tokenizer, seen):
     """CSV: every field is text, 42 and NaN too."""
     rows, file = [], io.StringIO(newline="")
-    writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator=draw(st.sampled_from(["\n", "\r\n"])))
+    writer = csv.writer(
+        file, quoting=csv.QUOTE_ALL, lineterminator=draw(st.sampled_from(["\n", "\r\n"]))
+    )
     order = draw(st.permutations(["prompt", "chosen", "rejected", "more"]))
     writer.writerow(order)
     for kind in drawn(draw, ["sound"] * 3 + ["few", "many", "empty", "equal", "control"], 12):
-        row = {name: value.replace("\0", "") for name, value in plain(draw)[0].items()}  # Python 3.10's csv refuses NUL
+        row = {
+            name: value.replace("\0", "") for name, value in plain(draw)[0].items()
+        }  # Python 3.10's csv refuses NUL
         pair = ([turn("user", row["prompt"])], row["chosen"], row["rejected"])
         row["more"] = draw(TEXT).replace("\0", "")
         seen["csv: " + kind] += 1
-        spoilt = {"empty": {"chosen": " "}, "equal": {"chosen": row["rejected"]}, "control": {"prompt": CONTROL[2]}}
+        spoilt = {
+            "empty": {"chosen": " "},
+            "equal": {"chosen": row["rejected"]},
+            "control": {"prompt": CONTROL[2]},
+        }
         row |= spoilt.get(kind, {})
         fields = [row[name] for name in order]
-        writer.writerow(fields[:2] if kind == "few" else fields + ["x"] if kind == "many" else fields)
-        reasons = {"few": "not 4 fields", "many": "not 4 fields", "empty": "empty response", "equal": "chosen equals",
-                   "control": "control token", "sound": None}  # fmt: skip
+        writer.writerow(
+            fields[:2] if kind == "few" else fields + ["x"] if kind == "many" else fields
+        )
+        reasons = {
+            "few": "not 4 fields",
+            "many": "not 4 fields",
+            "empty": "empty response",
+            "equal": "chosen equals",
+            "control": "control token",
+            "sound": None,
+        }
         rows.append((fields, pair if kind == "sound" else None, reasons[kind]))
     content = file.getvalue().encode()
     broken = draw(st.sampled_from([None] * 4 + [b'"', b'"a"b,c\n', b"\xff\n"]))
@@ -304,7 +449,8 @@ def table_of_text(draw, path, tokenizer, seen):
 
 
 TURNS = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
-# Types of a column of answers: what makes a value of a text, and why such a value is refused (None: it is taken).
+# Types of a column of answers: what makes a value of a text, and why such a value is refused (None:
+# it is taken).
 COLUMNS = {
     "string": (pyarrow.string(), str, None),
     "large_string": (pyarrow.large_string(), str, None),
@@ -316,9 +462,12 @@ COLUMNS = {
     "null": (pyarrow.null(), lambda text: None, "is null, not a string"),
     "list": (pyarrow.list_(pyarrow.string()), lambda text: [text], "message 0 is a string"),
     "map": (
-        pyarrow.map_(pyarrow.string(), pyarrow.string()), lambda text: [("role", "assistant")], "message 0 is a list"),
+        pyarrow.map_(pyarrow.string(), pyarrow.string()),
+        lambda text: [("role", "assistant")],
+        "message 0 is a list",
+    ),
     "date": (pyarrow.date32(), len, "is date, not a string"),
-}  # fmt: skip
+}
 UNUSED = {
     "decimal": lambda n: pyarrow.array([None] * n, pyarrow.decimal256(70, 3)),
     "half": lambda n: pyarrow.array([1.5] * n, pyarrow.float32()).cast(pyarrow.float16()),
@@ -327,14 +476,16 @@ UNUSED = {
     "no UTF-8": lambda n: pyarrow.array([b"\xff"] * n).cast(pyarrow.string(), safe=False),
     "bytes": lambda n: pyarrow.array([b"ab"] * n, pyarrow.binary(2)),
     "duration": lambda n: pyarrow.array([5] * n, pyarrow.duration("ns")),
-}  # fmt: skip
+}
 
 
 def arrow_table(draw, path, tokenizer, seen):
     """Parquet: columns of any type, among them values that Python cannot hold."""
     pairs = [plain(draw)[1] for _ in range(draw(st.integers(1, 8)))]
     random = draw(st.randoms(use_true_random=True))
-    kinds = dict(zip(("chosen", "rejected"), random.choices([*COLUMNS] + ["string"] * 8, k=2), strict=True))
+    kinds = dict(
+        zip(("chosen", "rejected"), random.choices([*COLUMNS] + ["string"] * 8, k=2), strict=True)
+    )
     spoilt = random.choices([None, None, None, "null", "bytes"], k=len(pairs))
     columns, rows = {}, []
     for number, (pair, spoil) in enumerate(zip(pairs, spoilt, strict=True)):
@@ -343,8 +494,10 @@ def arrow_table(draw, path, tokenizer, seen):
             reasons.append("prompt is null" if spoil == "null" else "prompt is unreadable")
             seen["parquet: " + spoil] += 1
         rows.append((number, None if reasons else pair, "|".join(reasons) or None))
-    prompts = [{None: pair[0][0]["content"].encode(), "null": None, "bytes": b"a\xffb"}[spoil]
-               for pair, spoil in zip(pairs, spoilt, strict=True)]  # fmt: skip
+    prompts = [
+        {None: pair[0][0]["content"].encode(), "null": None, "bytes": b"a\xffb"}[spoil]
+        for pair, spoil in zip(pairs, spoilt, strict=True)
+    ]
     columns["prompt"] = pyarrow.array(prompts, pyarrow.binary()).cast(pyarrow.string(), safe=False)
     for (name, kind), side in zip(kinds.items(), (1, 2), strict=True):
         seen["parquet: " + kind] += 1
@@ -353,11 +506,18 @@ def arrow_table(draw, path, tokenizer, seen):
     for kind in random.sample([*UNUSED], 3):
         seen["parquet, unused: " + kind] += 1
         columns[f"unused {kind}"] = UNUSED[kind](len(pairs))
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=draw(st.integers(1, 8)))
+    pyarrow.parquet.write_table(
+        pyarrow.table(columns), path, row_group_size=draw(st.integers(1, 8))
+    )
     check(path, tokenizer, rows)
 
 
-FILES = {"a.jsonl": json_lines, "a.json": json_array, "a.csv": table_of_text, "a.parquet": arrow_table}
+FILES = {
+    "a.jsonl": json_lines,
+    "a.json": json_array,
+    "a.csv": table_of_text,
+    "a.parquet": arrow_table,
+}
 LIGHT = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 PHASES = [Phase.generate]  # no shrinking: it takes minutes, and the assertions name the row
 
@@ -382,7 +542,9 @@ def test_no_row_is_lost_and_none_is_a_traceback(letters, tmp_path, name, example
 
     one()
     files = seen.pop("files")
-    print(f"\n{name}: {files} files, {sum(seen.values())} rows and columns of {len(seen)} kinds: {dict(seen)}")
+    print(
+        f"\n{name}: {files} files, {sum(seen.values())} rows and columns of {len(seen)} kinds: {dict(seen)}"
+    )
     expected = {
         "a.jsonl": {*GOOD, *BAD, "no JSON or no UTF-8"},
         "a.json": {*GOOD, *BAD, "no JSON or no UTF-8"} - {"nested"},

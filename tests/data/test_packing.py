@@ -22,7 +22,16 @@ def test_row_by_hand():
     assert row.target.tolist() == [1, 2, 3, 4, 5]
     assert row.digests == (digest((7, 8), (1, 2, 3)), digest((7, 8), (4,)), digest((), (9, 5)))
     assert row.lengths.tolist() == [3, 1, 1]
-    assert row.kv_users.tolist() == [[0, 5], [1, 6], [2, 10], [3, 10], [4, 10], [7, 10], [8, 10], [9, 10]]
+    assert row.kv_users.tolist() == [
+        [0, 5],
+        [1, 6],
+        [2, 10],
+        [3, 10],
+        [4, 10],
+        [7, 10],
+        [8, 10],
+        [9, 10],
+    ]
     assert row.group_rows == (11, 12)
     assert [(ids.tolist(), first) for ids, first in row.sequences()] == [
         ([7, 8, 1, 2, 3], 2),
@@ -34,8 +43,14 @@ def test_row_by_hand():
 def test_digests_tell_ids_and_borders_apart():
     same = digest((1, 2), (3, 4))
     assert same == digest([1, 2], [3, 4]) and len(same) == 16
-    others = [digest((1,), (2, 3, 4)), digest((1, 2), (3, 5)), digest((1, 2), (4, 3)), digest((2, 1, 2), (3, 4)),
-              digest((), (1, 2, 3, 4)), digest((2,), (1, 2, 3, 4))]  # fmt: skip
+    others = [
+        digest((1,), (2, 3, 4)),
+        digest((1, 2), (3, 5)),
+        digest((1, 2), (4, 3)),
+        digest((2, 1, 2), (3, 4)),
+        digest((), (1, 2, 3, 4)),
+        digest((2,), (1, 2, 3, 4)),
+    ]
     assert len({same, *others}) == 7
 
 
@@ -74,14 +89,20 @@ def test_steps_are_the_same_groups_for_any_ranks_and_budget():
     tokens = [10 + 7 * i % 50 for i in range(23)]
 
     def groups(world, budget):
-        ranks = [list(steps(tokens, 5, budget, seed=3, total=10, rank=r, world=world)) for r in range(world)]
-        dealt = [sorted(i for rank in ranks for row in rank[s].rows for i in row) for s in range(10)]
+        ranks = [
+            list(steps(tokens, 5, budget, seed=3, total=10, rank=r, world=world))
+            for r in range(world)
+        ]
+        dealt = [
+            sorted(i for rank in ranks for row in rank[s].rows for i in row) for s in range(10)
+        ]
         assert dealt == [sorted(ranks[0][s].groups) for s in range(10)]
         return [step.groups for step in ranks[0]]
 
     expected = groups(1, 10_000)
     assert groups(2, 60) == groups(4, 1) == groups(3, 200) == expected
-    # two epochs of 5 steps, the last of 3 groups; each group once an epoch; another order in the second
+    # two epochs of 5 steps, the last of 3 groups; each group once an epoch; another order in the
+    # second
     first, second = sum(expected[:5], ()), sum(expected[5:], ())
     assert [len(g) for g in expected] == [5, 5, 5, 5, 3] * 2
     assert sorted(first) == sorted(second) == list(range(23)) and first != second
@@ -101,7 +122,14 @@ def test_order_is_pinned():
 
 @pytest.mark.parametrize(
     "count, batch, epochs, most, expected",
-    [(10, 4, 1, 0, 3), (10, 4, 2, 0, 6), (10, 4, 2, 5, 5), (8, 4, 0.5, 0, 1), (8, 4, 1.25, 0, 3), (3, 16, 1, 0, 1)],
+    [
+        (10, 4, 1, 0, 3),
+        (10, 4, 2, 0, 6),
+        (10, 4, 2, 5, 5),
+        (8, 4, 0.5, 0, 1),
+        (8, 4, 1.25, 0, 3),
+        (3, 16, 1, 0, 1),
+    ],
 )
 def test_num_steps(count, batch, epochs, most, expected):
     assert num_steps(count, batch, epochs, most) == expected

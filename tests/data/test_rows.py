@@ -1,4 +1,6 @@
-"""Reading and checking rows: what DESIGN section 10 says of data, and whatever else may stand in a row."""
+"""Reading and checking rows: what DESIGN section 10 says of data, and whatever else may stand in a
+row.
+"""
 
 import json
 
@@ -43,9 +45,17 @@ def write(path, text):
         {**ROW, "prompt": HI},
         {**ROW, "chosen": assistant("Hey there!"), "rejected": [assistant("Greetings.")]},
         {"chosen": HI + [assistant("Hey there!")], "rejected": HI + [assistant("Greetings.")]},
-        {"prompt": "Hi", "chosen": HI + [assistant("Hey there!")], "rejected": HI + [assistant("Greetings.")]},
+        {
+            "prompt": "Hi",
+            "chosen": HI + [assistant("Hey there!")],
+            "rejected": HI + [assistant("Greetings.")],
+        },
         {"prompt": HI, "chosen": HI + [assistant("Hey there!")], "rejected": "Greetings."},
-        {"prompt": None, "chosen": HI + [assistant("Hey there!")], "rejected": HI + [assistant("Greetings.")]},
+        {
+            "prompt": None,
+            "chosen": HI + [assistant("Hey there!")],
+            "rejected": HI + [assistant("Greetings.")],
+        },
         {**ROW, "votes": 3, "nested": [[{}]], "chosen_score": None},
         {**ROW, "prompt": [{"role": "user", "content": "Hi", "name": "Ann"}]},
     ],
@@ -56,7 +66,11 @@ def test_every_shape_gives_the_same_pair(row):
 
 def test_multi_turn_with_system():
     turns = [system(""), user("Hi"), assistant("Hey"), user("Bye")]
-    row = {"prompt": "Hi", "chosen": turns + [assistant("See you")], "rejected": turns + [assistant("Farewell")]}
+    row = {
+        "prompt": "Hi",
+        "chosen": turns + [assistant("See you")],
+        "rejected": turns + [assistant("Farewell")],
+    }
     assert check_pair(row) == (turns, "See you", "Farewell")
 
 
@@ -65,7 +79,10 @@ def test_multi_turn_with_system():
     [
         ({**ROW, "prompt": " \n"}, "empty prompt"),
         ({**ROW, "prompt": []}, "empty prompt"),
-        ({**ROW, "prompt": [user("Hi"), assistant(" "), user("so?")]}, "empty prompt: a turn of assistant has no text"),
+        (
+            {**ROW, "prompt": [user("Hi"), assistant(" "), user("so?")]},
+            "empty prompt: a turn of assistant has no text",
+        ),
         ({**ROW, "chosen": "\t"}, "empty response: chosen"),
         ({**ROW, "rejected": []}, "empty response: rejected"),
         ({**ROW, "rejected": ROW["chosen"]}, "chosen equals rejected"),
@@ -73,34 +90,62 @@ def test_multi_turn_with_system():
         ({**ROW, "prompt": user("Hi")}, "prompt is an object, not a string or messages"),
         ({**ROW, "prompt": None}, "prompt is null"),
         ({**ROW, "chosen": None}, "chosen is null, not a string or messages"),
-        ({**ROW, "chosen": ["Hey"]}, "chosen message 0 is a string, not an object with role and content"),
-        ({**ROW, "chosen": {"role": "assistant", "content": ["x"]}},
-         "chosen message 0: content is a list, not a string"),
+        (
+            {**ROW, "chosen": ["Hey"]},
+            "chosen message 0 is a string, not an object with role and content",
+        ),
+        (
+            {**ROW, "chosen": {"role": "assistant", "content": ["x"]}},
+            "chosen message 0: content is a list, not a string",
+        ),
         ({**ROW, "chosen": {"content": "x"}}, "chosen message 0: role is null, not a string"),
-        ({**ROW, "chosen": user("Hey")}, "roles out of order: chosen ends with user, not with assistant"),
-        ({**ROW, "prompt": [{"role": "human", "content": "Hi"}]},
-         "unknown role 'human' in prompt; known: system, user, assistant"),
-        ({**ROW, "prompt": [user("Hi"), system("Be kind")]},
-         "roles out of order: user, system; expected user and assistant in turn, the prompt ending with user"),
-        ({**ROW, "prompt": [system("Be kind")]},
-         "roles out of order: system; expected user and assistant in turn, the prompt ending with user"),
-        ({**ROW, "prompt": [user("Hi"), assistant("Hey")]},
-         "roles out of order: user, assistant; expected user and assistant in turn, the prompt ending with user"),
-        ({"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]},
-         "prompts of chosen and rejected differ"),
-        ({"prompt": "Ho", "chosen": HI + [assistant("a")], "rejected": HI + [assistant("b")]},
-         "prompt differs from the conversation in chosen and rejected"),
-        ({"prompt": [user("Ho")], "chosen": HI + [assistant("a")], "rejected": HI + [assistant("b")]},
-         "prompt differs from the conversation in chosen and rejected"),
+        (
+            {**ROW, "chosen": user("Hey")},
+            "roles out of order: chosen ends with user, not with assistant",
+        ),
+        (
+            {**ROW, "prompt": [{"role": "human", "content": "Hi"}]},
+            "unknown role 'human' in prompt; known: system, user, assistant",
+        ),
+        (
+            {**ROW, "prompt": [user("Hi"), system("Be kind")]},
+            "roles out of order: user, system; expected user and assistant in turn, the prompt ending with user",
+        ),
+        (
+            {**ROW, "prompt": [system("Be kind")]},
+            "roles out of order: system; expected user and assistant in turn, the prompt ending with user",
+        ),
+        (
+            {**ROW, "prompt": [user("Hi"), assistant("Hey")]},
+            "roles out of order: user, assistant; expected user and assistant in turn, the prompt ending with user",
+        ),
+        (
+            {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]},
+            "prompts of chosen and rejected differ",
+        ),
+        (
+            {"prompt": "Ho", "chosen": HI + [assistant("a")], "rejected": HI + [assistant("b")]},
+            "prompt differs from the conversation in chosen and rejected",
+        ),
+        (
+            {
+                "prompt": [user("Ho")],
+                "chosen": HI + [assistant("a")],
+                "rejected": HI + [assistant("b")],
+            },
+            "prompt differs from the conversation in chosen and rejected",
+        ),
         ({**ROW, "chosen": "a\ud800b"}, "chosen is not valid Unicode: '\\ud800' at character 1"),
-        ({**ROW, "prompt": [user("\udfff")]},
-         "prompt message 0: content is not valid Unicode: '\\udfff' at character 0"),
+        (
+            {**ROW, "prompt": [user("\udfff")]},
+            "prompt message 0: content is not valid Unicode: '\\udfff' at character 0",
+        ),
         (["Hi"], "the row is a list, not an object"),
         (None, "the row is null, not an object"),
         ({"prompt": "Hi", "chosen": "a"}, "no column 'rejected'"),
         ({"chosen": "a", "rejected": "b"}, "no column 'prompt'"),
     ],
-)  # fmt: skip
+)
 def test_reasons(row, reason):
     with pytest.raises(RowError) as error:
         check_pair(row)
@@ -109,7 +154,10 @@ def test_reasons(row, reason):
 
 def test_text_rows():
     assert check_text({"text": " A line \n", "page": 3}) == " A line \n"
-    for row, reason in [({"text": "\n"}, "empty text"), ({"text": 1}, "text is a number, not a string")]:
+    for row, reason in [
+        ({"text": "\n"}, "empty text"),
+        ({"text": 1}, "text is a number, not a string"),
+    ]:
         with pytest.raises(RowError, match=reason):
             check_text(row)
     with pytest.raises(MissingColumn, match="no column 'text'"):
@@ -117,18 +165,31 @@ def test_text_rows():
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=8)
     | st.sampled_from(["user", "assistant", "system", "Hi", "\ud800", "\0", "<|im_end|>"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "prompt", "chosen", "\udfff"]), inner, max_size=3)
-    | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": inner}),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "prompt", "chosen", "\udfff"]), inner, max_size=3
+        )
+        | st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system"]), "content": inner}
+        )
+    ),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.fixed_dictionaries({}, optional={name: anything for name in ("prompt", "chosen", "rejected", "text")}) | anything
+    st.fixed_dictionaries(
+        {}, optional={name: anything for name in ("prompt", "chosen", "rejected", "text")}
+    )
+    | anything
 )
 def test_nothing_in_a_row_is_a_traceback(row):
     for check in (check_pair, check_text):
@@ -146,19 +207,36 @@ def test_nothing_in_a_row_is_a_traceback(row):
 
 def test_every_local_format_gives_the_same_rows(tmp_path):
     rows = [ROW, {"prompt": "NA", "chosen": "42", "rejected": 'a, "b"\nc'}]
-    lines = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps(rows[0]) + "\r\n\n" + json.dumps(rows[1]))
+    lines = write(
+        tmp_path / "a.jsonl", "\ufeff" + json.dumps(rows[0]) + "\r\n\n" + json.dumps(rows[1])
+    )
     array = write(tmp_path / "b.json", json.dumps(rows, indent=1))
     as_lines = write(tmp_path / "c.json", "\n".join(map(json.dumps, rows)))
-    table = write(tmp_path / "d.csv", 'prompt,chosen,rejected\nHi,Hey there!,Greetings.\nNA,42,"a, ""b""\nc"\n')
+    table = write(
+        tmp_path / "d.csv",
+        'prompt,chosen,rejected\nHi,Hey there!,Greetings.\nNA,42,"a, ""b""\nc"\n',
+    )
     data = datasets.Dataset.from_list(rows)
     data.to_parquet(tmp_path / "e.parquet")
     data.save_to_disk(tmp_path / "f")
     datasets.DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "g")
-    for source in [lines, array, as_lines, table, *(str(tmp_path / name) for name in ("e.parquet", "f", "g"))]:
+    for source in [
+        lines,
+        array,
+        as_lines,
+        table,
+        *(str(tmp_path / name) for name in ("e.parquet", "f", "g")),
+    ]:
         assert list(read_rows([source])) == [(source, 0, rows[0]), (source, 1, rows[1])], source
     both = [str(tmp_path / "g@test"), lines]
-    assert list(read_rows(both)) == [(both[0], 0, rows[1]), (lines, 0, rows[0]), (lines, 1, rows[1])]
-    assert list(read_rows([str(tmp_path / "g")], split="test")) == [(str(tmp_path / "g"), 0, rows[1])]
+    assert list(read_rows(both)) == [
+        (both[0], 0, rows[1]),
+        (lines, 0, rows[0]),
+        (lines, 1, rows[1]),
+    ]
+    assert list(read_rows([str(tmp_path / "g")], split="test")) == [
+        (str(tmp_path / "g"), 0, rows[1])
+    ]
 
 
 def test_messages_survive_parquet(tmp_path):
@@ -169,7 +247,9 @@ def test_messages_survive_parquet(tmp_path):
 
 
 def test_odd_rows_are_rows(tmp_path):
-    """Mixed types, values that are no objects, deep nesting, a key twice, endless digits: each is judged alone."""
+    """Mixed types, values that are no objects, deep nesting, a key twice, endless digits: each is
+    judged alone.
+    """
     lines = [
         "7",
         '{"prompt": 1}',
@@ -187,7 +267,9 @@ def test_odd_rows_are_rows(tmp_path):
 
 
 def test_a_key_twice_counts_where_it_is_read(tmp_path):
-    """In the row and in its messages, the same value or another; not inside a column that nobody reads."""
+    """In the row and in its messages, the same value or another; not inside a column that nobody
+    reads.
+    """
     lines = [
         '{"prompt": "Hi", "chosen": "Hey there!", "rejected": "Greetings.", "rejected": "Greetings."}',
         '{"prompt": [{"role": "user", "content": "Hi", "content": "Ho"}], "chosen": "a", "rejected": "b"}',
@@ -206,8 +288,12 @@ def test_a_key_twice_counts_where_it_is_read(tmp_path):
 
 def test_tables_are_read_as_they_are(tmp_path):
     """A name with a pattern in it, a picture that is none, a value that no Python object holds."""
-    picture = datasets.Features({**dict.fromkeys(ROW, datasets.Value("string")), "picture": datasets.Image()})
-    data = datasets.Dataset.from_list([{**ROW, "picture": write(tmp_path / "a.png", "none")}] * 2, features=picture)
+    picture = datasets.Features(
+        {**dict.fromkeys(ROW, datasets.Value("string")), "picture": datasets.Image()}
+    )
+    data = datasets.Dataset.from_list(
+        [{**ROW, "picture": write(tmp_path / "a.png", "none")}] * 2, features=picture
+    )
     with pytest.raises(Exception):  # noqa: B017 - Pillow is not there, or does not know it; nobody has asked to see it
         data[0]
     data.to_parquet(tmp_path / "pairs[1]*.parquet")
@@ -216,20 +302,28 @@ def test_tables_are_read_as_they_are(tmp_path):
         assert [check_pair(row) for _, _, row in read_rows([str(tmp_path / name)])] == [GOOD, GOOD]
     text = pyarrow.array([b"Hi", b"\xff", b"Hi"]).cast(pyarrow.string(), safe=False)
     year = pyarrow.array([0, 0, 9 * 10**12], pyarrow.timestamp("s"))
-    table = pyarrow.table({"prompt": text, "chosen": ["Hey there!"] * 3, "rejected": ["Greetings."] * 3, "when": year})
+    table = pyarrow.table(
+        {"prompt": text, "chosen": ["Hey there!"] * 3, "rejected": ["Greetings."] * 3, "when": year}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "odd.parquet")
     first, second, third = (row for _, _, row in read_rows([str(tmp_path / "odd.parquet")]))
     assert check_pair(first) == check_pair(third) == GOOD
-    with pytest.raises(RowError, match=r"^prompt is unreadable \('utf-8' codec can't decode.*\), not a string"):
+    with pytest.raises(
+        RowError, match=r"^prompt is unreadable \('utf-8' codec can't decode.*\), not a string"
+    ):
         check_pair(second)
     twice = pyarrow.Table.from_arrays([text, text], names=["prompt", "prompt"])
     pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
-    with pytest.raises(DataError, match="twice.parquet: a column stands twice in 'prompt', 'prompt'"):
+    with pytest.raises(
+        DataError, match="twice.parquet: a column stands twice in 'prompt', 'prompt'"
+    ):
         list(read_rows([str(tmp_path / "twice.parquet")]))
 
 
 def test_csv_rows_are_judged_alone(tmp_path):
-    path = write(tmp_path / "a.csv", "prompt,chosen,rejected\na,b\na,b,c,d\na,b," + "c" * 200_000 + "\n")
+    path = write(
+        tmp_path / "a.csv", "prompt,chosen,rejected\na,b\na,b,c,d\na,b," + "c" * 200_000 + "\n"
+    )
     first, second, third = (row for _, _, row in read_rows([path]))
     assert str(first) == str(second) == "not 3 fields, as the header has"
     assert third == {"prompt": "a", "chosen": "b", "rejected": "c" * 200_000}
@@ -238,11 +332,23 @@ def test_csv_rows_are_judged_alone(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.jsonl", '{"prompt": "x"}\n\nprompt: y\n', ["a.jsonl, line 3, column 1: not JSON", "found 'prompt: y"]),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n\nprompt: y\n',
+            ["a.jsonl, line 3, column 1: not JSON", "found 'prompt: y"],
+        ),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', ["a.jsonl, line 2", "it ends too early"]),
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\xff"}\n', ["a.jsonl, line 2: not UTF-8", "byte 0xff at column 13"]),
+        (
+            "a.jsonl",
+            b'{"prompt": "x"}\n{"prompt": "\xff"}\n',
+            ["a.jsonl, line 2: not UTF-8", "byte 0xff at column 13"],
+        ),
         ("a.jsonl", '{"prompt": "x"}'.encode("utf-16"), ["a.jsonl, line 1: not UTF-8"]),
-        ("a.json", '[{"prompt": "x"},\n {"prompt": }]', ["a.json, line 2, column 13: not JSON", "found '}]'"]),
+        (
+            "a.json",
+            '[{"prompt": "x"},\n {"prompt": }]',
+            ["a.json, line 2, column 13: not JSON", "found '}]'"],
+        ),
         ("a.csv", b"prompt,chosen\nx,y\nx,\xe9\n", ["a.csv, line 3: not UTF-8"]),
         ("a.csv", "a,b,a\n1,2,3\n", ["a.csv, line 1: a column stands twice in 'a', 'b', 'a'"]),
         ("a.csv", 'a,b\n1,"2\n', ["a.csv, line 2: not CSV: unexpected end of data"]),
@@ -254,7 +360,7 @@ def test_csv_rows_are_judged_alone(tmp_path):
         ("a.csv", "prompt,chosen,rejected\n", ["a.csv: no rows in it"]),
         ("a.txt", "x", ["'.txt' are not read; expected one of .jsonl, .json, .csv, .parquet"]),
     ],
-)  # fmt: skip
+)
 def test_bad_files_name_path_and_place(tmp_path, name, content, expected):
     with pytest.raises(DataError) as error:
         list(read_rows([write(tmp_path / name, content)]))
@@ -282,14 +388,19 @@ def test_sources_that_are_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("https://user:secret@host.org:80/a/b.jsonl", "https://host.org:80/...: addresses are not read"),
+        (
+            "https://user:secret@host.org:80/a/b.jsonl",
+            "https://host.org:80/...: addresses are not read",
+        ),
         ("s3://bucket?X-Amz-Signature=secret", "s3://bucket/...: addresses are not read"),
         ("hf://datasets/org/name/secret.parquet", "hf://datasets/...: addresses are not read"),
         ("csv", "csv: no such file or folder, nor org/name as on the hub"),
     ],
 )
 def test_addresses_and_builders_are_no_data(source, said):
-    """`load_dataset("csv")` would read what lies in the working folder; an address may hold a secret."""
+    """`load_dataset("csv")` would read what lies in the working folder; an address may hold a
+    secret.
+    """
     with pytest.raises(DataError) as error:
         list(read_rows([source]))
     assert str(error.value).startswith(said) and "secret" not in str(error.value)
@@ -318,7 +429,8 @@ def test_hub_names(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        DataError, match="org/name: neither a file here nor readable from the hub: ConnectionError: no route"
+        DataError,
+        match="org/name: neither a file here nor readable from the hub: ConnectionError: no route",
     ):
         list(read_rows(["org/name"]))
 

@@ -1,4 +1,5 @@
-"""Run by torchrun in test_invariance.py: one step's gradient under every ZeRO stage and token budget, written as one file.
+"""Run by torchrun in test_invariance.py: one step's gradient under every ZeRO stage and token
+budget, written as one file.
 
 torchrun --nproc_per_node N tests/engine/gradient_worker.py MODEL_DIR OUT [STAGE ...]
 """
@@ -20,16 +21,38 @@ from train.losses import preference  # noqa: E402
 
 
 def one_step(model, data, device, stage, budget):
-    """The step's gradient as AdamW saw it, by parameter: after one update exp_avg is (1 - beta1) times it."""
+    """The step's gradient as AdamW saw it, by parameter: after one update exp_avg is (1 - beta1)
+    times it.
+    """
     config = zero.read_config(ROOT / f"ds_configs/zero{stage}.json")
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else a model this small stays whole
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = (
+        0  # else a model this small stays whole
+    )
     resolved = zero.resolve(config, "fp32", CLIP)
-    policy = zero.Policy(zero.load_backbone(model, resolved, "fp32", stage, device), resolved, lr=1e-3, weight_decay=0.0,
-                         grad_clip=CLIP, scheduler="constant", warmup_ratio=0.0, total_steps=1)  # fmt: skip
-    frozen = zero.frozen(zero.read_config(ROOT / "ds_configs/frozen_zero3.json") if stage == 3 else {}, resolved)
+    policy = zero.Policy(
+        zero.load_backbone(model, resolved, "fp32", stage, device),
+        resolved,
+        lr=1e-3,
+        weight_decay=0.0,
+        grad_clip=CLIP,
+        scheduler="constant",
+        warmup_ratio=0.0,
+        total_steps=1,
+    )
+    frozen = zero.frozen(
+        zero.read_config(ROOT / "ds_configs/frozen_zero3.json") if stage == 3 else {}, resolved
+    )
     reference = Live(zero.load_backbone(f"{model}-ref", frozen, "fp32", stage, device), frozen)
     loss_of = preference.choose("sigmoid", BETA, {})
-    steps = order.steps(data.lengths.sum(1), len(data), budget, seed=0, total=1, rank=dist.rank(), world=dist.world())
+    steps = order.steps(
+        data.lengths.sum(1),
+        len(data),
+        budget,
+        seed=0,
+        total=1,
+        rank=dist.rank(),
+        world=dist.world(),
+    )
     for step, rows in scoring.ahead(steps, data, device):
         for row in rows:
             *_, total = objective.of_row(policy, reference, row, loss_of)
@@ -39,7 +62,11 @@ def one_step(model, data, device, stage, budget):
 
     found = {}
     for name, p in policy.module.lm.named_parameters():
-        moment = policy.optimizer.state[p]["exp_avg"] if stage == 0 else safe_get_full_optimizer_state(p, "exp_avg")
+        moment = (
+            policy.optimizer.state[p]["exp_avg"]
+            if stage == 0
+            else safe_get_full_optimizer_state(p, "exp_avg")
+        )
         found[name] = moment.detach().cpu().clone() / 0.1
     return found, update.grad_norm
 
@@ -52,7 +79,9 @@ def main():
     results, norms = {}, {}
     for stage in map(int, stages or "0123"):
         for budget in BUDGETS:
-            results[stage, budget], norms[f"{stage},{budget}"] = one_step(model, data, device, stage, budget)
+            results[stage, budget], norms[f"{stage},{budget}"] = one_step(
+                model, data, device, stage, budget
+            )
     if dist.first():
         torch.save(results, out)
         Path(out).with_suffix(".json").write_text(json.dumps(norms))

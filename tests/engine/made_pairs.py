@@ -1,4 +1,6 @@
-"""Pairs of random tokens of very different lengths, as the engine's tests and their workers both make them."""
+"""Pairs of random tokens of very different lengths, as the engine's tests and their workers both
+make them.
+"""
 
 import numpy as np
 

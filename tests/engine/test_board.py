@@ -34,7 +34,9 @@ def test_what_came_after_the_position_is_gone(tmp_path):
     run(tmp_path, 3, [4, 5, 6], second[0])  # from an older checkpoint than the last
     assert told(tmp_path) == [(1, 1), (2, 2), (3, 23), (4, 34), (5, 35), (6, 36)]
     assert told(tmp_path, "val") == [(6, 3)]
-    run(tmp_path, 4, [5], {"events.out.tfevents.1.elsewhere.1.0": 99})  # begun from another run's checkpoint
+    run(
+        tmp_path, 4, [5], {"events.out.tfevents.1.elsewhere.1.0": 99}
+    )  # begun from another run's checkpoint
     assert told(tmp_path) == [(5, 45)]
 
 

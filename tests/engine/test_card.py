@@ -1,4 +1,6 @@
-"""The model card: metadata that huggingface_hub parses, the numbers of run.json and report.json, and nothing local."""
+"""The model card: metadata that huggingface_hub parses, the numbers of run.json and report.json,
+and nothing local.
+"""
 
 import copy
 import json
@@ -118,7 +120,10 @@ def report(accuracy=0.875):
         },
         "generations": {
             "sampled": {
-                "model": {"length": measure(31.5, [29.0, 34.0]), "kl_k3": measure(2.25, [2.0, 2.5])},
+                "model": {
+                    "length": measure(31.5, [29.0, 34.0]),
+                    "kl_k3": measure(2.25, [2.0, 2.5]),
+                },
                 "reference": {"length": measure(28.25)},
                 "win_rate": measure(0.625, [0.5, 0.75]),
             },
@@ -158,8 +163,12 @@ def test_card_of_a_run_holds_its_facts(tmp_path):
         "loss": (0.512345678, {"n": 64}),
     }
     assert {r.dataset_name for r in found.data.eval_results} == {"held|out.jsonl"}
-    assert metadata["tags"][-2:] == ["dpo", "arxiv:2305.18290"] and metadata["datasets"] == ["org/pairs"]
-    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
+    assert metadata["tags"][-2:] == ["dpo", "arxiv:2305.18290"] and metadata["datasets"] == [
+        "org/pairs"
+    ]
+    assert (
+        metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
+    )
     assert (
         "base_model" not in metadata and "license" not in metadata and "language" not in metadata
     )  # not known: not said
@@ -205,13 +214,23 @@ def test_card_names_hub_models_and_the_built_in_one(tmp_path):
     card.from_run(record)(tmp_path)
     found, metadata, text = loaded(tmp_path)
     assert metadata["base_model"] == "org/base" and metadata["base_model_relation"] == "finetune"
-    assert metadata["model-index"][0]["name"] == "base-dpo" and "# base-dpo" in text and "Time:" not in text
+    assert (
+        metadata["model-index"][0]["name"] == "base-dpo"
+        and "# base-dpo" in text
+        and "Time:" not in text
+    )
     record["flags"] |= {"model": None, "data": None}
     record["data"]["sources"] = ["/somewhere/train/data/builtin/train.jsonl"]
     card.from_run(record)(tmp_path)
     found, metadata, text = loaded(tmp_path)
-    assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and metadata["license"] == "apache-2.0"
-    assert rows_of(text, "training")[1] == "zeropref's built-in train.jsonl" and "datasets" not in metadata
+    assert (
+        metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        and metadata["license"] == "apache-2.0"
+    )
+    assert (
+        rows_of(text, "training")[1] == "zeropref's built-in train.jsonl"
+        and "datasets" not in metadata
+    )
 
 
 def test_a_run_without_evaluation_or_facts_has_a_card_without_them(tmp_path):
@@ -239,10 +258,20 @@ def test_evaluation_fills_its_section_and_only_that(tmp_path):
         "kl": (2.25, {"n": 40, "interval_95": [2.0, 2.5]}),
         "win_rate": (0.625, {"n": 40, "interval_95": [0.5, 0.75]}),
     }
-    assert text.count("## Evaluation") == 1 and text.count("A line by hand.") == 1 and text.count("## Training") == 1
+    assert (
+        text.count("## Evaluation") == 1
+        and text.count("A line by hand.") == 1
+        and text.count("## Training") == 1
+    )
     assert [text.count(mark) for mark in card.MARKS] == [1, 1]
     section = text[text.index(card.MARKS[0]) : text.index(card.MARKS[1])]
-    assert rows_of(section, "reward accuracy") == ["reward accuracy", "", "0.875", "[0.75, 0.95]", "40"]
+    assert rows_of(section, "reward accuracy") == [
+        "reward accuracy",
+        "",
+        "0.875",
+        "[0.75, 0.95]",
+        "40",
+    ]
     assert rows_of(section, "log-prob of chosen, nats a token") == [
         "log-prob of chosen, nats a token",
         "-1.625",
@@ -255,10 +284,13 @@ def test_evaluation_fills_its_section_and_only_that(tmp_path):
     assert "before is base-7b, after this model" in section
     assert "| loss |" not in section and "reward margin" not in section  # not a number: not shown
     assert (
-        "![log probs](figures/log_probs.png)" in section and (folder / "figures/log_probs.png").read_bytes() == b"png"
+        "![log probs](figures/log_probs.png)" in section
+        and (folder / "figures/log_probs.png").read_bytes() == b"png"
     )
     assert "Before (sampled, cut at the token limit)\n\n```text\nGood day\n```" in section
-    assert "After (greedy)\n\n````text\n```\n# Hey\n```\n````" in section  # a fence in the answer stays inside
+    assert (
+        "After (greedy)\n\n````text\n```\n# Hey\n```\n````" in section
+    )  # a fence in the answer stays inside
     assert HOME not in text and not (folder / "README.md.tmp").exists()
 
 
@@ -269,11 +301,17 @@ def test_evaluation_of_models_that_this_project_did_not_train(tmp_path):
     )
     card.update(tmp_path, report())
     found, metadata, text = loaded(tmp_path)
-    assert metadata["license"] == "mit" and "Their words." in text and text.count("## Evaluation") == 1
+    assert (
+        metadata["license"] == "mit" and "Their words." in text and text.count("## Evaluation") == 1
+    )
     assert results(found)["reward_accuracy"][0] == 0.875
     card.update(tmp_path, report(0.25))
     found, _, text = loaded(tmp_path)
-    assert results(found)["reward_accuracy"][0] == 0.25 and text.count("## Evaluation") == 1 and "Their words." in text
+    assert (
+        results(found)["reward_accuracy"][0] == 0.25
+        and text.count("## Evaluation") == 1
+        and "Their words." in text
+    )
 
 
 def test_model_index_survives_the_round_trip_of_the_hub(tmp_path):
@@ -303,9 +341,16 @@ def test_names_of_sources(tmp_path, monkeypatch):
         assert card.is_hub(source) == hub, source
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/name").mkdir(parents=True)
-    for path, name in (("/runs/dpo/model", "dpo/model"), ("dpo/model/", "dpo/model"), ("model", "model"),
-                       ("/model", "model"), ("/x/eval/passages.jsonl", "zeropref's built-in passages.jsonl")):  # fmt: skip
-        assert card.shown(path) == card.shown(card.shown(path)) == name, path  # the second time changes nothing
+    for path, name in (
+        ("/runs/dpo/model", "dpo/model"),
+        ("dpo/model/", "dpo/model"),
+        ("model", "model"),
+        ("/model", "model"),
+        ("/x/eval/passages.jsonl", "zeropref's built-in passages.jsonl"),
+    ):
+        assert card.shown(path) == card.shown(card.shown(path)) == name, (
+            path
+        )  # the second time changes nothing
     assert not card.is_hub("org/name")  # a folder of that name goes before the hub
     assert card.shown("org/name") == "name" and card.shown("/a/b/") == "b"
 
@@ -327,4 +372,8 @@ def test_an_interval_that_is_no_number_is_left_out(tmp_path, interval):
     found["preferences"]["model"]["rewards/accuracies"] = measure(0.5, interval)
     card.update(tmp_path, found, [], RECORD)
     assert results(loaded(tmp_path)[0])["reward_accuracy"] == (0.5, {"n": 40})
-    assert rows_of(loaded(tmp_path)[2].partition(card.MARKS[0])[2], "reward accuracy")[1:4] == ["", "0.5", ""]
+    assert rows_of(loaded(tmp_path)[2].partition(card.MARKS[0])[2], "reward accuracy")[1:4] == [
+        "",
+        "0.5",
+        "",
+    ]

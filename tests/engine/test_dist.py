@@ -4,8 +4,18 @@ import pytest
 
 from train.engine import dist
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS",
-         "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")  # fmt: skip
+NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_JOB_ID",
+)
 
 
 @pytest.fixture
@@ -55,7 +65,15 @@ def test_a_batch_job_s_single_task_is_alone(environ):
     assert dist.world() == 1
 
 
-@pytest.mark.parametrize("nodes, first", [("gpu7", "gpu7"), ("gpu7,gpu9", "gpu7"), ("gpu[03-05,9],x1", "gpu03"), ("gpu[12,14]", "gpu12"),
-                                          ("a-b-[001-002]", "a-b-001")])  # fmt: skip
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,gpu9", "gpu7"),
+        ("gpu[03-05,9],x1", "gpu03"),
+        ("gpu[12,14]", "gpu12"),
+        ("a-b-[001-002]", "a-b-001"),
+    ],
+)
 def test_first_host(nodes, first):
     assert dist._first_host(nodes) == first

@@ -1,4 +1,6 @@
-"""A step is its set of pairs: the same gradient for any ranks, ZeRO stage and token budget, and the oracle's."""
+"""A step is its set of pairs: the same gradient for any ranks, ZeRO stage and token budget, and the
+oracle's.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ WORKER = Path(__file__).parent / "gradient_worker.py"
 
 
 def oracle(model, reference):
-    """One sequence at a time, all logits, fp64, plain autograd; the mean of the losses over all pairs."""
+    """One sequence at a time, all logits, fp64, plain autograd; the mean of the losses over all
+    pairs.
+    """
     groups, losses = made_pairs().groups, []
 
     def logp(lm, prompt, response):
@@ -47,13 +51,31 @@ def models(tmp_path_factory):
     return folder / "policy", oracle(*made)
 
 
-@pytest.mark.parametrize("world", [pytest.param(1), pytest.param(2), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world", [pytest.param(1), pytest.param(2), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_gradient_is_the_oracle_s(models, world, tmp_path):
     path, expected = models
     out = tmp_path / "gradients.pt"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world),
-                    "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", str(WORKER), str(path), str(out)],
-                   check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(world),
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "127.0.0.1:0",
+            str(WORKER),
+            str(path),
+            str(out),
+        ],
+        check=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     found = torch.load(out)
     norms = json.loads(out.with_suffix(".json").read_text())
     assert set(found) == {(stage, budget) for stage in range(4) for budget in BUDGETS}

@@ -13,9 +13,11 @@ def test_default_rows_shrink_with_memory_and_stay_large_enough(monkeypatch):
     backbone, cpu = Backbone(tiny.make_model()), torch.device("cpu")
     rows = lambda free, **options: _rows(monkeypatch, backbone, cpu, free, **options)
     assert rows(64 << 30) == memory.CPU_TOKENS
-    # 2 layers of (8 x 64 + 4 x 96) floats a token: 7,168 bytes; half of the free memory less two chunks of logits,
-    # where gradients and moments have taken their 12 bytes a parameter
-    enough = 2 * (2 * memory.LOGITS_BYTES + 7168 * 300) + 12 * sum(p.numel() for p in backbone.parameters())
+    # 2 layers of (8 x 64 + 4 x 96) floats a token: 7,168 bytes; half of the free memory less two
+    # chunks of logits, where gradients and moments have taken their 12 bytes a parameter
+    enough = 2 * (2 * memory.LOGITS_BYTES + 7168 * 300) + 12 * sum(
+        p.numel() for p in backbone.parameters()
+    )
     assert rows(enough, max_length=100) == 300
     assert rows(0, max_length=100) == 100
     assert rows(enough, max_length=100, checkpointing=True) > 300
@@ -32,18 +34,26 @@ def test_out_of_memory_names_the_row_and_a_smaller_budget(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert ended.value.code == 1
     said = capsys.readouterr().err
-    assert "a row of 1,500 tokens (--micro_tokens is 2,048): try --micro_tokens 768" in said and "Traceback" not in said
+    assert (
+        "a row of 1,500 tokens (--micro_tokens is 2,048): try --micro_tokens 768" in said
+        and "Traceback" not in said
+    )
 
 
 def test_the_check_at_the_start_has_advice_too(capsys):
     def full(row):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"
+        )
 
     data = [Group((1, 2), ((3, 4), (5,)))]
     data = type("Data", (list,), {"group": list.__getitem__})(data)
     with pytest.raises(SystemExit):
         checks.start(full, None, data, torch.device("cpu"), "fp32", True)
-    assert "out of memory in the check at the start (two groups of the data): lower" in capsys.readouterr().err
+    assert (
+        "out of memory in the check at the start (two groups of the data): lower"
+        in capsys.readouterr().err
+    )
 
 
 def test_other_errors_pass_through():

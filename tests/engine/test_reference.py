@@ -1,4 +1,6 @@
-"""The cached reference against the live one: equal, complete, noticed when damaged, and found by content only."""
+"""The cached reference against the live one: equal, complete, noticed when damaged, and found by
+content only.
+"""
 
 import os
 import threading
@@ -23,7 +25,9 @@ def cache(tmp_path, monkeypatch):
 
 
 def live(seed=0, autocast=None, **options):
-    return reference.Live(Backbone(tiny.make_model("llama", seed=seed), autocast=autocast, **options), {})
+    return reference.Live(
+        Backbone(tiny.make_model("llama", seed=seed), autocast=autocast, **options), {}
+    )
 
 
 class Counted:
@@ -38,7 +42,9 @@ class Counted:
 
 
 def cached(inner, data, budget=4000, said=None):
-    return reference.Cached(inner, [data], budget, "fp32", say=(said if said is not None else []).append)
+    return reference.Cached(
+        inner, [data], budget, "fp32", say=(said if said is not None else []).append
+    )
 
 
 def rows_of(data, budget=120):
@@ -61,7 +67,9 @@ def test_made_once_and_shared(cache):
     data, counted, said = made_pairs(), Counted(live()), []
     cached(counted, data, said=said)
     made = counted.rows - reference.SPOT_CHECKS
-    assert made == len(passes(data.lengths.sum(1), 4000)) and "11 groups of them made now" in said[0]
+    assert (
+        made == len(passes(data.lengths.sum(1), 4000)) and "11 groups of them made now" in said[0]
+    )
     again = Counted(live())
     cached(again, data, said=said)
     assert again.rows == reference.SPOT_CHECKS and "0 groups of them made now" in said[1]
@@ -98,7 +106,9 @@ def test_one_other_token_has_no_record():
     response = list(group.responses[1])
     response[0] += 1
     with pytest.raises(ValueError, match="row 4: the cached reference has no record"):
-        found(pack([data.group(0), group._replace(responses=(group.responses[0], tuple(response)))]))
+        found(
+            pack([data.group(0), group._replace(responses=(group.responses[0], tuple(response)))])
+        )
     with pytest.raises(ValueError, match="row 4"):
         found(pack([group._replace(prompt=(*group.prompt, 5))]))
 
@@ -123,22 +133,34 @@ def test_records_that_are_not_the_models_are_refused(cache):
     wrong = {}
     for i in range(len(data)):
         group = data.group(i)
-        wrong |= {digest(group.prompt, r): np.full(len(r), -1.0, np.float32) for r in group.responses}
+        wrong |= {
+            digest(group.prompt, r): np.full(len(r), -1.0, np.float32) for r in group.responses
+        }
     shelf.write(place, wrong)
-    with pytest.raises(ValueError, match=r"row \d+: the cached reference is off by .* nats a token"):
+    with pytest.raises(
+        ValueError, match=r"row \d+: the cached reference is off by .* nats a token"
+    ):
         cached(inner, data)
 
 
 def test_two_jobs_write_at_once(cache):
-    records = [{digest((job,), (i,)): np.full(3, i, np.float32) for i in range(200)} for job in range(4)]
-    threads = [threading.Thread(target=shelf.write, args=(cache / "x", each)) for each in records for _ in range(3)]
+    records = [
+        {digest((job,), (i,)): np.full(3, i, np.float32) for i in range(200)} for job in range(4)
+    ]
+    threads = [
+        threading.Thread(target=shelf.write, args=(cache / "x", each))
+        for each in records
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         shelf.read(cache / "x", set())  # whoever reads meanwhile finds whole files only
     found = shelf.read(cache / "x", {name for each in records for name in each})
     assert len(found) == 800 and len(list((cache / "x").glob("*.safetensors"))) == 12
-    assert all(found[name].tolist() == values.tolist() for each in records for name, values in each.items())
+    assert all(
+        found[name].tolist() == values.tolist() for each in records for name, values in each.items()
+    )
 
 
 def test_old_shelves_go_when_the_bound_is_reached(cache):
@@ -148,10 +170,16 @@ def test_old_shelves_go_when_the_bound_is_reached(cache):
         os.utime(cache / name, (past, past))
     one = shelf.size(cache / "a")
     shelf.bound(cache / "a", most=2 * one + 10)
-    assert sorted(p.name for p in cache.iterdir()) == ["a", "c"]  # b was used least recently, a is in use
+    assert sorted(p.name for p in cache.iterdir()) == [
+        "a",
+        "c",
+    ]  # b was used least recently, a is in use
     os.utime(cache / "c")
     shelf.bound(cache / "a", most=1)
-    assert sorted(p.name for p in cache.iterdir()) == ["a", "c"]  # somebody may be using c right now
+    assert sorted(p.name for p in cache.iterdir()) == [
+        "a",
+        "c",
+    ]  # somebody may be using c right now
 
 
 def test_a_reference_that_moves(tmp_path):
@@ -167,9 +195,13 @@ def test_a_reference_that_moves(tmp_path):
         expected = [p.detach().double() for p in moving.module.parameters()]
         for share in (0.3, 1e-4, 1e-4):
             moving.follow(policy, share)
-            expected = [(1 - share) * old + share * new.detach().double()
-                        for old, new in zip(expected, policy.module.parameters(), strict=True)]  # fmt: skip
-        for (_, mine), p, true in zip(moving.moved().items(), moving.module.parameters(), expected, strict=True):
+            expected = [
+                (1 - share) * old + share * new.detach().double()
+                for old, new in zip(expected, policy.module.parameters(), strict=True)
+            ]
+        for (_, mine), p, true in zip(
+            moving.moved().items(), moving.module.parameters(), expected, strict=True
+        ):
             assert (mine - true).abs().max() < 1e-6 and torch.equal(p, mine.to(dtype))
         kept = {key: value.clone() for key, value in moving.moved().items()}
         again = reference.Live(Backbone(tiny.make_model("llama", dtype=dtype)), {}, moves=True)
@@ -177,4 +209,7 @@ def test_a_reference_that_moves(tmp_path):
         for one, other in zip(again.module.parameters(), moving.module.parameters(), strict=True):
             assert torch.equal(one, other)
         moving.follow(policy, 1.0)
-        assert all(torch.equal(a, b) for a, b in zip(moving.moved().values(), policy.module.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(moving.moved().values(), policy.module.parameters(), strict=True)
+        )

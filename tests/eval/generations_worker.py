@@ -1,4 +1,5 @@
-"""Compares two tiny models' answers on however many ranks run this; rank 0 writes what it found as JSON.
+"""Compares two tiny models' answers on however many ranks run this; rank 0 writes what it found as
+JSON.
 
 torchrun --nproc_per_node 2 tests/eval/generations_worker.py OUT
 """
@@ -40,7 +41,9 @@ def main():
     torch.set_num_threads(1)
     device = dist.start()
     tokenizer = tiny.save_tokenizer(f"{sys.argv[1]}.tokenizer-{dist.rank()}")
-    found = generations.compare(*models(), prompts(), tokenizer, device, budget=128, max_new_tokens=12, batch_size=4)
+    found = generations.compare(
+        *models(), prompts(), tokenizer, device, budget=128, max_new_tokens=12, batch_size=4
+    )
     if dist.first():
         Path(sys.argv[1]).write_text(json.dumps([found.report, found.rows]), encoding="utf-8")
     dist.barrier()

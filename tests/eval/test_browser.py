@@ -19,7 +19,12 @@ from train.losses import preference
 DRIVER = shutil.which("chromedriver")  # it speaks WebDriver: plain HTTP
 # A page of TensorBoard, and what stands on it of ours.
 PAGES = {
-    "scalars": ["eval/rewards/margins", "eval/rewards/accuracies", "eval/loss", "evaluation_distribution"],
+    "scalars": [
+        "eval/rewards/margins",
+        "eval/rewards/accuracies",
+        "eval/loss",
+        "evaluation_distribution",
+    ],
     "histograms": ["eval/histogram/margins", "eval/histogram/reference/logps_chosen"],
     "text": ["eval/report", "eval/generations/greedy", "Against the reference", "Fine, and you?"],
     "custom_scalars": ["margins", "accuracy", "rewards"],
@@ -39,13 +44,20 @@ def logs(tmp_path_factory):
     folder, rng, n = tmp_path_factory.mktemp("logs"), np.random.default_rng(0), 40
     training = board.Board(folder / "tensorboard", total=0, quiet=True)
     for step in range(6):
-        training.scalars({"rewards/margins": 0.1 * step, "rewards/accuracies": 0.5 + 0.05 * step}, step, "train/")
+        training.scalars(
+            {"rewards/margins": 0.1 * step, "rewards/accuracies": 0.5 + 0.05 * step}, step, "train/"
+        )
     training.close()
 
     def scores(k, mean):
         lengths = rng.integers(20, 60, (n, k))
         tokens = -rng.exponential(mean, (2, lengths.sum())).astype(np.float32)
-        sums = np.stack([np.add.reduceat(t.astype(float), np.cumsum(lengths) - lengths.reshape(-1)) for t in tokens])
+        sums = np.stack(
+            [
+                np.add.reduceat(t.astype(float), np.cumsum(lengths) - lengths.reshape(-1))
+                for t in tokens
+            ]
+        )
         return Scores(np.arange(n), np.arange(n), lengths, sums.reshape(2, n, k), tokens)
 
     pairs, texts = scores(2, 3), scores(1, 4)
@@ -56,18 +68,44 @@ def logs(tmp_path_factory):
     row = {"row": 0, "prompt": "How are you?"}
     for key in ("greedy/reference", "greedy/model", "sampled/reference", "sampled/model"):
         row |= {f"{key}/text": "Fine, and you?", f"{key}/ended": 1.0}
-    summary = generations.summary({"length": [3.0] * n, "ended": [1.0] * n, "repetition": [0.0] * n}, [(1, 2, 3)] * n)
+    summary = generations.summary(
+        {"length": [3.0] * n, "ended": [1.0] * n, "repetition": [0.0] * n}, [(1, 2, 3)] * n
+    )
     modes = {mode: {"model": summary, "reference": summary} for mode in generations.MODES}
-    written = modes | {"prompts": 1, "max_new_tokens": 8, "temperature": 1.0, "seed": 0, "examples": [row]}
+    written = modes | {
+        "prompts": 1,
+        "max_new_tokens": 8,
+        "temperature": 1.0,
+        "seed": 0,
+        "examples": [row],
+    }
     described = {"sources": ["some.jsonl"], "groups": n, "dropped": 0, "truncated": 0}
-    recipe = {"beta": 0.1, "max_length": 512, "max_prompt_length": 128, "layout": "packed", "from": None}
-    content = {"model": "run/model", "reference": "start", "trained": None, "recipe": recipe, "data": described,
-               "ood": described, "preferences": preferred, "baselines": trivial, "distribution": apart,
-               "generations": written, "run": {"precision": "fp32"},
-               "verdict": report.verdict(preferred, trivial, apart, written, False)}  # fmt: skip
+    recipe = {
+        "beta": 0.1,
+        "max_length": 512,
+        "max_prompt_length": 128,
+        "layout": "packed",
+        "from": None,
+    }
+    content = {
+        "model": "run/model",
+        "reference": "start",
+        "trained": None,
+        "recipe": recipe,
+        "data": described,
+        "ood": described,
+        "preferences": preferred,
+        "baselines": trivial,
+        "distribution": apart,
+        "generations": written,
+        "run": {"precision": "fp32"},
+        "verdict": report.verdict(preferred, trivial, apart, written, False),
+    }
     drawn = figures.draw(folder / "figures", content, columns)
-    pages = {"report": report.markdown(content, []),
-             "generations/greedy": "\n".join(report.samples([row], "greedy", 1))}  # fmt: skip
+    pages = {
+        "report": report.markdown(content, []),
+        "generations/greedy": "\n".join(report.samples([row], "greedy", 1)),
+    }
     values = board.histograms(columns, pairs, texts, ["model", "reference"])
     board.write(folder / "eval/tensorboard", content, pages, values, drawn, 6)
     return folder
@@ -77,8 +115,20 @@ def logs(tmp_path_factory):
 def address(logs):
     """Where TensorBoard answers with both runs loaded."""
     root = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--host", "127.0.0.1", "--port", port]
-    server = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        logs,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+    ]
+    server = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         until(lambda: len(json.load(urllib.request.urlopen(f"{root}/data/runs", timeout=10))) == 2)
         yield root
@@ -91,20 +141,28 @@ def address(logs):
 def ask():
     """A browser: `ask(path, **what)` of its session, by WebDriver."""
     port = free_port()
-    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        [DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     root = f"http://127.0.0.1:{port}/session"
 
     def send(path="", **what):
-        request = urllib.request.Request(f"{root}{path}", json.dumps(what).encode(), {"Content-Type": "text/json"})
+        request = urllib.request.Request(
+            f"{root}{path}", json.dumps(what).encode(), {"Content-Type": "text/json"}
+        )
         with urllib.request.urlopen(request, timeout=200) as answer:
             return json.load(answer)["value"]
 
-    options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,2600"]}
+    options = {
+        "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,2600"]
+    }
     try:
         until(lambda: socket.create_connection(("127.0.0.1", port), 1).close() is None)
         session = send(capabilities={"alwaysMatch": {"goog:chromeOptions": options}})["sessionId"]
         yield lambda path, **what: send(f"/{session}{path}", **what)
-        urllib.request.urlopen(urllib.request.Request(f"{root}/{session}", method="DELETE"), timeout=60)
+        urllib.request.urlopen(
+            urllib.request.Request(f"{root}/{session}", method="DELETE"), timeout=60
+        )
     finally:
         driver.terminate()
         driver.wait(30)

@@ -18,24 +18,45 @@ LOSS = preference.choose("sigmoid", 0.5, {})
 def scores(model, lengths, reference=None, prompts=None, tokens=None):
     sums = np.array([model] + ([reference] if reference is not None else []), dtype=float)
     n, size = sums.shape[1], int(np.sum(lengths))
-    tokens = np.zeros((len(sums), size), np.float32) if tokens is None else np.array(tokens, dtype=np.float32)
-    return Scores(np.arange(n), np.arange(n) if prompts is None else np.array(prompts), np.array(lengths), sums, tokens)
+    tokens = (
+        np.zeros((len(sums), size), np.float32)
+        if tokens is None
+        else np.array(tokens, dtype=np.float32)
+    )
+    return Scores(
+        np.arange(n),
+        np.arange(n) if prompts is None else np.array(prompts),
+        np.array(lengths),
+        sums,
+        tokens,
+    )
 
 
-FOUR = scores([[-10, -12], [-9, -9], [-8, -4], [-7, -7]], [[5, 10], [4, 4], [8, 2], [2, 2]],
-              [[-12, -12], [-9, -9], [-7, -5], [-7, -6]], prompts=[3, 3, 1, 2])  # fmt: skip
+FOUR = scores(
+    [[-10, -12], [-9, -9], [-8, -4], [-7, -7]],
+    [[5, 10], [4, 4], [8, 2], [2, 2]],
+    [[-12, -12], [-9, -9], [-7, -5], [-7, -6]],
+    prompts=[3, 3, 1, 2],
+)
 
 
 def test_rewards_by_hand():
     section, columns = preferences.measure(FOUR, 0.5, LOSS)
     # rewards 0.5 x (2, 0, -1, 0) and 0.5 x (0, 0, 1, -1); margins 1, 0, -1, 0.5
     value = {name: found["value"] for name, found in section["model"].items()}
-    assert columns["margin"].tolist() == [1, 0, -1, 0.5] and columns["correct"].tolist() == [1, 0.5, 0, 1]
+    assert columns["margin"].tolist() == [1, 0, -1, 0.5] and columns["correct"].tolist() == [
+        1,
+        0.5,
+        0,
+        1,
+    ]
     assert value["rewards/accuracies"] == 2.5 / 4 and value["rewards/margins"] == 0.125
     assert value["rewards/chosen"] == 0.125 and value["rewards/rejected"] == 0.0
     assert value["chosen_fell"] == 0.25
     softplus = lambda x: math.log1p(math.exp(-x))
-    assert value["loss"] == pytest.approx(np.mean([softplus(1), softplus(0), softplus(-1), softplus(0.5)]), rel=1e-12)
+    assert value["loss"] == pytest.approx(
+        np.mean([softplus(1), softplus(0), softplus(-1), softplus(0.5)]), rel=1e-12
+    )
     assert value["logps/chosen"] == -8.5 and value["logps/chosen_per_token"] == -34 / 19
     assert value["logps/rejected_per_token"] == -32 / 18
     assert value["logps/accuracies"] == (1 + 0.5 + 0 + 0.5) / 4
@@ -70,13 +91,17 @@ def test_by_length_and_its_correlation():
     ]
     assert [row["value"] for row in section["by_length"]][1:3] == [1, 0.75]
     # ranks of length 1, 2.5, 4, 2.5 against ranks of margin 4, 2, 1, 3: Pearson's r of the ranks
-    assert section["length_correlation"]["value"] == pytest.approx(np.corrcoef([1, 2.5, 4, 2.5], [4, 2, 1, 3])[0, 1])
+    assert section["length_correlation"]["value"] == pytest.approx(
+        np.corrcoef([1, 2.5, 4, 2.5], [4, 2, 1, 3])[0, 1]
+    )
 
 
 def test_calibration_of_the_implied_probability():
     section, _ = preferences.measure(FOUR, 0.5, LOSS)
     found = section["calibration"]
-    sure = [1 / (1 + math.exp(-m)) for m in (1, 0, 1, 0.5)]  # .731 right, .5 a tie, .731 wrong, .622 right
+    sure = [
+        1 / (1 + math.exp(-m)) for m in (1, 0, 1, 0.5)
+    ]  # .731 right, .5 a tie, .731 wrong, .622 right
     assert found["confidence"]["value"] == pytest.approx(np.mean(sure))
     assert [row["n"] for row in found["table"]] == [1, 0, 1, 0, 2, 0, 0, 0, 0, 0]
     assert found["ece"]["value"] == pytest.approx((2 * (sure[0] - 0.5) + 0 + (1 - sure[3])) / 4)
@@ -96,8 +121,14 @@ def test_a_calibrated_model_lies_within_what_chance_shows():
 def test_without_a_reference_margins_are_differences_of_log_probabilities():
     alone = FOUR._replace(sums=FOUR.sums[:1], tokens=FOUR.tokens[:1])
     section, columns = preferences.measure(alone, 0.5, LOSS)
-    assert columns["margin"].tolist() == [2, 0, -4, 0] and "nats" in section["margin"] and section["beta"] is None
-    assert not any(name.startswith("rewards/") or name in ("loss", "chosen_fell") for name in section["model"])
+    assert (
+        columns["margin"].tolist() == [2, 0, -4, 0]
+        and "nats" in section["margin"]
+        and section["beta"] is None
+    )
+    assert not any(
+        name.startswith("rewards/") or name in ("loss", "chosen_fell") for name in section["model"]
+    )
     assert section["model"]["logps/margins"]["value"] == -0.5 and "calibration" not in section
 
 
@@ -106,18 +137,31 @@ def test_distribution_by_hand_and_by_scikit_learn():
     lengths = np.array([[2, 3], [1, 1], [3, 2]])
     tokens = rng.normal(-2, 1, (2, 12)).astype(np.float32)
     chosen = [0, 1, 5, 7, 8, 9]  # of the 12 tokens: 2, skip 3, 1, skip 1, 3, skip 2
-    sums = [[[t[0:2].sum(), t[2:5].sum()], [t[5], t[6]], [t[7:10].sum(), t[10:].sum()]] for t in tokens.astype(float)]
+    sums = [
+        [[t[0:2].sum(), t[2:5].sum()], [t[5], t[6]], [t[7:10].sum(), t[10:].sum()]]
+        for t in tokens.astype(float)
+    ]
     pairs = scores(sums[0], lengths, sums[1], tokens=tokens)
     out_tokens = rng.normal(-3, 1, (2, 5)).astype(np.float32)
-    texts = scores([[out_tokens[0, :4].sum()], [out_tokens[0, 4]]], [[4], [1]],
-                   [[out_tokens[1, :4].sum()], [out_tokens[1, 4]]], tokens=out_tokens)  # fmt: skip
+    texts = scores(
+        [[out_tokens[0, :4].sum()], [out_tokens[0, 4]]],
+        [[4], [1]],
+        [[out_tokens[1, :4].sum()], [out_tokens[1, 4]]],
+        tokens=out_tokens,
+    )
     section, columns = distribution.measure(pairs, texts, ["model", "reference"])
     for number, name in enumerate(("model", "reference")):
         inside = tokens[number, chosen].astype(float)
         found = section[name]
-        assert found["in"]["perplexity"]["value"] == pytest.approx(math.exp(-inside.mean()), rel=1e-6)
-        assert found["out"]["logp_per_token"]["value"] == pytest.approx(out_tokens[number].mean(), rel=1e-6)
-        auroc = sklearn.metrics.roc_auc_score([1] * 6 + [0] * 5, np.concatenate([inside, out_tokens[number]]))
+        assert found["in"]["perplexity"]["value"] == pytest.approx(
+            math.exp(-inside.mean()), rel=1e-6
+        )
+        assert found["out"]["logp_per_token"]["value"] == pytest.approx(
+            out_tokens[number].mean(), rel=1e-6
+        )
+        auroc = sklearn.metrics.roc_auc_score(
+            [1] * 6 + [0] * 5, np.concatenate([inside, out_tokens[number]])
+        )
         assert found["by_token"]["auroc"]["value"] == pytest.approx(auroc)
         assert sum(found["by_token"]["histogram"]["in"]) == pytest.approx(6)
         assert sum(found["by_text"]["histogram"]["out"]) == pytest.approx(2)
@@ -140,21 +184,33 @@ def test_shared_edges_hold_all_and_do_not_follow_rounding():
 
 
 def test_bins_follow_the_bulk_of_the_narrower_sample():
-    """Freedman and Diaconis: 2 IQR / n^(1/3); of 64 normal values of spread 0.3 that is 2 x 0.405 / 4 = 0.2."""
+    """Freedman and Diaconis: 2 IQR / n^(1/3); of 64 normal values of spread 0.3 that is 2 x 0.405 /
+    4 = 0.2.
+    """
     rng = np.random.default_rng(0)
     quantiles = scipy.stats.norm.ppf((np.arange(64) + 0.5) / 64)
     narrow, wide = -2 + 0.3 * quantiles[None], rng.normal(-3, 1, (1, 500))
     width = lambda *samples: float(np.diff(distribution.shared_edges(*samples)).mean())
     assert width(narrow, wide) == pytest.approx(0.2)
-    assert width(narrow, np.append(wide, [[-12.0]], 1)) == pytest.approx(0.2)  # one value far out changes nothing
+    assert width(narrow, np.append(wide, [[-12.0]], 1)) == pytest.approx(
+        0.2
+    )  # one value far out changes nothing
     assert width(1e-4 * narrow) == pytest.approx(2e-5) and width(1e3 * narrow) == pytest.approx(200)
     assert len(distribution.shared_edges(narrow, np.array([[-1e4]]))) <= distribution.MOST_BINS + 2
     assert distribution.shared_edges(np.zeros((2, 9))).tolist() == [0, 1]  # all alike: one bin
     # a token that is certain: 0, or a rounding error below it, in the same last bin
-    assert np.array_equal(*(distribution.shared_edges(np.array([[-3.0, -1.2, -0.6, top]])) for top in (0.0, -1e-7)))
-    for samples in ((narrow, wide), (np.array([[3.0]]), np.array([[-0.0004]])), (np.full((1, 5), -2.5),)):
+    assert np.array_equal(
+        *(distribution.shared_edges(np.array([[-3.0, -1.2, -0.6, top]])) for top in (0.0, -1e-7))
+    )
+    for samples in (
+        (narrow, wide),
+        (np.array([[3.0]]), np.array([[-0.0004]])),
+        (np.full((1, 5), -2.5),),
+    ):
         edges = distribution.shared_edges(*samples)
-        assert edges[0] <= min(x.min() for x in samples) and max(x.max() for x in samples) <= edges[-1]
+        assert (
+            edges[0] <= min(x.min() for x in samples) and max(x.max() for x in samples) <= edges[-1]
+        )
         assert (np.diff(edges) > 0).all()
 
 
@@ -165,7 +221,10 @@ def test_what_chance_shows_of_alike_samples():
     found = distribution.alike(a, b, bins)
     draws = [
         distribution.measures.overlap(
-            *(distribution.measures.histogram(torch.from_numpy(rng.normal(0, 1, n)), bins) for n in (60, 50))
+            *(
+                distribution.measures.histogram(torch.from_numpy(rng.normal(0, 1, n)), bins)
+                for n in (60, 50)
+            )
         )
         for _ in range(300)
     ]
@@ -186,25 +245,40 @@ def test_bag_of_words_learns_a_rule_and_no_noise():
 
 
 def test_bag_of_words_never_sees_the_prompt_that_it_is_scored_on():
-    """Every pair stands four times and its labels are noise: who saw a copy knows the answer, who did not guesses."""
+    """Every pair stands four times and its labels are noise: who saw a copy knows the answer, who
+    did not guesses.
+    """
     rng = np.random.default_rng(0)
     texts = [(f"word{i} other{i}", f"thing{i} else{i}") for i in range(60)]
     pairs = [pair if rng.random() < 0.5 else pair[::-1] for pair in texts for _ in [0]]
     chosen, rejected = ([pair[side] for pair in pairs for _ in range(4)] for side in (0, 1))
     by_prompt = baselines.bag_of_words(chosen, rejected, np.repeat(np.arange(60), 4))
     by_row = baselines.bag_of_words(chosen, rejected, np.arange(240))
-    assert (by_prompt == 0).all() and (by_row > 0).all()  # no known word in the other folds, or every word known
+    assert (by_prompt == 0).all() and (
+        by_row > 0
+    ).all()  # no known word in the other folds, or every word known
 
 
 def test_longer_wins_counts_ties_half_and_one_prompt_fits_nothing():
-    section, columns = baselines.measure(["aaa", "b", "cc"], ["a", "bb", "dd"], np.zeros(3, dtype=int), np.ones(3))
-    assert section["longer_wins"]["value"] == 0.5 and section["bag_of_words"]["value"] is None and columns == {}
+    section, columns = baselines.measure(
+        ["aaa", "b", "cc"], ["a", "bb", "dd"], np.zeros(3, dtype=int), np.ones(3)
+    )
+    assert (
+        section["longer_wins"]["value"] == 0.5
+        and section["bag_of_words"]["value"] is None
+        and columns == {}
+    )
 
 
 def test_model_against_bag_of_words():
     texts = [(f"soup garden {i}", f"form office {i}") for i in range(10)]
-    section, _ = baselines.measure([a for a, _ in texts], [b for _, b in texts], np.arange(10), np.full(10, 0.5))
-    assert section["bag_of_words"]["value"] == 1 and section["model_minus_bag_of_words"]["value"] == -0.5
+    section, _ = baselines.measure(
+        [a for a, _ in texts], [b for _, b in texts], np.arange(10), np.full(10, 0.5)
+    )
+    assert (
+        section["bag_of_words"]["value"] == 1
+        and section["model_minus_bag_of_words"]["value"] == -0.5
+    )
 
 
 def measure(value, low, high):
@@ -220,7 +294,13 @@ FINE, CHANCE, SAME = (0.8, 0.7, 0.9), (0.5, 0.4, 0.6), (1.0, 0.99, 1.01)
         (FINE, (1, 0.5, 1.5), SAME, None, "better"),
         (FINE, (1, 0.5, 1.5), (0.9, 0.85, 0.95), CHANCE, "better"),
         (FINE, (1, 0.5, 1.5), (1.3, 1.2, 1.4), None, "different"),  # the gain has a price
-        (FINE, (1, 0.5, 1.5), SAME, (0.3, 0.2, 0.4), "different"),  # and so here: the reward model likes it less
+        (
+            FINE,
+            (1, 0.5, 1.5),
+            SAME,
+            (0.3, 0.2, 0.4),
+            "different",
+        ),  # and so here: the reward model likes it less
         (FINE, (1, -0.5, 1.5), SAME, FINE, "different"),  # the margin is not shown
         ((0.3, 0.2, 0.4), (-1, -1.5, -0.5), SAME, FINE, "worse"),
         (CHANCE, (0, -0.5, 0.5), (1.3, 1.2, 1.4), None, "worse"),
@@ -233,19 +313,34 @@ def test_verdict(accuracy, margin, ratio, won, word):
         "rewards/margins": measure(*margin),
         "chosen_fell": measure(0.1, 0, 0.2),
     }
-    trivial = {"bag_of_words": measure(1.0, 0.9, 1), "longer_wins": measure(0.5, 0.4, 0.6),
-               "model_minus_bag_of_words": measure(-0.125, -0.25, 0)}  # fmt: skip
+    trivial = {
+        "bag_of_words": measure(1.0, 0.9, 1),
+        "longer_wins": measure(0.5, 0.4, 0.6),
+        "model_minus_bag_of_words": measure(-0.125, -0.25, 0),
+    }
     text = {"change": {"out": {"perplexity_ratio": measure(*ratio)}}}
-    change = {"length": measure(-7.5, -9, -6), "ended": measure(0.25, 0, 0.5), "repetition": measure(0.01, 0, 0.02)}
+    change = {
+        "length": measure(-7.5, -9, -6),
+        "ended": measure(0.25, 0, 0.5),
+        "repetition": measure(0.01, 0, 0.02),
+    }
     written = {"sampled": {"model": {"kl_k3": measure(1.5, 1, 2)}, "change": change}}
     if won:
         written["sampled"]["win_rate"] = measure(*won)
     found = report.verdict({"model": model}, trivial, text, written, unchanged=False)
     said = " ".join(found["reasons"])
     assert found["word"] == word and "right on 100.0%" in said and "-12.5% [-25.0%, 0.0%]" in said
-    assert "by -7.5 [-9, -6] tokens" in said and "1.5 [1, 2] nats" in said and ("reward model" in said) == bool(won)
-    assert report.verdict({"model": model}, trivial, text, {}, unchanged=True)["word"] == "unchanged"
-    assert report.verdict({"model": model}, trivial, {}, {}, unchanged=False)["word"] == "not compared"
+    assert (
+        "by -7.5 [-9, -6] tokens" in said
+        and "1.5 [1, 2] nats" in said
+        and ("reward model" in said) == bool(won)
+    )
+    assert (
+        report.verdict({"model": model}, trivial, text, {}, unchanged=True)["word"] == "unchanged"
+    )
+    assert (
+        report.verdict({"model": model}, trivial, {}, {}, unchanged=False)["word"] == "not compared"
+    )
 
 
 def test_clean_has_no_nan_and_plain_numbers():
@@ -256,15 +351,22 @@ def test_clean_has_no_nan_and_plain_numbers():
 
 
 def test_curves_rank_the_values_wherever_they_lie():
-    """TensorBoard's thresholds lie 1/127 apart: log-probabilities a token near e^-9 would all fall below the first."""
-    values = {"margins": np.array([0.001, 0.002, -0.001]), "model/logp_per_token_in": np.array([-9.1, -9.2]),
-              "model/logp_per_token_out": np.array([-9.3, -9.15])}  # fmt: skip
+    """TensorBoard's thresholds lie 1/127 apart: log-probabilities a token near e^-9 would all fall
+    below the first.
+    """
+    values = {
+        "margins": np.array([0.001, 0.002, -0.001]),
+        "model/logp_per_token_in": np.array([-9.1, -9.2]),
+        "model/logp_per_token_out": np.array([-9.3, -9.15]),
+    }
     found = board.curves({}, values)
     labels, chances = found["in_or_out/model"]
     assert labels.tolist() == [1, 1, 0, 0] and chances.tolist() == [1, 0.5, 0.25, 0.75]
     labels, chances = found["chosen_or_rejected"]
     assert sklearn.metrics.roc_auc_score(labels, chances) == pytest.approx(
-        sklearn.metrics.roc_auc_score([1] * 3 + [0] * 3, [0.001, 0.002, -0.001, -0.001, -0.002, 0.001])
+        sklearn.metrics.roc_auc_score(
+            [1] * 3 + [0] * 3, [0.001, 0.002, -0.001, -0.001, -0.002, 0.001]
+        )
     )
     assert set(found) == {"in_or_out/model", "chosen_or_rejected"}
 
@@ -277,10 +379,15 @@ def test_out_of_memory_ends_with_advice(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def too_large_here(row):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
 
     for model in (too_large, too_large_here):
         with pytest.raises(SystemExit) as ended:
             score_all(data, [model], 64, torch.device("cpu"), "rows")
         assert ended.value.code == 1
-        assert "out of memory in a row of 4 tokens (--micro_tokens is 64: lower it" in capsys.readouterr().err
+        assert (
+            "out of memory in a row of 4 tokens (--micro_tokens is 64: lower it"
+            in capsys.readouterr().err
+        )

@@ -1,4 +1,6 @@
-"""The user's commands, end to end, with tiny models: any ranks and rows, files that open, bad input."""
+"""The user's commands, end to end, with tiny models: any ranks and rows, files that open, bad
+input.
+"""
 
 import json
 from pathlib import Path
@@ -21,9 +23,15 @@ SMALL = ["--prompts", 3, "--max_new_tokens", 6]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, model_dir):
-    """A folder with a trained model, its start, pairs with a broken row, texts with blank and one-token rows."""
+    """A folder with a trained model, its start, pairs with a broken row, texts with blank and
+    one-token rows.
+    """
     folder = tmp_path_factory.mktemp("evaluate")
-    rows = HELD_OUT[:24] + [json.dumps({"prompt": "Say <|im_end|>", "chosen": "a", "rejected": "b"})] + HELD_OUT[:6]
+    rows = (
+        HELD_OUT[:24]
+        + [json.dumps({"prompt": "Say <|im_end|>", "chosen": "a", "rejected": "b"})]
+        + HELD_OUT[:6]
+    )
     write(folder / "pairs.jsonl", "\n".join(rows))
     texts = [
         "",
@@ -65,7 +73,8 @@ def write(path, content):
 def load(folder):
     """report.json without what may differ: the machine and its clock."""
     report = json.loads(
-        (folder / "report.json").read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(word)
+        (folder / "report.json").read_text(encoding="utf-8"),
+        parse_constant=lambda word: pytest.fail(word),
     )
     assert report.pop("run")["seconds_scoring"] > 0
     return report
@@ -76,13 +85,19 @@ def differences(a, b, path=""):
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [found for key in a for found in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [found for i, both in enumerate(zip(a, b, strict=True)) for found in differences(*both, f"{path}[{i}]")]
+        return [
+            found
+            for i, both in enumerate(zip(a, b, strict=True))
+            for found in differences(*both, f"{path}[{i}]")
+        ]
     return [] if a == b else [(path, a, b)]
 
 
 @pytest.fixture(scope="module")
 def runs(place, model_dir):
-    """One evaluation by one rank and by two, in rows of other sizes, without a reference, of a model against itself."""
+    """One evaluation by one rank and by two, in rows of other sizes, without a reference, of a
+    model against itself.
+    """
     common = ["--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl", *SMALL]
     pair = ["--model", place / "run/model", "--reference", model_dir, *common]
     lines = {
@@ -94,7 +109,9 @@ def runs(place, model_dir):
         "itself": ["--model", model_dir, "--reference", model_dir, *common, *LENGTH, "--beta", 2],
         "bf16": [*pair, "--precision", "bf16", "--max_rows", 5],
     }
-    done = several(SCRIPT, [[*line, "--output", place / name] for name, line in lines.items()], place / "cache")
+    done = several(
+        SCRIPT, [[*line, "--output", place / name] for name, line in lines.items()], place / "cache"
+    )
     for name, (code, _, err) in zip(lines, done, strict=True):
         assert code == "0", (name, err[-3000:])
     two = launched(
@@ -118,15 +135,38 @@ def runs(place, model_dir):
 def test_two_ranks_write_the_same_digits(runs):
     assert differences(load(runs / "one"), load(runs / "two")) == []
     for name in ("pairs", "texts", "generations"):
-        one, two = (pyarrow.parquet.read_table(runs / ranks / f"{name}.parquet") for ranks in ("one", "two"))
+        one, two = (
+            pyarrow.parquet.read_table(runs / ranks / f"{name}.parquet") for ranks in ("one", "two")
+        )
         assert one.equals(two) and one.num_rows > 0, name
 
 
 @pytest.mark.slow
 def test_torchrun_writes_the_same_digits(runs, model_dir):
-    line = ["--model", runs / "run/model", "--reference", model_dir, "--data", runs / "pairs.jsonl", "--ood",
-            runs / "texts.jsonl", *SMALL, "--micro_tokens", 700, "--output", runs / "torchrun"]  # fmt: skip
-    command = ["torchrun", "--master_port", free_port(), "--nproc_per_node", 2, "eval/evaluate.py", *line]
+    line = [
+        "--model",
+        runs / "run/model",
+        "--reference",
+        model_dir,
+        "--data",
+        runs / "pairs.jsonl",
+        "--ood",
+        runs / "texts.jsonl",
+        *SMALL,
+        "--micro_tokens",
+        700,
+        "--output",
+        runs / "torchrun",
+    ]
+    command = [
+        "torchrun",
+        "--master_port",
+        free_port(),
+        "--nproc_per_node",
+        2,
+        "eval/evaluate.py",
+        *line,
+    ]
     done = launched(command, runs / "cache")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((runs / "torchrun/report.json").read_text())["run"]["hardware"]["world"] == 2
@@ -137,8 +177,13 @@ def test_other_token_budgets_change_no_more_than_rounding(runs):
     small, large = load(runs / "512"), load(runs / "8192")
     for where, a, b in differences(small, large):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7), where
-    rows = [pyarrow.parquet.read_table(runs / name / "pairs.parquet")["row"].to_pylist() for name in ("512", "8192")]
-    assert rows[0] == rows[1] == [*range(24), *range(25, 31)]  # every row once; 24 has a control token
+    rows = [
+        pyarrow.parquet.read_table(runs / name / "pairs.parquet")["row"].to_pylist()
+        for name in ("512", "8192")
+    ]
+    assert (
+        rows[0] == rows[1] == [*range(24), *range(25, 31)]
+    )  # every row once; 24 has a control token
     padded = load(runs / "padded")
     assert padded["preferences"]["model"]["loss"]["value"] == pytest.approx(
         small["preferences"]["model"]["loss"]["value"], rel=1e-4
@@ -146,7 +191,9 @@ def test_other_token_budgets_change_no_more_than_rounding(runs):
 
 
 def test_per_row_values_are_those_of_one_sequence_alone(runs):
-    """The plain way: transformers' own forward in fp64, full logits, each prompt and answer by itself."""
+    """The plain way: transformers' own forward in fp64, full logits, each prompt and answer by
+    itself.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(runs / "run/model").double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(runs / "run/model")
     rows = pyarrow.parquet.read_table(runs / "one/pairs.parquet").to_pylist()
@@ -161,7 +208,9 @@ def test_per_row_values_are_those_of_one_sequence_alone(runs):
     for row in rows[:3]:
         pair = json.loads(HELD_OUT[row["row"]])
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": pair["prompt"]}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": pair["prompt"]}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
         prompt_ids = encode(prompt)[-100:]
         for side in ("chosen", "rejected"):
@@ -171,18 +220,27 @@ def test_per_row_values_are_those_of_one_sequence_alone(runs):
     text = pyarrow.parquet.read_table(runs / "one/texts.parquet").to_pylist()[0]
     ids = encode("The river Ouse rises in the hills.")
     assert (
-        text["row"] == 2 and text["tokens"] == len(ids) - 1 and text["logp"] == pytest.approx(alone([], ids), rel=1e-5)
+        text["row"] == 2
+        and text["tokens"] == len(ids) - 1
+        and text["logp"] == pytest.approx(alone([], ids), rel=1e-5)
     )
 
 
 def test_report_adds_up_from_its_rows(runs):
-    report, rows = load(runs / "one"), pyarrow.parquet.read_table(runs / "one/pairs.parquet").to_pandas()
+    report, rows = (
+        load(runs / "one"),
+        pyarrow.parquet.read_table(runs / "one/pairs.parquet").to_pandas(),
+    )
     model = report["preferences"]["model"]
-    margin = 0.4 * ((rows.chosen_logp - rows.ref_chosen_logp) - (rows.rejected_logp - rows.ref_rejected_logp))
+    margin = 0.4 * (
+        (rows.chosen_logp - rows.ref_chosen_logp) - (rows.rejected_logp - rows.ref_rejected_logp)
+    )
     assert model["rewards/margins"]["value"] == pytest.approx(margin.mean(), rel=1e-12)
     assert model["rewards/accuracies"]["value"] == (margin > 0).mean()
     assert model["loss"]["value"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-12)
-    assert model["rewards/margins"]["n"] == 30 and model["rewards/margins"]["prompts"] == 24  # six rows stand twice
+    assert (
+        model["rewards/margins"]["n"] == 30 and model["rewards/margins"]["prompts"] == 24
+    )  # six rows stand twice
     low, high = model["rewards/margins"]["interval"]
     assert low < model["rewards/margins"]["value"] < high
     texts = pyarrow.parquet.read_table(runs / "one/texts.parquet").to_pandas()
@@ -193,16 +251,29 @@ def test_report_adds_up_from_its_rows(runs):
 def test_settings_come_from_the_models_run_and_flags_override(runs):
     report = load(runs / "one")
     recipe = report["recipe"]
-    assert (recipe["beta"], recipe["max_length"], recipe["max_prompt_length"], recipe["layout"]) == (
+    assert (
+        recipe["beta"],
+        recipe["max_length"],
+        recipe["max_prompt_length"],
+        recipe["layout"],
+    ) == (
         0.4,
         200,
         100,
         "packed",
     )
     assert recipe["from"] == "run/run.json" and report["ood"]["truncated"] == 1
-    assert report["trained"] == {"from": "llama", "loss": "sigmoid", "beta": 0.4, "lr": 0.01, "steps": 2, "pairs": 192,
-                                 "batch_size": 8, "data": "zeropref's built-in train.jsonl",
-                                 "reference": "llama"}  # fmt: skip
+    assert report["trained"] == {
+        "from": "llama",
+        "loss": "sigmoid",
+        "beta": 0.4,
+        "lr": 0.01,
+        "steps": 2,
+        "pairs": 192,
+        "batch_size": 8,
+        "data": "zeropref's built-in train.jsonl",
+        "reference": "llama",
+    }
     assert load(runs / "padded")["recipe"]["layout"] == "padded"
     other = load(runs / "itself")["recipe"]
     assert (other["beta"], other["max_length"], other["from"]) == (2, 512, None)
@@ -210,25 +281,35 @@ def test_settings_come_from_the_models_run_and_flags_override(runs):
 
 def test_dropped_rows_are_listed(runs):
     dropped = [json.loads(line) for line in (runs / "one/dropped.jsonl").read_text().splitlines()]
-    assert [(row["split"], row["row"]) for row in dropped] == [("data", 24), ("ood", 0), ("ood", 3), ("ood", 1)]
+    assert [(row["split"], row["row"]) for row in dropped] == [
+        ("data", 24),
+        ("ood", 0),
+        ("ood", 3),
+        ("ood", 1),
+    ]
     assert "<|im_end|>" in dropped[0]["reason"] and "one token" in dropped[3]["reason"]
     assert load(runs / "one")["ood"]["dropped"] == 3
 
 
 def test_a_model_against_itself_is_unchanged_and_alone_has_no_rewards(runs):
     itself, alone = load(runs / "itself"), load(runs / "alone")
-    assert itself["verdict"]["word"] == "unchanged" and itself["preferences"]["model"]["rewards/margins"][
-        "interval"
-    ] == [0, 0]
+    assert itself["verdict"]["word"] == "unchanged" and itself["preferences"]["model"][
+        "rewards/margins"
+    ]["interval"] == [0, 0]
     assert itself["preferences"]["model"]["rewards/accuracies"]["value"] == 0.5
     assert alone["verdict"]["word"] == "not compared" and alone["reference"] is None
-    assert "reference" not in alone["distribution"] and alone["generations"] == {"skipped": "--prompts is 0"}
+    assert "reference" not in alone["distribution"] and alone["generations"] == {
+        "skipped": "--prompts is 0"
+    }
     assert "differences of log-probabilities" in (runs / "alone/report.md").read_text()
     assert not (runs / "alone/generations.parquet").exists()
 
 
 def test_bf16_is_near_fp32(runs):
-    rough, exact = (pyarrow.parquet.read_table(runs / name / "pairs.parquet").to_pandas() for name in ("bf16", "one"))
+    rough, exact = (
+        pyarrow.parquet.read_table(runs / name / "pairs.parquet").to_pandas()
+        for name in ("bf16", "one")
+    )
     assert len(rough) == 5 and rough.chosen_logp.tolist() != exact.chosen_logp[:5].tolist()
     assert rough.chosen_logp.tolist() == pytest.approx(exact.chosen_logp[:5].tolist(), rel=0.02)
 
@@ -238,8 +319,12 @@ def test_figures_are_opaque_and_have_both_inks(runs):
 
     for name in ("preferences", "distribution"):
         pixels = np.asarray(Image.open(runs / f"one/figures/{name}.png").convert("RGBA"))
-        assert pixels.shape[1] >= 900 and (pixels[..., 3] == 255).all()  # white ground of its own: legible on any page
-        assert (pixels[..., :3].mean(-1) > 250).mean() > 0.4 and (pixels[..., :3].mean(-1) < 60).mean() > 0.001
+        assert (
+            pixels.shape[1] >= 900 and (pixels[..., 3] == 255).all()
+        )  # white ground of its own: legible on any page
+        assert (pixels[..., :3].mean(-1) > 250).mean() > 0.4 and (
+            pixels[..., :3].mean(-1) < 60
+        ).mean() > 0.001
         assert f"figures/{name}.png" in (runs / "one/report.md").read_text()
 
 
@@ -249,7 +334,9 @@ def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
     tags, report = events.Tags(), load(runs / "one")
     for name in ("rewards/margins", "rewards/accuracies", "loss", "logps/chosen_per_token"):
         (event,) = events.Scalars(f"eval/{name}")
-        assert event.step == 2 and event.value == pytest.approx(report["preferences"]["model"][name]["value"], rel=1e-6)
+        assert event.step == 2 and event.value == pytest.approx(
+            report["preferences"]["model"][name]["value"], rel=1e-6
+        )
     assert {
         "evaluation_distribution/model/out/perplexity",
         "evaluation_baselines/bag_of_words",
@@ -270,7 +357,12 @@ def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
         "eval/generations/sampled/text_summary",
         "eval/report/text_summary",
     } <= tensors
-    (layout,) = (tensor for tag in tensors if tag.startswith("custom_scalars") for tensor in events.Tensors(tag))
+    (layout,) = (
+        tensor
+        for tag in tensors
+        if tag.startswith("custom_scalars")
+        for tensor in events.Tensors(tag)
+    )
     text = layout.tensor_proto.string_val[0]
     assert all(f"{split}/rewards/margins".encode() in text for split in ("train", "val", "eval"))
 
@@ -282,27 +374,55 @@ def test_the_card_of_a_trained_model_has_the_results(runs, model_dir):
 
 
 def test_nothing_that_others_read_names_a_place_on_this_machine(runs):
-    """Model directories, data, flags: by their last components, in the report, the card and on TensorBoard."""
+    """Model directories, data, flags: by their last components, in the report, the card and on
+    TensorBoard.
+    """
     events = EventAccumulator(str(runs / "one/tensorboard"))
     events.Reload()
     (page,) = events.Tensors("eval/report/text_summary")
-    texts = {"report.json": (runs / "one/report.json").read_text(), "report.md": (runs / "one/report.md").read_text(),
-             "card": (runs / "run/model/README.md").read_text(), "page": str(page.tensor_proto.string_val)}  # fmt: skip
+    texts = {
+        "report.json": (runs / "one/report.json").read_text(),
+        "report.md": (runs / "one/report.md").read_text(),
+        "card": (runs / "run/model/README.md").read_text(),
+        "page": str(page.tensor_proto.string_val),
+    }
     for name, text in texts.items():
-        assert str(runs) not in text and str(runs.parent) not in text and str(Path.home()) not in text, name
+        assert (
+            str(runs) not in text and str(runs.parent) not in text and str(Path.home()) not in text
+        ), name
         assert str(ROOT) not in text, name
     report = json.loads(texts["report.json"])
     assert report["model"] == "run/model" and report["reference"] == "llama"
-    assert report["data"]["sources"] == ["pairs.jsonl"] and report["ood"]["sources"] == ["texts.jsonl"]
+    assert report["data"]["sources"] == ["pairs.jsonl"] and report["ood"]["sources"] == [
+        "texts.jsonl"
+    ]
     flags = report["run"]["flags"]
-    assert flags["data"] == ["pairs.jsonl"] and flags["model"] == "run/model" and "output" not in flags
-    assert json.loads((runs / "one/run.json").read_text())["flags"]["data"] == [str(runs / "pairs.jsonl")]  # this does
+    assert (
+        flags["data"] == ["pairs.jsonl"] and flags["model"] == "run/model" and "output" not in flags
+    )
+    assert json.loads((runs / "one/run.json").read_text())["flags"]["data"] == [
+        str(runs / "pairs.jsonl")
+    ]  # this does
 
 
 def test_the_same_command_again_says_so(runs, model_dir):
-    line = ["--model", model_dir, "--data", runs / "pairs.jsonl", "--ood", runs / "texts.jsonl", *SMALL, *LENGTH,
-            "--prompts", 0, "--output", runs / "alone"]  # fmt: skip
-    (again, said, _), (other, _, err) = several(SCRIPT, [line, [*line, "--beta", 3]], runs / "cache")
+    line = [
+        "--model",
+        model_dir,
+        "--data",
+        runs / "pairs.jsonl",
+        "--ood",
+        runs / "texts.jsonl",
+        *SMALL,
+        *LENGTH,
+        "--prompts",
+        0,
+        "--output",
+        runs / "alone",
+    ]
+    (again, said, _), (other, _, err) = several(
+        SCRIPT, [line, [*line, "--beta", 3]], runs / "cache"
+    )
     assert again == "0" and "finished" in said
     assert other == "2" and "holds another run" in err
 
@@ -314,21 +434,43 @@ def test_bad_input_is_answered_in_one_line(place, model_dir):
         (["--modell", "x"], 2, "did you mean --model"),
         (["--beta", "0"], 2, "--beta is a finite number above 0"),
         (["--temperature", "-1"], 2, "--temperature is at least 0"),
-        (["--model", without_weights(model_dir, place / "hollow")], 2, "cannot load a causal language model"),
+        (
+            ["--model", without_weights(model_dir, place / "hollow")],
+            2,
+            "cannot load a causal language model",
+        ),
         (["--model", place / "nowhere"], 2, "nowhere"),
-        (["--reference", other_tokenizer(model_dir, place / "other", "<new>")], 2, "the tokenizer of --reference"),
+        (
+            ["--reference", other_tokenizer(model_dir, place / "other", "<new>")],
+            2,
+            "the tokenizer of --reference",
+        ),
         (["--reference", other_merges(model_dir, place / "merges")], 2, "is split otherwise"),
         (["--reference", place / "nowhere"], 2, "nowhere"),
         (["--reward_model", model_dir], 2, "is no reward model"),
         (["--reward_model", place / "nowhere"], 2, "cannot load a reward model from"),
-        (["--reward_model", place / "nowhere", "--prompts", 0], 2, "with --prompts 0 they write nothing"),
-        (["--reward_model", model_dir, "--ds_config", "ds_configs/frozen_zero3.json"], 2, "decoding needs whole ones"),
+        (
+            ["--reward_model", place / "nowhere", "--prompts", 0],
+            2,
+            "with --prompts 0 they write nothing",
+        ),
+        (
+            ["--reward_model", model_dir, "--ds_config", "ds_configs/frozen_zero3.json"],
+            2,
+            "decoding needs whole ones",
+        ),
         (["--max_new_tokens", 500], 2, "exceed the model's 512 positions: lower --max_new_tokens"),
         (["--data", file("empty.jsonl", "")], 4, "no rows in it"),
         (["--data", place / "none.jsonl"], 4, "none.jsonl"),
         (["--data", place / "texts.jsonl"], 4, "no column"),
         (
-            ["--data", file("half.jsonl", HELD_OUT[0] + '\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n')],
+            [
+                "--data",
+                file(
+                    "half.jsonl",
+                    HELD_OUT[0] + '\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
+                ),
+            ],
             4,
             "chosen equals rejected",
         ),
@@ -342,19 +484,36 @@ def test_bad_input_is_answered_in_one_line(place, model_dir):
         (["--loss", "sigmiod"], 2, "none of: sigmoid"),
         (["--ds_config", place / "none.json"], 2, "does not exist"),
     ]
-    common = ["--model", model_dir, *LENGTH, "--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl"]
-    lines = [[*common, "--output", place / f"bad{i}", *extra] for i, (extra, *_) in enumerate(cases)]
-    for (extra, code, words), (found, out, err) in zip(cases, several(SCRIPT, lines, place / "cache"), strict=True):
+    common = [
+        "--model",
+        model_dir,
+        *LENGTH,
+        "--data",
+        place / "pairs.jsonl",
+        "--ood",
+        place / "texts.jsonl",
+    ]
+    lines = [
+        [*common, "--output", place / f"bad{i}", *extra] for i, (extra, *_) in enumerate(cases)
+    ]
+    for (extra, code, words), (found, out, err) in zip(
+        cases, several(SCRIPT, lines, place / "cache"), strict=True
+    ):
         assert found == str(code), (extra, found, err[-2000:])
         said = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(said) == 1 and words in said[0], (extra, err[-2000:])
         assert "Traceback" not in out + err
     assert not list(place.glob("bad*/report.json"))
-    assert not list(place.glob("bad*/run.json"))  # refused at the door: nothing was scored, nothing stands in the way
+    assert not list(
+        place.glob("bad*/run.json")
+    )  # refused at the door: nothing was scored, nothing stands in the way
 
 
 def test_one_row_a_text_file_and_a_bound_on_tokens(place, model_dir):
-    paragraphs = write(place / "words.txt", "Iron rusts in wet air.\n\nLead does not, or hardly.\r\n\r\nGold never.\n")
+    paragraphs = write(
+        place / "words.txt",
+        "Iron rusts in wet air.\n\nLead does not, or hardly.\r\n\r\nGold never.\n",
+    )
     one = [
         "--data",
         write(place / "one.jsonl", HELD_OUT[3]),
@@ -369,13 +528,19 @@ def test_one_row_a_text_file_and_a_bound_on_tokens(place, model_dir):
     }
     done = several(
         SCRIPT,
-        [["--model", model_dir, *LENGTH, *line, "--output", place / f"few_{name}"] for name, line in lines.items()],
+        [
+            ["--model", model_dir, *LENGTH, *line, "--output", place / f"few_{name}"]
+            for name, line in lines.items()
+        ],
         place / "cache",
     )
     for name, (code, _, err) in zip(lines, done, strict=True):
         assert code == "0", (name, err[-3000:])
     single = load(place / "few_single")
-    assert single["preferences"]["pairs"] == 1 and single["preferences"]["model"]["loss"]["interval"] is None
+    assert (
+        single["preferences"]["pairs"] == 1
+        and single["preferences"]["model"]["loss"]["interval"] is None
+    )
     assert (
         single["baselines"]["bag_of_words"]["value"] is None
         and single["distribution"]["model"]["by_text"]["auroc"]["interval"] is None
@@ -404,7 +569,16 @@ def test_sharded_models_are_scored_alike_and_write_nothing(place, model_dir, run
         place / "sharded",
     ]
     done = launched(
-        ["deepspeed", "--master_port", free_port(), "--num_accelerators", 2, "eval/evaluate.py", *line], place / "cache"
+        [
+            "deepspeed",
+            "--master_port",
+            free_port(),
+            "--num_accelerators",
+            2,
+            "eval/evaluate.py",
+            *line,
+        ],
+        place / "cache",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     sharded, whole = load(place / "sharded"), load(runs / "one")

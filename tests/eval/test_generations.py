@@ -1,4 +1,6 @@
-"""What is measured of generated text, against brute force, scipy, exact divergences and other numbers of ranks."""
+"""What is measured of generated text, against brute force, scipy, exact divergences and other
+numbers of ranks.
+"""
 
 import json
 import os
@@ -14,7 +16,17 @@ import torch
 import transformers
 
 from eval import generations
-from eval.generations import Prompt, RewardModel, compare, distinct, kl, prompts_of, repetition, win_rate, write
+from eval.generations import (
+    Prompt,
+    RewardModel,
+    compare,
+    distinct,
+    kl,
+    prompts_of,
+    repetition,
+    win_rate,
+    write,
+)
 from tests.eval.generations_worker import models, prompts
 from train.data.tokens import prepare
 from train.engine.generate import Completion, generate
@@ -35,7 +47,9 @@ def judge_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("judge")
     torch.manual_seed(3)
     config = tiny.make_model().config.to_dict() | {"num_labels": 1, "pad_token_id": 0}
-    transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**config)).save_pretrained(folder)
+    transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**config)).save_pretrained(
+        folder
+    )
     tiny.save_tokenizer(folder)
     return folder
 
@@ -56,13 +70,25 @@ def plain(live):
 
 
 def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
-    """Every column of every row again from the plain loop, the plain forward and plain counting; then the means."""
+    """Every column of every row again from the plain loop, the plain forward and plain counting;
+    then the means.
+    """
     model, reference = models()
     asked, judge = prompts(), RewardModel(judge_dir, CPU)
     found = compare(
-        model, reference, asked, tokenizer, CPU, budget=128, max_new_tokens=12, batch_size=4, reward_model=judge
+        model,
+        reference,
+        asked,
+        tokenizer,
+        CPU,
+        budget=128,
+        max_new_tokens=12,
+        batch_size=4,
+        reward_model=judge,
     )
-    assert [row["row"] for row in found.rows] == [p.row for p in asked] and found.rows[3]["prompt"] == "question 3"
+    assert [row["row"] for row in found.rows] == [p.row for p in asked] and found.rows[3][
+        "prompt"
+    ] == "question 3"
     lms = {"model": plain(model), "reference": plain(reference)}
     for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         for side, lm in lms.items():
@@ -79,10 +105,12 @@ def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
             column = lambda name, key=f"{mode}/{side}": [row[f"{key}/{name}"] for row in found.rows]  # noqa: B008
             bare = [a.ids[: len(a.ids) - a.ended] for a in answers]
             assert column("length") == list(map(len, bare))
-            assert column("text") == [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in bare]
-            assert measured["length"]["value"] == pytest.approx(np.mean(column("length"))) and measured["length"][
-                "n"
-            ] == len(asked)
+            assert column("text") == [
+                tokenizer.decode(list(ids), skip_special_tokens=True) for ids in bare
+            ]
+            assert measured["length"]["value"] == pytest.approx(
+                np.mean(column("length"))
+            ) and measured["length"]["n"] == len(asked)
             assert measured["ended"]["value"] == pytest.approx(np.mean([a.ended for a in answers]))
             assert column("reward") == pytest.approx(
                 [
@@ -96,7 +124,9 @@ def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
                     alone(lms["model"], p.ids, a.ids) - alone(lms["reference"], p.ids, a.ids)
                     for p, a in zip(asked, answers, strict=True)
                 ]
-                assert column("kl_k1") == pytest.approx([float(gap.sum()) for gap in gaps], abs=1e-4)
+                assert column("kl_k1") == pytest.approx(
+                    [float(gap.sum()) for gap in gaps], abs=1e-4
+                )
                 assert column("kl_k3") == pytest.approx(
                     [float((gap + (-gap).exp() - 1).sum()) for gap in gaps], abs=1e-4
                 )
@@ -107,13 +137,19 @@ def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
             else:
                 assert "kl_k1" not in measured and f"{mode}/{side}/kl_k1" not in found.rows[0]
         pair = [[row[f"{mode}/{side}/reward"] for row in found.rows] for side in lms]
-        won = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(*pair, strict=True)])
+        won = np.mean(
+            [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(*pair, strict=True)]
+        )
         assert found.report[mode]["win_rate"]["value"] == pytest.approx(won)
         for name in ("reward", "length", "ended", "repetition"):
             sides = [[row[f"{mode}/{side}/{name}"] for row in found.rows] for side in lms]
-            assert found.report[mode]["change"][name]["value"] == pytest.approx(np.mean(np.subtract(*sides)))
+            assert found.report[mode]["change"][name]["value"] == pytest.approx(
+                np.mean(np.subtract(*sides))
+            )
     assert found.report["examples"] == found.rows[:3]
-    assert found.values["sampled/model/length"].tolist() == [row["sampled/model/length"] for row in found.rows]
+    assert found.values["sampled/model/length"].tolist() == [
+        row["sampled/model/length"] for row in found.rows
+    ]
 
 
 def test_a_model_beside_itself_has_changed_nothing(tokenizer):
@@ -122,16 +158,28 @@ def test_a_model_beside_itself_has_changed_nothing(tokenizer):
     for mode in ("greedy", "sampled"):
         assert found.report[mode]["unchanged"]["value"] == 1
         assert found.report[mode]["model"]["length"] == found.report[mode]["reference"]["length"]
-    assert found.report["sampled"]["model"]["kl_k1"]["value"] == found.report["sampled"]["model"]["kl_k3"]["value"] == 0
-    cool = compare(model, model, prompts(), tokenizer, CPU, budget=128, max_new_tokens=2, temperature=0.5)
-    assert not any("kl" in name for name in cool.report["sampled"]["model"])  # it would be another distribution's
+    assert (
+        found.report["sampled"]["model"]["kl_k1"]["value"]
+        == found.report["sampled"]["model"]["kl_k3"]["value"]
+        == 0
+    )
+    cool = compare(
+        model, model, prompts(), tokenizer, CPU, budget=128, max_new_tokens=2, temperature=0.5
+    )
+    assert not any(
+        "kl" in name for name in cool.report["sampled"]["model"]
+    )  # it would be another distribution's
     alone = compare(model, None, prompts(), tokenizer, CPU, budget=128, max_new_tokens=8)
-    assert set(alone.report["greedy"]) == {"model"} and "kl_k1" not in alone.report["sampled"]["model"]
+    assert (
+        set(alone.report["greedy"]) == {"model"} and "kl_k1" not in alone.report["sampled"]["model"]
+    )
     assert alone.report["sampled"]["model"]["length"] == found.report["sampled"]["model"]["length"]
 
 
 def test_divergence_is_the_exact_one_on_average():
-    """One token after one prompt, 4,000 times: both estimators against the sum of p log(p / q) over the vocabulary."""
+    """One token after one prompt, 4,000 times: both estimators against the sum of p log(p / q) over
+    the vocabulary.
+    """
     model, reference = models()
     asked = [Prompt(i, (5, 77, 301), ASK) for i in range(4000)]
     answers = write(model.module, asked, {2}, 1, 1.0, 0, 500, "")
@@ -150,7 +198,9 @@ def test_divergence_is_the_exact_one_on_average():
 
 
 def test_one_rank_and_two_write_the_same_report(tmp_path, tokenizer):
-    """To the last digit: batches are planned for the job, and answers are summed up in the data's order."""
+    """To the last digit: batches are planned for the job, and answers are summed up in the data's
+    order.
+    """
     out, threads = tmp_path / "two", torch.get_num_threads()
     command = [
         sys.executable,
@@ -172,7 +222,9 @@ def test_one_rank_and_two_write_the_same_report(tmp_path, tokenizer):
     assert done.returncode == 0, done.stderr[-3000:]
     torch.set_num_threads(1)
     try:
-        one = compare(*models(), prompts(), tokenizer, CPU, budget=128, max_new_tokens=12, batch_size=4)
+        one = compare(
+            *models(), prompts(), tokenizer, CPU, budget=128, max_new_tokens=12, batch_size=4
+        )
     finally:
         torch.set_num_threads(threads)
     assert json.loads(out.read_text()) == json.loads(json.dumps([one.report, one.rows]))
@@ -180,11 +232,19 @@ def test_one_rank_and_two_write_the_same_report(tmp_path, tokenizer):
 
 
 def test_repetition_and_distinct_by_hand():
-    assert repetition((1, 2, 3, 4, 1, 2, 3, 4)) == pytest.approx(1 - 4 / 5)  # 1234 2341 3412 4123 1234: 4 kinds of 5
-    assert repetition((7,) * 9) == pytest.approx(5 / 6) and repetition(range(30)) == 0 and repetition((1, 1, 1)) == 0
+    assert repetition((1, 2, 3, 4, 1, 2, 3, 4)) == pytest.approx(
+        1 - 4 / 5
+    )  # 1234 2341 3412 4123 1234: 4 kinds of 5
+    assert (
+        repetition((7,) * 9) == pytest.approx(5 / 6)
+        and repetition(range(30)) == 0
+        and repetition((1, 1, 1)) == 0
+    )
     # tokens: 1 2 1 | 2 3 | 4 -> 4 kinds of 6; pairs: 12 21 | 23 -> 3 of 3
     answers = [(1, 2, 1), (2, 3), (4,)]
-    assert distinct(answers, 1)["value"] == pytest.approx(4 / 6) and distinct(answers, 2)["value"] == 1
+    assert (
+        distinct(answers, 1)["value"] == pytest.approx(4 / 6) and distinct(answers, 2)["value"] == 1
+    )
     assert np.isnan(distinct([(), ()], 1)["value"]) and distinct([(1, 1)], 1) == {
         "value": 0.5,
         "interval": None,
@@ -206,13 +266,17 @@ def test_interval_of_distinct_is_the_jackknife():
         half = 1.959964 * (39 / 40 * np.sum((np.array(left) - np.mean(left)) ** 2)) ** 0.5
         found = distinct(answers, n)
         assert found["value"] == pytest.approx(count(answers, n))
-        assert found["interval"] == pytest.approx([count(answers, n) - half, count(answers, n) + half])
+        assert found["interval"] == pytest.approx(
+            [count(answers, n) - half, count(answers, n) + half]
+        )
 
 
 def test_win_rate_has_wilsons_interval():
     found = win_rate([1.0, 2.0, 0.5, 0.1, -1.0, -2.0, 3.0, 1.5])
     expected = scipy.stats.binomtest(6, 8).proportion_ci(method="wilson")
-    assert found["value"] == 0.75 and found["interval"] == pytest.approx([expected.low, expected.high], abs=1e-6)
+    assert found["value"] == 0.75 and found["interval"] == pytest.approx(
+        [expected.low, expected.high], abs=1e-6
+    )
     assert win_rate([0.0, 0.0, 1.0, -1.0])["value"] == 0.5
 
 
@@ -225,26 +289,45 @@ def test_end_tokens_are_those_of_template_tokenizer_and_model(tokenizer):
 
 
 def test_prompts_are_the_first_of_each_kind(tokenizer, tmp_path):
-    rows = [("a", "x", "y"), ("b", "x", "y"), ("", "x", "y"), ("a", "z", "y"), ("c", "x", "y"), ("b", "v", "w")]
+    rows = [
+        ("a", "x", "y"),
+        ("b", "x", "y"),
+        ("", "x", "y"),
+        ("a", "z", "y"),
+        ("c", "x", "y"),
+        ("b", "v", "w"),
+    ]
     file = tmp_path / "pairs.jsonl"
     file.write_text(
-        "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) + "\n" for row in rows)
+        "".join(
+            json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) + "\n"
+            for row in rows
+        )
     )
     data = prepare([str(file)], tokenizer, max_length=64, max_dropped=0.5, cache_dir=tmp_path)
     found = prompts_of([str(file)], data)
     assert [(p.row, p.messages[-1]["content"]) for p in found] == [(0, "a"), (1, "b"), (4, "c")]
-    assert tokenizer.decode(list(found[2].ids)).endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(list(found[2].ids)).endswith(
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert prompts_of([str(file)], data, 2) == found[:2]
     assert [p.row for p in prompts_of([str(file)], data.select([2, 3]))] == [3, 4]
 
 
 def _judged(judge, messages, text, ended):
-    """The reward from the body's hidden state at the text's last token, through transformers' template alone."""
-    rendered = judge.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+    """The reward from the body's hidden state at the text's last token, through transformers'
+    template alone.
+    """
+    rendered = judge.tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": text}], tokenize=False
+    )
     ids = judge.tokenizer(rendered.removesuffix("\n"), add_special_tokens=False)["input_ids"]
     ids = ids if ended else ids[:-1]
     with torch.no_grad():
-        return float(judge.model.model(torch.tensor([ids])).last_hidden_state[0, -1] @ judge.model.score.weight[0])
+        return float(
+            judge.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            @ judge.model.score.weight[0]
+        )
 
 
 def test_reward_is_read_off_the_end_token(judge_dir):
@@ -256,7 +339,10 @@ def test_reward_is_read_off_the_end_token(judge_dir):
     assert np.isfinite(found[2]) and len(set(found.tolist())) == 4
     assert judge.description == {"name": judge_dir.name, "reads": "<|im_end|>"}
     assert judge.score([ASK], texts[3:], ended[3:])[0] == found[3]
-    assert judge.ids(ASK, "Fine", True)[-1] == 2 and judge.ids(ASK, "Fine", False) == judge.ids(ASK, "Fine", True)[:-1]
+    assert (
+        judge.ids(ASK, "Fine", True)[-1] == 2
+        and judge.ids(ASK, "Fine", False) == judge.ids(ASK, "Fine", True)[:-1]
+    )
     assert judge.ids(ASK, " ", True)[-1] == 2
     judge.model.config.pad_token_id = (
         2  # SmolLM's own case: the class passes over the end token, and the report says so
@@ -269,7 +355,10 @@ def test_a_conversation_too_long_for_the_reward_model_is_refused(judge_dir):
     asked = [Prompt(0, (1,), ASK), Prompt(1, (1,), [{"role": "user", "content": "word " * 60}])]
     longest = len(judge.ids(asked[1].messages, "", True)) - 1  # without the end token
     judge.check(asked, 512 - longest)
-    with pytest.raises(ValueError, match=f"a prompt of {longest} tokens and {513 - longest} new ones exceed the 512"):
+    with pytest.raises(
+        ValueError,
+        match=f"a prompt of {longest} tokens and {513 - longest} new ones exceed the 512",
+    ):
         judge.check(asked, 513 - longest)
 
 
@@ -290,14 +379,23 @@ def test_answers_come_back_in_the_order_of_the_prompts():
     model, _ = models()
     asked = prompts()
     found = write(model.module, asked, {2}, 6, 1.0, 0, 2, "")
-    expected = [generate(plain(model), [p.ids], ends=[2], max_new_tokens=6, numbers=[p.row])[0] for p in asked]
+    expected = [
+        generate(plain(model), [p.ids], ends=[2], max_new_tokens=6, numbers=[p.row])[0]
+        for p in asked
+    ]
     assert found == expected and all(isinstance(answer, Completion) for answer in found)
 
 
 def test_answers_are_told_without_control_tokens(tokenizer):
-    """Token 1 opens a turn and 2 ends it: neither is text, the first counts as a token, the last does not."""
+    """Token 1 opens a turn and 2 ends it: neither is text, the first counts as a token, the last
+    does not.
+    """
     found = generations._columns(
         [Completion((1, 300, 2), True), Completion((300, 301), False)], [], {2}, tokenizer, None
     )
     assert found["text"] == [tokenizer.decode([300]), tokenizer.decode([300, 301])]
-    assert found["length"] == [2, 2] and found["ended"] == [1.0, 0.0] and found["repetition"] == [0.0, 0.0]
+    assert (
+        found["length"] == [2, 2]
+        and found["ended"] == [1.0, 0.0]
+        and found["repetition"] == [0.0, 0.0]
+    )

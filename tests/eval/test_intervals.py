@@ -12,7 +12,9 @@ from train.losses import measures
 
 
 def clusters(rng, prompts, rows=4):
-    """Rows whose values share most of their spread with the other rows of their prompt; the truth is 1."""
+    """Rows whose values share most of their spread with the other rows of their prompt; the truth
+    is 1.
+    """
     units = np.repeat(np.arange(prompts), rows)
     return 1 + rng.normal(0, 1, prompts)[units] + rng.normal(0, 0.3, prompts * rows), units
 
@@ -23,9 +25,18 @@ def test_ratio_is_the_ratio_of_sums_and_scipys_bootstrap_of_prompts():
     found = intervals.ratio(values, units, counts)
     assert found["value"] == 28 / 12 and found["n"] == 6 and found["prompts"] == 4
     sums = np.array([3.0, 13, 5, 7]), np.array([3.0, 5, 2, 2])  # by prompt, by hand
-    expected = scipy.stats.bootstrap(sums, lambda t, w, axis: t.sum(axis) / w.sum(axis), paired=True, method="BCa",
-                                     n_resamples=intervals.RESAMPLES, rng=np.random.default_rng(0))  # fmt: skip
-    assert found["interval"] == pytest.approx(list(expected.confidence_interval)) and "BCa" in found["method"]
+    expected = scipy.stats.bootstrap(
+        sums,
+        lambda t, w, axis: t.sum(axis) / w.sum(axis),
+        paired=True,
+        method="BCa",
+        n_resamples=intervals.RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    assert (
+        found["interval"] == pytest.approx(list(expected.confidence_interval))
+        and "BCa" in found["method"]
+    )
 
 
 def test_intervals_of_means_cover_the_truth_by_prompt_and_not_by_row():
@@ -56,7 +67,9 @@ def test_large_samples_take_the_percentile_bootstrap():
     found = intervals.ratio(values, np.arange(1500))
     assert found["method"].startswith("percentile")
     half = 1.96 * values.std() / math.sqrt(1500)
-    assert found["interval"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.1 * half)
+    assert found["interval"] == pytest.approx(
+        [values.mean() - half, values.mean() + half], abs=0.1 * half
+    )
 
 
 def test_a_share_without_spread_gets_wilsons_interval_by_prompt():
@@ -69,7 +82,9 @@ def test_a_share_without_spread_gets_wilsons_interval_by_prompt():
 
 def test_one_prompt_has_no_interval_and_no_row_no_value():
     found = intervals.ratio(np.array([1.0, 3.0]), np.array([7, 7]))
-    assert found["value"] == 2 and found["interval"] is None and found["method"] == "none: one prompt"
+    assert (
+        found["value"] == 2 and found["interval"] is None and found["method"] == "none: one prompt"
+    )
     assert math.isnan(intervals.ratio(np.zeros(0), np.zeros(0, dtype=int))["value"])
 
 
@@ -85,18 +100,32 @@ def test_resampled_weights_are_counts_of_whole_prompts():
 
 
 def test_auroc_and_distance_intervals_cover_the_truth():
-    """Two normals 1 apart: AUROC Phi(1 / sqrt 2), Wasserstein 1. ECE of confidence .8 that is right in .6: .2."""
+    """Two normals 1 apart: AUROC Phi(1 / sqrt 2), Wasserstein 1. ECE of confidence .8 that is right
+    in .6: .2.
+    """
     trials, held = 200, np.zeros(3)
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         a, b = torch.from_numpy(rng.normal(1, 1, 60)), torch.from_numpy(rng.normal(0, 1, 60))
         compare = lambda u, v: (measures.auroc(a, b, u, v), measures.wasserstein(a, b, u, v))
         names = {"auroc": None, "wasserstein": (0, math.inf)}
-        found = intervals.resampled(compare, np.arange(60), np.arange(60), measures=names, what=(60, 60), resamples=300)
-        sure, right = torch.full((60,), 0.8, dtype=torch.float64), torch.from_numpy((rng.random(60) < 0.6) * 1.0)
+        found = intervals.resampled(
+            compare, np.arange(60), np.arange(60), measures=names, what=(60, 60), resamples=300
+        )
+        sure, right = (
+            torch.full((60,), 0.8, dtype=torch.float64),
+            torch.from_numpy((rng.random(60) < 0.6) * 1.0),
+        )
         edges = torch.linspace(0.5, 1, 11, dtype=torch.float64)
         gap = lambda u: (measures.calibration(sure, right, edges, u)[1],)
-        found |= intervals.resampled(gap, np.arange(60), measures={"ece": (0, 1)}, what=(60,), resamples=300)
+        found |= intervals.resampled(
+            gap, np.arange(60), measures={"ece": (0, 1)}, what=(60,), resamples=300
+        )
         truths = {"auroc": scipy.stats.norm.cdf(1 / math.sqrt(2)), "wasserstein": 1.0, "ece": 0.2}
-        held += [found[name]["interval"][0] <= truth <= found[name]["interval"][1] for name, truth in truths.items()]
-    assert (held / trials >= [0.9, 0.85, 0.9]).all() and (held / trials <= 0.99).all(), held / trials
+        held += [
+            found[name]["interval"][0] <= truth <= found[name]["interval"][1]
+            for name, truth in truths.items()
+        ]
+    assert (held / trials >= [0.9, 0.85, 0.9]).all() and (held / trials <= 0.99).all(), (
+        held / trials
+    )

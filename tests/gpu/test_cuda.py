@@ -1,4 +1,6 @@
-"""What needs CUDA: `pytest -m gpu` on a GPU machine. The oracle is the CPU's fp64 path, itself checked in tests/models."""
+"""What needs CUDA: `pytest -m gpu` on a GPU machine. The oracle is the CPU's fp64 path, itself
+checked in tests/models.
+"""
 
 import json
 import subprocess
@@ -27,8 +29,15 @@ def groups():
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
 @pytest.mark.parametrize("mode", ["weights", "autocast"])
 def test_flash_rows_are_near_fp64(family, mode):
-    # head sizes of 16 and more that flash kernels take; small weights keep bf16's rounding below the bound
-    sizes = {} if family in ("gemma3", "qwen3") else {"hidden_size": 128} if family != "gpt2" else {"n_embd": 128}
+    # head sizes of 16 and more that flash kernels take; small weights keep bf16's rounding below
+    # the bound
+    sizes = (
+        {}
+        if family in ("gemma3", "qwen3")
+        else {"hidden_size": 128}
+        if family != "gpt2"
+        else {"n_embd": 128}
+    )
     make = lambda dtype: tiny.make_model(family, dtype=dtype, initializer_range=0.02, **sizes)
     row = pack(groups())
     exact = Backbone(make(torch.float64))(row)
@@ -44,7 +53,10 @@ def test_flash_rows_are_near_fp64(family, mode):
     exact_backbone(row).sum().backward()
     for (name, p), q in zip(backbone.named_parameters(), exact_backbone.parameters(), strict=True):
         gap = (p.grad.double().cpu() - q.grad).norm() / q.grad.norm()
-        assert gap < 0.1 or q.grad.norm() < 1e-6, (name, float(gap))  # a key bias has no gradient but rounding
+        assert gap < 0.1 or q.grad.norm() < 1e-6, (
+            name,
+            float(gap),
+        )  # a key bias has no gradient but rounding
 
 
 def test_gradients_repeat_bit_for_bit():
@@ -64,16 +76,38 @@ def test_half_precision_logits_are_never_rounded_to_half():
     random = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=random).bfloat16() for n in (50, 5000))
     target = torch.randint(5000, (50,), generator=random)
-    exact = torch.log_softmax(hidden.double() @ weight.double().T, 1).gather(1, target[:, None]).squeeze(1)
+    exact = (
+        torch.log_softmax(hidden.double() @ weight.double().T, 1)
+        .gather(1, target[:, None])
+        .squeeze(1)
+    )
     found = token_logps(hidden.cuda(), weight.cuda(), target.cuda()).double().cpu()
     assert (found - exact).abs().max() < 1e-3  # bf16 logits of this size would be off by up to 0.1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_default_precision_trains_exports_and_reloads(model_dir, tmp_path, precision):
-    command = [sys.executable, ROOT / "launch/train_dpo.py", "--model", model_dir, "--output", tmp_path / "out",
-               "--max_length", 512, "--max_steps", 3, "--precision", precision]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        ROOT / "launch/train_dpo.py",
+        "--model",
+        model_dir,
+        "--output",
+        tmp_path / "out",
+        "--max_length",
+        512,
+        "--max_steps",
+        3,
+        "--precision",
+        precision,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads((tmp_path / "out/run.json").read_text())
-    assert run["hardware"]["device"] == "cuda" and run["perf"]["perf/mfu"] > 0 and run["perf"]["perf/memory_gb"] > 0
+    assert (
+        run["hardware"]["device"] == "cuda"
+        and run["perf"]["perf/mfu"] > 0
+        and run["perf"]["perf/memory_gb"] > 0
+    )

@@ -18,10 +18,17 @@ def free_port():
 
 
 def launched(command, cache):
-    """Run a command to its end; the completed process with its text. tests/conftest.py sees to PATH and no network."""
+    """Run a command to its end; the completed process with its text. tests/conftest.py sees to PATH
+    and no network.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache)}
     return subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
 
 

@@ -14,10 +14,43 @@ STEPS = 8
 
 
 def flags(model_dir, few, out, stage=0, *extra):
-    return ["--model", model_dir, "--data", few, "--eval_data", few, "--output", out, "--max_length", 512,
-            "--ds_config", ROOT / f"ds_configs/zero{stage}.json", "--batch_size", 8, "--max_steps", STEPS,
-            "--epochs", 3, "--micro_tokens", 512, "--lr", "1e-3", "--warmup_ratio", 0.3, "--weight_decay", 0.1,
-            "--eval_every", 3, "--log_every", 2, "--save_every", 1, "--seed", 7, *extra]  # fmt: skip
+    return [
+        "--model",
+        model_dir,
+        "--data",
+        few,
+        "--eval_data",
+        few,
+        "--output",
+        out,
+        "--max_length",
+        512,
+        "--ds_config",
+        ROOT / f"ds_configs/zero{stage}.json",
+        "--batch_size",
+        8,
+        "--max_steps",
+        STEPS,
+        "--epochs",
+        3,
+        "--micro_tokens",
+        512,
+        "--lr",
+        "1e-3",
+        "--warmup_ratio",
+        0.3,
+        "--weight_decay",
+        0.1,
+        "--eval_every",
+        3,
+        "--log_every",
+        2,
+        "--save_every",
+        1,
+        "--seed",
+        7,
+        *extra,
+    ]
 
 
 EXPECTED = ("train/loss", "train/grad_norm", "val/rewards/margins", "train/learning_rate")
@@ -61,7 +94,10 @@ def same_run(out, straight):
     for tag in theirs:
         assert mine[tag] == theirs[tag], tag
     told = [json.loads((folder / "run.json").read_text()) for folder in (out, straight)]
-    assert told[0]["evaluations"] == told[1]["evaluations"] and told[0]["results"] == told[1]["results"]
+    assert (
+        told[0]["evaluations"] == told[1]["evaluations"]
+        and told[0]["results"] == told[1]["results"]
+    )
 
 
 def at_checkpoint(out, step):

@@ -15,7 +15,9 @@ def warm(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory):
-    """44 pairs: in steps of 8 the epoch's sixth is smaller, and eight steps reach into the second epoch."""
+    """44 pairs: in steps of 8 the epoch's sixth is smaller, and eight steps reach into the second
+    epoch.
+    """
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     lines = (ROOT / "train/data/builtin/train.jsonl").read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:44]))

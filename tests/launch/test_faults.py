@@ -16,7 +16,20 @@ from tests.launch.compare import at_checkpoint, flags, same_run, says, straight,
 def test_gradients_that_are_not_finite_end_the_run(warm, model_dir, few, tmp_path):
     """A learning rate that breaks the model: exit code 5, the rows, and the state of before."""
     out = tmp_path / "out"
-    line = flags(model_dir, few, out, 0, "--lr", "1e30", "--warmup_ratio", 0, "--max_skipped", 1, "--save_every", 0)
+    line = flags(
+        model_dir,
+        few,
+        out,
+        0,
+        "--lr",
+        "1e30",
+        "--warmup_ratio",
+        0,
+        "--max_skipped",
+        1,
+        "--save_every",
+        0,
+    )
     codes, text = warm.run(line, 2)
     assert codes == [5, 5], text[-3000:]
     assert "the gradient is not finite; skipped (1 in a row)" in text and "(2 in a row)" in text
@@ -54,7 +67,9 @@ def test_two_runs_in_one_folder(warm, model_dir, few, tmp_path):
         lock.write("process 7 on elsewhere")
         lock.flush()
         codes, text = warm.run(line, 2)
-    assert codes == [2, 2] and "is being written by another run (process 7 on elsewhere)" in text, text[-2000:]
+    assert codes == [2, 2] and "is being written by another run (process 7 on elsewhere)" in text, (
+        text[-2000:]
+    )
     assert "Traceback" not in text and not (tmp_path / "mine/run.json").exists()
     assert warm.run(line, 2)[0] == [0, 0]
 
@@ -75,18 +90,25 @@ def test_a_rank_that_hangs_is_noticed(warm, model_dir, few, tmp_path):
     """A stopped process keeps its connections open: only its silence tells."""
     out = tmp_path / "out"
     patch = {"train.engine.preempt.SILENT": 2.0, "train.engine.preempt.BEAT": 0.2}
-    job = warm.start(flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), 2, patch=patch)
+    job = warm.start(
+        flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), 2, patch=patch
+    )
     at_checkpoint(out, 2)
     os.kill(job.pids[1], signal.SIGSTOP)
     says(job, "has been silent", 60)
     os.kill(job.pids[1], signal.SIGKILL)
     codes, text = job.wait()
-    assert codes == [1, -signal.SIGKILL] and "error: rank 1 has been silent for 2 s: this rank ends" in text
+    assert (
+        codes == [1, -signal.SIGKILL]
+        and "error: rank 1 has been silent for 2 s: this rank ends" in text
+    )
 
 
 @pytest.mark.slow
 def test_a_machine_that_sleeps_is_not_silent(warm, model_dir, few, tmp_path):
-    """Both ranks stopped for longer than a rank may be silent, as a suspended job or machine is: they go on."""
+    """Both ranks stopped for longer than a rank may be silent, as a suspended job or machine is:
+    they go on.
+    """
     patch = {"train.engine.preempt.SILENT": 1.0, "train.engine.preempt.BEAT": 0.2}
     more = ["--max_steps", 40, "--epochs", 20, "--save_every", 0]
     job = warm.start(flags(model_dir, few, tmp_path / "out", 0, *more), 2, patch=patch)
@@ -102,13 +124,17 @@ def test_a_machine_that_sleeps_is_not_silent(warm, model_dir, few, tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(warm, model_dir, few, tmp_path):
-    """No file may outgrow the limit, which lies between a model and a checkpoint: saves fail, training does not."""
+    """No file may outgrow the limit, which lies between a model and a checkpoint: saves fail,
+    training does not.
+    """
     out = tmp_path / "out"
     straight(warm, model_dir, few, tmp_path / "straight", 0, 1)
     size = (tmp_path / "straight/model/model.safetensors").stat().st_size
     codes, text = warm.run(flags(model_dir, few, out), file_bytes=2 * size)
     assert codes == [0], text[-3000:]
-    assert "no checkpoint after step 1" in text and "File too large" in text and "GB were free" in text
+    assert (
+        "no checkpoint after step 1" in text and "File too large" in text and "GB were free" in text
+    )
     assert "there is none yet" in text and not any((out / "checkpoints").glob("step-*"))
     for name, value in weights(tmp_path / "straight").items():
         assert value.equal(weights(out)[name])
@@ -117,9 +143,15 @@ def test_a_disk_that_is_full(warm, model_dir, few, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_disk_that_fills_up(warm, model_dir, few, tmp_path):
-    """A real full disk: the checkpoint of before stays good, the message says what is missing, and it continues."""
+    """A real full disk: the checkpoint of before stays good, the message says what is missing, and
+    it continues.
+    """
     straight(warm, model_dir, few, tmp_path / "straight", 0, 1)
-    one = sum(path.stat().st_size for path in (tmp_path / "straight/checkpoints/step-8").rglob("*") if path.is_file())
+    one = sum(
+        path.stat().st_size
+        for path in (tmp_path / "straight/checkpoints/step-8").rglob("*")
+        if path.is_file()
+    )
     small = tmp_path / "small"
     small.mkdir()
     if os.system(f"mount -t tmpfs -o size={one * 3} tmpfs {small} 2>/dev/null"):
@@ -131,10 +163,14 @@ def test_a_disk_that_fills_up(warm, model_dir, few, tmp_path):
         job.kill()
         job.wait()
         latest = (out / "checkpoints/latest").read_text().strip()
-        for other in (out / "checkpoints").glob("step-*"):  # half a one, or an older one, whose room the next run takes
+        for other in (out / "checkpoints").glob(
+            "step-*"
+        ):  # half a one, or an older one, whose room the next run takes
             if other.name != latest:
                 shutil.rmtree(other)
-        with open(small / "other", "wb") as file:  # somebody else's data: room for less than one more checkpoint
+        with open(
+            small / "other", "wb"
+        ) as file:  # somebody else's data: room for less than one more checkpoint
             free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
             file.write(b"0" * (free - one // 2))
         done = warm.start(flags(model_dir, few, out, 0, "--keep", 1))
@@ -143,7 +179,9 @@ def test_a_disk_that_fills_up(warm, model_dir, few, tmp_path):
         done.wait()
         os.remove(small / "other")
         codes, text = warm.run(flags(model_dir, few, out, 0, "--keep", 1))
-        assert codes == [0] and "continues after step" in text and "damaged" not in text, text[-3000:]
+        assert codes == [0] and "continues after step" in text and "damaged" not in text, text[
+            -3000:
+        ]
         same_run(out, tmp_path / "straight")
     finally:
         os.system(f"umount -l {small}")

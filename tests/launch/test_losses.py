@@ -1,4 +1,6 @@
-"""Every loss through the user's script on two ranks: it learns a rule, its reference is where it was asked to be."""
+"""Every loss through the user's script on two ranks: it learns a rule, its reference is where it
+was asked to be.
+"""
 
 import json
 import random
@@ -27,16 +29,21 @@ from tests.launch.compare import (
 from train.engine import files
 from train.losses.preference import LOSSES
 
-WORDS = ("tree stone river cloud lamp paper glass bread train window garden letter music summer winter paint table "
-         "chair clock sugar water light house field ocean").split()  # fmt: skip
+WORDS = (
+    "tree stone river cloud lamp paper glass bread train window garden letter music summer winter paint table "
+    "chair clock sugar water light house field ocean"
+).split()
 random.Random(7).shuffle(WORDS)  # a split that the tiny model has no opinion on
 GOOD, BAD = WORDS[:12], WORDS[12:]
-# Step sizes and strengths at which each loss moves in two dozen steps; the defaults are for real models.
+# Step sizes and strengths at which each loss moves in two dozen steps; the defaults are for real
+# models.
 BETA = {"simpo": 2.0, "sigmoid_norm": 2.0, "ipo": 0.5}
 
 
 def made(path, count, seed, labelled=False):
-    """Pairs with a rule: words of one list are preferred to words of another. Prompts and lengths say nothing."""
+    """Pairs with a rule: words of one list are preferred to words of another. Prompts and lengths
+    say nothing.
+    """
     draw = random.Random(seed)
     with open(path, "w") as file:
         for number in range(count):
@@ -45,15 +52,45 @@ def made(path, count, seed, labelled=False):
             answers = [" ".join(draw.choices(words, k=size)) for words in (GOOD, BAD)]
             row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
             if labelled:
-                row = {"prompt": prompt, "completion": answers[number % 2], "label": number % 2 == 0}
+                row = {
+                    "prompt": prompt,
+                    "completion": answers[number % 2],
+                    "label": number % 2 == 0,
+                }
             file.write(json.dumps(row) + "\n")
     return path
 
 
 def line(model_dir, data, held_out, out, loss, *extra):
-    return ["--model", model_dir, "--data", data, "--eval_data", held_out, "--output", out, "--max_length", 128,
-            "--max_prompt_length", 64, "--loss", loss, "--beta", BETA.get(loss, 0.1), "--lr", "2e-3",
-            "--batch_size", 16, "--max_steps", 24, "--epochs", 8, "--micro_tokens", 600, *extra]  # fmt: skip
+    return [
+        "--model",
+        model_dir,
+        "--data",
+        data,
+        "--eval_data",
+        held_out,
+        "--output",
+        out,
+        "--max_length",
+        128,
+        "--max_prompt_length",
+        64,
+        "--loss",
+        loss,
+        "--beta",
+        BETA.get(loss, 0.1),
+        "--lr",
+        "2e-3",
+        "--batch_size",
+        16,
+        "--max_steps",
+        24,
+        "--epochs",
+        8,
+        "--micro_tokens",
+        600,
+        *extra,
+    ]
 
 
 def trained(warm, arguments, out):
@@ -67,10 +104,15 @@ def trained(warm, arguments, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_learns_the_rule(warm, model_dir, tmp_path, loss):
-    data, held_out = made(tmp_path / "train.jsonl", 192, 0), made(tmp_path / "held_out.jsonl", 96, 1)
+    data, held_out = (
+        made(tmp_path / "train.jsonl", 192, 0),
+        made(tmp_path / "held_out.jsonl", 96, 1),
+    )
     free = not LOSSES[loss].reference
     extra = ["--reference", "none"] if free else []
-    _, first, last = trained(warm, line(model_dir, data, held_out, tmp_path / "out", loss, *extra), tmp_path / "out")
+    _, first, last = trained(
+        warm, line(model_dir, data, held_out, tmp_path / "out", loss, *extra), tmp_path / "out"
+    )
     low, high = first["rewards/accuracies_interval"]
     assert low <= 0.5 <= high, first  # chance before
     if loss == "sft":
@@ -83,8 +125,13 @@ def test_each_loss_learns_the_rule(warm, model_dir, tmp_path, loss):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [name for name, row in LOSSES.items() if row.unpaired])
 def test_answers_with_labels(warm, model_dir, tmp_path, loss):
-    data, held_out = made(tmp_path / "a.jsonl", 256, 0, True), made(tmp_path / "b.jsonl", 96, 1, True)
-    _, first, last = trained(warm, line(model_dir, data, held_out, tmp_path / "out", loss), tmp_path / "out")
+    data, held_out = (
+        made(tmp_path / "a.jsonl", 256, 0, True),
+        made(tmp_path / "b.jsonl", 96, 1, True),
+    )
+    _, first, last = trained(
+        warm, line(model_dir, data, held_out, tmp_path / "out", loss), tmp_path / "out"
+    )
     assert first["rewards/accuracies"] == 0.5  # every reward is 0: ties
     assert last["rewards/accuracies_interval"][0] > 0.5 and last["rewards/margins"] > 0, last
 
@@ -92,21 +139,35 @@ def test_answers_with_labels(warm, model_dir, tmp_path, loss):
 def test_a_sum_without_a_reference_in_memory(warm, model_dir, tmp_path):
     """Two losses that need none, weighted, with WPO's weights; a loss that needs one is refused."""
     data, held_out = made(tmp_path / "train.jsonl", 64, 0), made(tmp_path / "held_out.jsonl", 32, 1)
-    arguments = line(model_dir, data, held_out, tmp_path / "out", "simpo:1.0,sft:0.2", "--reference", "none",
-                     "--loss_args", "{use_weighting: true, gamma: 0.3}")  # fmt: skip
+    arguments = line(
+        model_dir,
+        data,
+        held_out,
+        tmp_path / "out",
+        "simpo:1.0,sft:0.2",
+        "--reference",
+        "none",
+        "--loss_args",
+        "{use_weighting: true, gamma: 0.3}",
+    )
     run, first, last = trained(warm, arguments, tmp_path / "out")
     assert run["reference_deepspeed"] is None and last["rewards/margins"] > first["rewards/margins"]
     for extra, said in (
         (("sigmoid", "--reference", "none"), "--loss sigmoid needs a reference"),
         (("kto", "--reference", "cached"), "--reference live"),
-        (("sigmoid:0.5,nothing", "--reference", "live"), "loss 'nothing' is none of: sigmoid, robust"),
+        (
+            ("sigmoid:0.5,nothing", "--reference", "live"),
+            "loss 'nothing' is none of: sigmoid, robust",
+        ),
         (("simpo", "--reference", "none", "--reference_every", 2), "--reference live, not none"),
     ):
         codes, text = warm.run(line(model_dir, data, held_out, tmp_path / "refused", *extra), 1)
         assert codes == [2] and said in text and "Traceback" not in text, text[-2000:]
 
 
-def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(warm, model_dir, tmp_path, monkeypatch):
+def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(
+    warm, model_dir, tmp_path, monkeypatch
+):
     """Records made from the rows of twenty steps; then no digit of weights and moments differs."""
     from train.data import order, tokens
     from train.data.packing import pack
@@ -126,7 +187,9 @@ def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(warm, model
     ]  # in the first epoch of 24 steps
     assert warm.run(flags(model_dir, pairs, tmp_path / "live", 0, *ends))[0] == [0]
     monkeypatch.setenv("ZEROPREF_CACHE", str(warm.cache))
-    data = tokens.prepare([str(pairs)], run.load_tokenizer(str(model_dir)), max_length=512, max_prompt_length=256)
+    data = tokens.prepare(
+        [str(pairs)], run.load_tokenizer(str(model_dir)), max_length=512, max_prompt_length=256
+    )
     live = reference.Live(backbone.Backbone(backbone.load(str(model_dir))), {})
     made = {}
     for step in order.steps(data.lengths.sum(1), 8, 512, seed=7, total=20):
@@ -135,12 +198,19 @@ def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(warm, model
             values = live(row).split(row.lengths.tolist())
             made |= {name: part.numpy() for name, part in zip(row.digests, values, strict=True)}
     shelf.write(shelf.folder(reference._identity(live)), made)
-    codes, text = warm.run(flags(model_dir, pairs, tmp_path / "cached", 0, *ends, "--reference", "cached"))
-    assert codes == [0] and "32 groups of them made now" in text, text[-3000:]  # for evaluation: 160 are there
+    codes, text = warm.run(
+        flags(model_dir, pairs, tmp_path / "cached", 0, *ends, "--reference", "cached")
+    )
+    assert codes == [0] and "32 groups of them made now" in text, text[
+        -3000:
+    ]  # for evaluation: 160 are there
     one, other = moments(tmp_path / "live", 20), moments(tmp_path / "cached", 20)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     found, expected = scalars(tmp_path / "cached", ()), scalars(tmp_path / "live", ())
-    assert found["train/loss"] == expected["train/loss"] and found["train/grad_norm"] == expected["train/grad_norm"]
+    assert (
+        found["train/loss"] == expected["train/loss"]
+        and found["train/grad_norm"] == expected["train/grad_norm"]
+    )
 
 
 @pytest.mark.slow
@@ -158,7 +228,8 @@ def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
     kept = moments(tmp_path / "straight")
     moved = [name for name in kept if name.startswith("reference/")]
     assert moved and any(
-        not torch.equal(kept[name], kept[f"{name.removeprefix('reference/')}/weight"]) for name in moved
+        not torch.equal(kept[name], kept[f"{name.removeprefix('reference/')}/weight"])
+        for name in moved
     )
     straight(warm, model_dir, few, tmp_path / "still", 2, 2)
     assert scalars(tmp_path / "still")["train/loss"] != scalars(tmp_path / "straight")["train/loss"]
@@ -167,15 +238,21 @@ def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
-    """The base model is the reference: the first margin is exactly 0. Merged weights give what adapters gave."""
+    """The base model is the reference: the first margin is exactly 0. Merged weights give what
+    adapters gave.
+    """
     pytest.importorskip("peft")
     out = tmp_path / "out"
     extra = ["--lora_rank", 4, "--lr", "1e-2", "--warmup_ratio", 0]
     codes, text = warm.run(flags(model_dir, few, out, stage, *extra), ranks)
     assert codes == [0] * ranks, text[-3000:]
     run, found = json.loads((out / "run.json").read_text()), scalars(out, ())
-    assert found["val/rewards/margins"][0] == (0, 0.0) and found["val/rewards/margins"][-1][1] > 0.01
-    assert run["export_gap_nats_per_token"] < 1e-4  # the merged model, loaded again, against the one with adapters
+    assert (
+        found["val/rewards/margins"][0] == (0, 0.0) and found["val/rewards/margins"][-1][1] > 0.01
+    )
+    assert (
+        run["export_gap_nats_per_token"] < 1e-4
+    )  # the merged model, loaded again, against the one with adapters
     kept = moments(out)
     assert kept and all(".lora_" in name for name in kept)
     _check_adapters(model_dir, out)
@@ -185,7 +262,10 @@ def test_lora(warm, model_dir, few, tmp_path, stage, ranks):
         job.kill()
         job.wait()
         assert warm.run(flags(model_dir, few, tmp_path / "killed", stage, *extra), ranks)[0] == [0]
-        assert all(torch.equal(weights(out)[name], value) for name, value in weights(tmp_path / "killed").items())
+        assert all(
+            torch.equal(weights(out)[name], value)
+            for name, value in weights(tmp_path / "killed").items()
+        )
         _check_exported(model_dir, out, tmp_path)
 
 
@@ -197,14 +277,18 @@ def _check_adapters(model_dir, out):
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     with_adapters = peft.PeftModel.from_pretrained(base, out / "model/adapter").merge_and_unload()
     plain = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    for (name, p), (_, q) in zip(with_adapters.named_parameters(), plain.named_parameters(), strict=True):
+    for (name, p), (_, q) in zip(
+        with_adapters.named_parameters(), plain.named_parameters(), strict=True
+    ):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
     with safe_open(out / "model/model.safetensors", "pt") as file:
         assert not any("lora" in name or "base_layer" in name for name in file.keys())  # noqa: SIM118
 
 
 def _check_exported(model_dir, out, folder):
-    """launch/export.py merges a checkpoint's adapters into the base; one of another size, or none, is refused."""
+    """launch/export.py merges a checkpoint's adapters into the base; one of another size, or none,
+    is refused.
+    """
     import peft
     import transformers
 
@@ -213,25 +297,43 @@ def _check_exported(model_dir, out, folder):
     export = lambda *args: subprocess.run([*command, *args], **quiet)
     done = export(folder / "again")
     assert done.returncode == 0, done.stderr[-2000:]
-    for made, again in ((out / "model", folder / "again"), (out / "model/adapter", folder / "again/adapter")):
+    for made, again in (
+        (out / "model", folder / "again"),
+        (out / "model/adapter", folder / "again/adapter"),
+    ):
         of = lambda path: safetensors.torch.load_file(next(path.glob("*.safetensors")))
         same_bits(of(again), of(made))
     assert export(folder / "bf16", "--export_dtype", "bf16", "--model", model_dir).returncode == 0
     whole = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.bfloat16)
-    same_bits(transformers.AutoModelForCausalLM.from_pretrained(folder / "bf16").state_dict(), whole.state_dict())
+    same_bits(
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "bf16").state_dict(),
+        whole.state_dict(),
+    )
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
-    assert peft.PeftModel.from_pretrained(base, folder / "bf16/adapter").active_adapters == ["default"]
+    assert peft.PeftModel.from_pretrained(base, folder / "bf16/adapter").active_adapters == [
+        "default"
+    ]
     tiny.make_model("llama", intermediate_size=104).save_pretrained(folder / "wider")
     tiny.make_model("llama", seed=1).save_pretrained(folder / "same shapes")
-    for model, word in (("wider", "is not the base"), ("same shapes", "is not the base"), ("nowhere", "cannot load")):
+    for model, word in (
+        ("wider", "is not the base"),
+        ("same shapes", "is not the base"),
+        ("nowhere", "cannot load"),
+    ):
         model = folder / model
         done = export(folder / "other", "--model", model)
-        assert done.returncode == 2 and word in done.stderr and "--model names" in done.stderr, done.stderr[-2000:]
+        assert done.returncode == 2 and word in done.stderr and "--model names" in done.stderr, (
+            done.stderr[-2000:]
+        )
         assert "Traceback" not in done.stderr and not (folder / "other").exists()
     # what a stranger's checkpoint says of its run lets nobody's code run here
     path, marker = out / f"checkpoints/step-{STEPS}/manifest.json", folder / "ran"
     told = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
-    told["flags"] |= {"trust_remote_code": True, "allow_pickle": True, "model": str(folder / "theirs")}
+    told["flags"] |= {
+        "trust_remote_code": True,
+        "allow_pickle": True,
+        "model": str(folder / "theirs"),
+    }
     path.write_text(json.dumps(told | {"sha256": files._digest(told)}))
     shutil.copytree(model_dir, folder / "theirs")
     (folder / "theirs/theirs.py").write_text(f"open({str(marker)!r}, 'w')\n")
@@ -239,20 +341,40 @@ def _check_exported(model_dir, out, folder):
     config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
     (folder / "theirs/config.json").write_text(json.dumps(config))
     done = export(folder / "other")
-    assert done.returncode == 2 and "trust_remote_code" in done.stderr and not marker.exists(), done.stderr[-2000:]
-    assert export(folder / "other", "--trust_remote_code").returncode and marker.exists()  # it would have run
+    assert done.returncode == 2 and "trust_remote_code" in done.stderr and not marker.exists(), (
+        done.stderr[-2000:]
+    )
+    assert (
+        export(folder / "other", "--trust_remote_code").returncode and marker.exists()
+    )  # it would have run
 
 
 @pytest.mark.slow
 def test_buffers_reach_an_export(warm, few, tmp_path):
-    """A mixture of experts whose router has a bias that is a buffer: in the run's model and in its checkpoint's export."""
+    """A mixture of experts whose router has a bias that is a buffer: in the run's model and in its
+    checkpoint's export.
+    """
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Glm4MoeConfig(vocab_size=tiny.VOCAB, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
-                           num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                           n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1,
-                           max_position_embeddings=512, eos_token_id=2, pad_token_id=2, bos_token_id=1)  # fmt: skip
+    config = Glm4MoeConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        max_position_embeddings=512,
+        eos_token_id=2,
+        pad_token_id=2,
+        bos_token_id=1,
+    )
     lm, name = Glm4MoeForCausalLM(config), "model.layers.1.mlp.gate.e_score_correction_bias"
     bias = dict(lm.named_buffers())[name].uniform_().clone()
     lm.save_pretrained(tmp_path / "moe")
@@ -273,14 +395,34 @@ def test_buffers_reach_an_export(warm, few, tmp_path):
 
 @pytest.mark.slow
 def test_lora_where_it_could_go_wrong_late(warm, model_dir, few, tmp_path):
-    """Layers that cannot have adapters are refused first; an fp32 export of bf16 weights is measured as bf16."""
+    """Layers that cannot have adapters are refused first; an fp32 export of bf16 weights is
+    measured as bf16.
+    """
     pytest.importorskip("peft")
     for number, targets in enumerate((["embed_tokens"], ["q_proj", "lm_head"], ["nothing"])):
-        line = flags(model_dir, few, tmp_path / str(number), 0, "--lora_rank", 2, "--lora_targets", *targets)
+        line = flags(
+            model_dir, few, tmp_path / str(number), 0, "--lora_rank", 2, "--lora_targets", *targets
+        )
         codes, text = warm.run(line)
-        assert codes == [2] and "adapters go beside linear layers" in text and "Traceback" not in text, text[-2000:]
-    line = flags(model_dir, few, tmp_path / "out", 2, "--lora_rank", 4, "--lora_targets", "q_proj", "--precision",
-                 "bf16", "--export_dtype", "fp32", "--max_steps", 2)  # fmt: skip
+        assert (
+            codes == [2] and "adapters go beside linear layers" in text and "Traceback" not in text
+        ), text[-2000:]
+    line = flags(
+        model_dir,
+        few,
+        tmp_path / "out",
+        2,
+        "--lora_rank",
+        4,
+        "--lora_targets",
+        "q_proj",
+        "--precision",
+        "bf16",
+        "--export_dtype",
+        "fp32",
+        "--max_steps",
+        2,
+    )
     codes, text = warm.run(line)
     assert codes == [0], text[-2000:]
 
@@ -288,11 +430,33 @@ def test_lora_where_it_could_go_wrong_late(warm, model_dir, few, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["aot", "kto", "bco_pair", "aot_unpaired"])
 def test_coupled_losses_do_not_see_rows_ranks_or_stages(warm, model_dir, few, tmp_path, loss):
-    """AdamW's first moments after the first step are a tenth of its gradient: the same however the step was cut up."""
-    ends = ["--loss", loss, "--max_steps", 3, "--eval_every", 0, "--log_every", 1, "--keep", 3, "--warmup_ratio", 0,
-            "--grad_clip", 0]  # fmt: skip
-    ways = {"whole": (0, 1, 4000), "small rows": (0, 1, 1), "two ranks": (0, 2, 300), "ZeRO 1": (1, 2, 512),
-            "ZeRO 2": (2, 2, 300), "ZeRO 3": (3, 2, 200)}  # fmt: skip
+    """AdamW's first moments after the first step are a tenth of its gradient: the same however the
+    step was cut up.
+    """
+    ends = [
+        "--loss",
+        loss,
+        "--max_steps",
+        3,
+        "--eval_every",
+        0,
+        "--log_every",
+        1,
+        "--keep",
+        3,
+        "--warmup_ratio",
+        0,
+        "--grad_clip",
+        0,
+    ]
+    ways = {
+        "whole": (0, 1, 4000),
+        "small rows": (0, 1, 1),
+        "two ranks": (0, 2, 300),
+        "ZeRO 1": (1, 2, 512),
+        "ZeRO 2": (2, 2, 300),
+        "ZeRO 3": (3, 2, 200),
+    }
     for name, (stage, ranks, budget) in ways.items():
         line = flags(model_dir, few, tmp_path / name, stage, *ends, "--micro_tokens", budget)
         codes, text = warm.run(line, ranks)
@@ -305,5 +469,10 @@ def test_coupled_losses_do_not_see_rows_ranks_or_stages(warm, model_dir, few, tm
         for key, value in expected.items():
             if key.endswith("exp_avg"):
                 assert (found[key] - value).abs().max() <= 2e-5 * scale, (name, key)
-        for (step, mine), (_, theirs) in zip(scalars(tmp_path / name, ())["train/loss"], losses, strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-4 if step > 1 else 1e-5, abs=1e-6), (name, step)
+        for (step, mine), (_, theirs) in zip(
+            scalars(tmp_path / name, ())["train/loss"], losses, strict=True
+        ):
+            assert mine == pytest.approx(theirs, rel=1e-4 if step > 1 else 1e-5, abs=1e-6), (
+                name,
+                step,
+            )

@@ -1,4 +1,6 @@
-"""Two hosts on one machine: network namespaces that see each other over a virtual cable and nothing else."""
+"""Two hosts on one machine: network namespaces that see each other over a virtual cable and nothing
+else.
+"""
 
 import json
 import os
@@ -13,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS = {"zeropref-a": "10.213.77.1", "zeropref-b": "10.213.77.2"}
 CABLE = "zp0"  # the cable's end, in either
-# Stands in for a remote shell between the two: pdsh and DeepSpeed call it as they call the real one.
+# Stands in for a remote shell between the two: pdsh and DeepSpeed call it as they call the real
+# one.
 SSH = """#!/bin/sh
 while :; do
     case "$1" in
@@ -35,7 +38,11 @@ def ip(*words, check=True):
 @pytest.fixture
 def hosts():
     """The names of two namespaces whose ends of one cable have the addresses in HOSTS."""
-    if not shutil.which("ip") or os.getuid() != 0 or ip("netns", "add", "zeropref-probe", check=False).returncode:
+    if (
+        not shutil.which("ip")
+        or os.getuid() != 0
+        or ip("netns", "add", "zeropref-probe", check=False).returncode
+    ):
         pytest.skip("network namespaces need iproute2 and the right to make them")
     ip("netns", "del", "zeropref-probe")
     a, b = HOSTS
@@ -81,14 +88,37 @@ def launchers(way, hosts, folder) -> dict[Path, list]:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["deepspeed", "torchrun", "ssh"])
 def test_two_hosts_train_over_tcp(hosts, way, model_dir, tmp_path):
-    """One launcher a node, each in a working folder of its own, or one command for both; OUTPUT is shared."""
+    """One launcher a node, each in a working folder of its own, or one command for both; OUTPUT is
+    shared.
+    """
     if way == "ssh" and not shutil.which("pdsh"):
         pytest.skip("deepspeed reaches other hosts with pdsh, which is not installed")
     out, steps, processes = tmp_path / "shared/run", 4, []
-    flags = ["--model", model_dir, "--output", out, "--max_length", 512, "--max_steps", steps, "--batch_size", 8,
-             "--micro_tokens", 512, "--lr", "1e-3", "--ds_config", ROOT / "ds_configs/zero2.json"]  # fmt: skip
-    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-           "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": CABLE}  # fmt: skip
+    flags = [
+        "--model",
+        model_dir,
+        "--output",
+        out,
+        "--max_length",
+        512,
+        "--max_steps",
+        steps,
+        "--batch_size",
+        8,
+        "--micro_tokens",
+        512,
+        "--lr",
+        "1e-3",
+        "--ds_config",
+        ROOT / "ds_configs/zero2.json",
+    ]
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": CABLE,
+    }
     for folder, command in launchers(way, hosts, tmp_path).items():
         folder.mkdir()
         env["ZEROPREF_CACHE"] = str(folder / "cache")
@@ -105,6 +135,8 @@ def test_two_hosts_train_over_tcp(hosts, way, model_dir, tmp_path):
     run = json.loads((out / "run.json").read_text())
     assert run["status"] == "finished" and run["hardware"]["world"] == 2
     assert {path.name for path in (out / "logs").iterdir()} >= {"rank-0.log", "rank-1.log"}
-    weights = sum(path.stat().st_size for path in (out / "model").glob("*.safetensors"))  # fp32, as gradients are
+    weights = sum(
+        path.stat().st_size for path in (out / "model").glob("*.safetensors")
+    )  # fp32, as gradients are
     assert all(received(host) > steps * weights / 2 for host in hosts)
     assert list(tmp_path.rglob("run.json")) == [out / "run.json"]

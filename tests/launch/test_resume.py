@@ -1,4 +1,6 @@
-"""A run that is killed, told to stop, or moved to other ranks and ZeRO stages, against the run that was left alone."""
+"""A run that is killed, told to stop, or moved to other ranks and ZeRO stages, against the run that
+was left alone.
+"""
 
 import json
 import os
@@ -31,7 +33,9 @@ from tests.launch.compare import (
 def inside_a_save(out, seconds=15):
     """Come back while a checkpoint is being written."""
     end = time.monotonic() + seconds
-    while not any(name.endswith(".tmp") for name in os.listdir(out / "checkpoints")):  # it is there for milliseconds
+    while not any(
+        name.endswith(".tmp") for name in os.listdir(out / "checkpoints")
+    ):  # it is there for milliseconds
         assert time.monotonic() < end, "no checkpoint was being written"
 
 
@@ -60,9 +64,13 @@ def killed_and_continued(warm, model_dir, few, out, stage, ranks, kills, seed, *
 
 
 @pytest.mark.parametrize("stage, ranks", [(0, 1), (2, 2)])
-def test_killed_once_and_continued_is_bit_for_bit_the_same(warm, model_dir, few, tmp_path, stage, ranks):
+def test_killed_once_and_continued_is_bit_for_bit_the_same(
+    warm, model_dir, few, tmp_path, stage, ranks
+):
     straight(warm, model_dir, few, tmp_path / "straight", stage, ranks)
-    _, text = killed_and_continued(warm, model_dir, few, tmp_path / "killed", stage, ranks, 1, seed=stage)
+    _, text = killed_and_continued(
+        warm, model_dir, few, tmp_path / "killed", stage, ranks, 1, seed=stage
+    )
     assert "continues after step" in text
     same_run(tmp_path / "killed", tmp_path / "straight")
     codes, text = warm.run(flags(model_dir, few, tmp_path / "killed", stage), ranks)
@@ -75,7 +83,9 @@ def test_in_bf16_too(warm, model_dir, few, tmp_path, stage):
     """Under autocast, and with bf16 weights beside fp32 masters, which are what a checkpoint holds."""
     bf16 = ["--precision", "bf16"]
     straight(warm, model_dir, few, tmp_path / "straight", stage, 1, *bf16)
-    _, text = killed_and_continued(warm, model_dir, few, tmp_path / "killed", stage, 1, 1, stage, *bf16)
+    _, text = killed_and_continued(
+        warm, model_dir, few, tmp_path / "killed", stage, 1, 1, stage, *bf16
+    )
     assert "continues after step" in text
     same_run(tmp_path / "killed", tmp_path / "straight")
 
@@ -85,15 +95,23 @@ def test_in_bf16_too(warm, model_dir, few, tmp_path, stage):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_killed_five_times(warm, model_dir, few, tmp_path, stage, ranks, capsys):
     straight(warm, model_dir, few, tmp_path / "straight", stage, ranks)
-    met, _ = killed_and_continued(warm, model_dir, few, tmp_path / "killed", stage, ranks, 5, seed=10 * stage + ranks)
+    met, _ = killed_and_continued(
+        warm, model_dir, few, tmp_path / "killed", stage, ranks, 5, seed=10 * stage + ranks
+    )
     same_run(tmp_path / "killed", tmp_path / "straight")
     with capsys.disabled():
-        print(f"\nZeRO {stage}, {ranks} ranks: killed when these checkpoints stood: {', '.join(met)}")
+        print(
+            f"\nZeRO {stage}, {ranks} ranks: killed when these checkpoints stood: {', '.join(met)}"
+        )
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1]
+)
 def test_told_to_stop(warm, model_dir, few, tmp_path, number):
-    """One of two ranks is told; both stop with 85, and the same command continues without a trace of it."""
+    """One of two ranks is told; both stop with 85, and the same command continues without a trace
+    of it.
+    """
     straight(warm, model_dir, few, tmp_path / "straight", 0, 2)
     out = tmp_path / "told"
     # no periodic saves: what there is was saved on being told
@@ -106,7 +124,11 @@ def test_told_to_stop(warm, model_dir, few, tmp_path, number):
     assert codes == [85, 85], text[-3000:]
     assert (out / "status").read_text() == "preempted\n" and "told to stop" in text
     assert json.loads((out / "run.json").read_text())["status"] == "running"
-    saved = [path.name for path in (out / "checkpoints").glob("step-*")] if (out / "checkpoints").exists() else []
+    saved = (
+        [path.name for path in (out / "checkpoints").glob("step-*")]
+        if (out / "checkpoints").exists()
+        else []
+    )
     assert len(saved) == ("no step was done" not in text)
     codes, text = warm.run(flags(model_dir, few, out), 2)
     assert codes == [0, 0], text[-3000:]
@@ -116,13 +138,20 @@ def test_told_to_stop(warm, model_dir, few, tmp_path, number):
 
 @pytest.mark.slow
 def test_stopped_inside_evaluations(warm, model_dir, few, tmp_path):
-    """Told to stop and killed where evaluations take most of the time: nothing is told twice, nothing is missing."""
+    """Told to stop and killed where evaluations take most of the time: nothing is told twice,
+    nothing is missing.
+    """
     many = tmp_path / "held_out.jsonl"
     many.write_text(few.read_text() * 6)
     extra = ["--eval_every", 1, "--eval_data", many, "--save_every", 2]
     straight(warm, model_dir, few, tmp_path / "straight", 0, 2, *extra)
     out, draw = tmp_path / "stopped", random.Random(0)
-    for number, step in ((signal.SIGUSR1, 1), (signal.SIGKILL, 3), (signal.SIGTERM, 4), (signal.SIGKILL, 6)):
+    for number, step in (
+        (signal.SIGUSR1, 1),
+        (signal.SIGKILL, 3),
+        (signal.SIGTERM, 4),
+        (signal.SIGKILL, 6),
+    ):
         job = warm.start(flags(model_dir, few, out, 0, *extra), 2)
         says(job, f"evaluate at step [{step}-7]: ")
         time.sleep(draw.uniform(0, 0.1))
@@ -135,7 +164,9 @@ def test_stopped_inside_evaluations(warm, model_dir, few, tmp_path):
 
 
 def moved(warm, model_dir, few, out, legs):
-    """Run in legs of (stage, ranks), each killed once the checkpoint at its end stands; the last runs to the end."""
+    """Run in legs of (stage, ranks), each killed once the checkpoint at its end stands; the last
+    runs to the end.
+    """
     for number, (stage, ranks) in enumerate(legs, 1):
         job = warm.start(flags(model_dir, few, out, stage), ranks)
         if number < len(legs):
@@ -148,18 +179,30 @@ def moved(warm, model_dir, few, out, legs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("legs", [[(0, 2), (0, 1), (0, 2)], [(2, 2), (2, 1), (2, 2)], [(3, 2), (3, 1), (3, 2)],
-                                  [(0, 1), (2, 2), (3, 2), (0, 1)], [(1, 2), (3, 1), (1, 1)],
-                                  [("3_offload", 2), (2, 1), ("3_offload", 1)]])  # fmt: skip
+@pytest.mark.parametrize(
+    "legs",
+    [
+        [(0, 2), (0, 1), (0, 2)],
+        [(2, 2), (2, 1), (2, 2)],
+        [(3, 2), (3, 1), (3, 2)],
+        [(0, 1), (2, 2), (3, 2), (0, 1)],
+        [(1, 2), (3, 1), (1, 1)],
+        [("3_offload", 2), (2, 1), ("3_offload", 1)],
+    ],
+)
 def test_other_ranks_and_stages(warm, model_dir, few, tmp_path, legs):
     straight(warm, model_dir, few, tmp_path / "straight", 0, 1)
     moved(warm, model_dir, few, tmp_path / "moved", legs)
     expected, found = scalars(tmp_path / "straight"), scalars(tmp_path / "moved")
     for tag in ("train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "val/loss"):
         assert [step for step, _ in found[tag]] == [step for step, _ in expected[tag]], tag
-        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in expected[tag]], rel=2e-4), tag
+        assert [value for _, value in found[tag]] == pytest.approx(
+            [value for _, value in expected[tag]], rel=2e-4
+        ), tag
     told = json.loads((tmp_path / f"moved/checkpoints/step-{STEPS}/manifest.json").read_text())
-    assert told["consumed_groups"] == 44 + 2 * 8  # the first epoch's six steps, and two of the second
+    assert (
+        told["consumed_groups"] == 44 + 2 * 8
+    )  # the first epoch's six steps, and two of the second
     one, other = moments(tmp_path / "straight"), moments(tmp_path / "moved")
     assert one.keys() == other.keys()
     for name in one:
@@ -169,12 +212,17 @@ def test_other_ranks_and_stages(warm, model_dir, few, tmp_path, legs):
 
 @pytest.mark.slow
 def test_damaged_checkpoints_and_export(warm, model_dir, few, tmp_path):
-    """The newest one that is sound is used and the others named; none sound, or another run's: exit code 3."""
+    """The newest one that is sound is used and the others named; none sound, or another run's: exit
+    code 3.
+    """
     out = tmp_path / "out"
     codes, text = warm.run(flags(model_dir, few, out, 0, "--keep", 3))
     assert codes == [0], text[-3000:]
     kept = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
-    assert kept == ["step-6", "step-7", "step-8"] and (out / "checkpoints/latest").read_text() == "step-8\n"
+    assert (
+        kept == ["step-6", "step-7", "step-8"]
+        and (out / "checkpoints/latest").read_text() == "step-8\n"
+    )
     exported(out, tmp_path / "exported")
     complete = {path.name: path.read_bytes() for path in out.glob("*") if path.is_file()}
     unfinished = json.loads(complete["run.json"]) | {"status": "running"}
@@ -196,7 +244,10 @@ def test_damaged_checkpoints_and_export(warm, model_dir, few, tmp_path):
         (path / "manifest.json").write_text("{")
     codes, text = warm.run(flags(model_dir, few, out))
     assert (
-        codes == [3] and "error: no sound checkpoint" in text and "--resume never" in text and "Traceback" not in text
+        codes == [3]
+        and "error: no sound checkpoint" in text
+        and "--resume never" in text
+        and "Traceback" not in text
     )
     codes, text = warm.run(flags(model_dir, few, out, 0, "--resume", tmp_path / "nowhere"))
     assert codes == [3] and "nowhere has no manifest.json" in text
@@ -206,35 +257,56 @@ def test_damaged_checkpoints_and_export(warm, model_dir, few, tmp_path):
     assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-8"]
     told = json.loads((out / "run.json").read_text()) | {"status": "running"}
     (out / "run.json").write_text(json.dumps(told))
-    requeued = {"train.engine.checkpoint.RESTARTS": 1}  # the job that was told never to resume, requeued by SLURM
-    codes, text = warm.run(flags(model_dir, few, out, 0, "--resume", "never", "--keep", 1), patch=requeued)
+    requeued = {
+        "train.engine.checkpoint.RESTARTS": 1
+    }  # the job that was told never to resume, requeued by SLURM
+    codes, text = warm.run(
+        flags(model_dir, few, out, 0, "--resume", "never", "--keep", 1), patch=requeued
+    )
     assert codes == [0] and "continues after step 8" in text
 
 
 def exported(out, folder):
-    """launch/export.py makes of a checkpoint what the run made of its weights; a damaged one is refused."""
+    """launch/export.py makes of a checkpoint what the run made of its weights; a damaged one is
+    refused.
+    """
     run = lambda *args: subprocess.run(
-        [sys.executable, "launch/export.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "launch/export.py", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     done = run(out / "checkpoints/step-8", folder)
     assert done.returncode == 0, done.stderr[-2000:]
     with safe_open(folder / "model.safetensors", "pt") as file:
         same_bits({name: file.get_tensor(name) for name in file.keys()}, weights(out))  # noqa: SIM118
-    for made in sorted((out / "model").glob("*.json")):  # configuration, tokenizer, settings for generation
-        assert json.loads((folder / made.name).read_text()) == json.loads(made.read_text()), made.name
-    assert {p.name for p in folder.iterdir()} >= {p.name for p in (out / "model").iterdir()} - {"README.md"}
+    for made in sorted(
+        (out / "model").glob("*.json")
+    ):  # configuration, tokenizer, settings for generation
+        assert json.loads((folder / made.name).read_text()) == json.loads(made.read_text()), (
+            made.name
+        )
+    assert {p.name for p in folder.iterdir()} >= {p.name for p in (out / "model").iterdir()} - {
+        "README.md"
+    }
     done = run(out / "checkpoints/step-8", folder)
     assert done.returncode == 2 and "not empty" in done.stderr
     broken = folder.with_name("broken")
     shutil.copytree(out / "checkpoints/step-7", broken)
     (broken / "model/config.json").write_text("{}")
     done = run(broken, folder.with_name("other"))
-    assert done.returncode == 3 and "config.json has 2 bytes" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 3
+        and "config.json has 2 bytes" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.slow
 def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
-    """A checkpoint named by its path continues in another folder; not over other data, not with another model."""
+    """A checkpoint named by its path continues in another folder; not over other data, not with
+    another model.
+    """
     codes, text = warm.run(flags(model_dir, few, tmp_path / "one"))
     assert codes == [0], text[-3000:]
     path = tmp_path / "one/checkpoints/step-7"
@@ -248,10 +320,15 @@ def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(few.read_text().splitlines(keepends=True)[:-1]))
     codes, text = warm.run(flags(model_dir, fewer, tmp_path / "three", 0, "--resume", path))
-    assert codes == [3] and "another order of the data (data was" in text and "Traceback" not in text
+    assert (
+        codes == [3] and "another order of the data (data was" in text and "Traceback" not in text
+    )
     other = tmp_path / "qwen"
     shutil.copytree(model_dir, other)
-    for name, change in (("deeper", {"num_hidden_layers": 3}), ("wider", {"intermediate_size": 104})):
+    for name, change in (
+        ("deeper", {"num_hidden_layers": 3}),
+        ("wider", {"intermediate_size": 104}),
+    ):
         tiny.make_model("llama", **change).save_pretrained(other)
         codes, text = warm.run(flags(other, few, tmp_path / name, 0, "--resume", path))
         assert codes == [3] and "another model's" in text and "Traceback" not in text, text[-2000:]
@@ -259,7 +336,9 @@ def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
 
 @pytest.mark.slow
 def test_going_back_and_on(warm, model_dir, few, tmp_path):
-    """--resume PATH of one's own: what came after is gone, and once told to stop the same command gets on."""
+    """--resume PATH of one's own: what came after is gone, and once told to stop the same command
+    gets on.
+    """
     out = tmp_path / "out"
     line = flags(model_dir, few, out, 0, "--keep", 9)
     assert warm.run(line)[0] == [0]
@@ -271,23 +350,44 @@ def test_going_back_and_on(warm, model_dir, few, tmp_path):
     at_checkpoint(out, 5)
     job.kill(signal.SIGTERM)
     codes, text = job.wait()
-    assert codes == [85] and "continues after step 4" in text and "the same command continues" in text, text[-2000:]
-    told = json.loads(next(iter((out / "checkpoints").glob("step-[5678]/manifest.json"))).read_text())
-    assert told["row_tokens"] == 256  # asked for, so it goes before what the checkpoint was made with
+    assert (
+        codes == [85] and "continues after step 4" in text and "the same command continues" in text
+    ), text[-2000:]
+    told = json.loads(
+        next(iter((out / "checkpoints").glob("step-[5678]/manifest.json"))).read_text()
+    )
+    assert (
+        told["row_tokens"] == 256
+    )  # asked for, so it goes before what the checkpoint was made with
     codes, text = warm.run(back)
-    assert codes == [0] and "continues after step 4" not in text and "continues after step" in text, text[-2000:]
-    fewer = flags(model_dir, few, tmp_path / "fewer", 0, "--max_steps", 4, "--resume", out / "checkpoints/step-8")
+    assert (
+        codes == [0] and "continues after step 4" not in text and "continues after step" in text
+    ), text[-2000:]
+    fewer = flags(
+        model_dir,
+        few,
+        tmp_path / "fewer",
+        0,
+        "--max_steps",
+        4,
+        "--resume",
+        out / "checkpoints/step-8",
+    )
     codes, text = warm.run(fewer)
     assert codes == [3] and "further than this run goes: 4 steps" in text
     manifest = out / "checkpoints/step-8/manifest.json"
     manifest.write_text(manifest.read_text().replace('"step": 8', '"step": 6'))
-    codes, text = warm.run(flags(model_dir, few, tmp_path / "edited", 0, "--resume", out / "checkpoints/step-8"))
+    codes, text = warm.run(
+        flags(model_dir, few, tmp_path / "edited", 0, "--resume", out / "checkpoints/step-8")
+    )
     assert codes == [3] and "manifest.json is not what was written" in text
 
 
 @pytest.mark.slow
 def test_repeated_held_out_pairs_under_a_sharded_reference(warm, model_dir, few, tmp_path):
-    """Rows of the same pairs on one rank only: every rank asks its part of the reference for every row."""
+    """Rows of the same pairs on one rank only: every rank asks its part of the reference for every
+    row.
+    """
     first, second = few.read_text().splitlines(keepends=True)[:2]
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(second + 3 * first)
@@ -297,7 +397,21 @@ def test_repeated_held_out_pairs_under_a_sharded_reference(warm, model_dir, few,
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         configs.append(tmp_path / f"{name}.json")
         configs[-1].write_text(json.dumps(config))
-    line = flags(model_dir, few, tmp_path / "out", 3, "--eval_data", held_out, "--ds_config", configs[0],
-                 "--reference_ds_config", configs[1], "--micro_tokens", 64, "--max_steps", 2)  # fmt: skip
+    line = flags(
+        model_dir,
+        few,
+        tmp_path / "out",
+        3,
+        "--eval_data",
+        held_out,
+        "--ds_config",
+        configs[0],
+        "--reference_ds_config",
+        configs[1],
+        "--micro_tokens",
+        64,
+        "--max_steps",
+        2,
+    )
     codes, text = warm.start(line, 2).wait(120)
     assert codes == [0, 0], text[-2000:]

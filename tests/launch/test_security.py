@@ -54,11 +54,15 @@ def pickled(model_dir, folder, content=None):
 
 def test_pickled_weights_need_a_flag(model_dir, tmp_path):
     folder = pickled(model_dir, tmp_path / "bin")
-    with pytest.raises(ValueError, match=f"from {folder}: .*a pickle, pytorch_model.bin: .*--allow_pickle"):
+    with pytest.raises(
+        ValueError, match=f"from {folder}: .*a pickle, pytorch_model.bin: .*--allow_pickle"
+    ):
         load(folder)
     allowed = load(folder, allow_pickle=True).state_dict()
     expected = load(model_dir).state_dict()
-    assert allowed.keys() == expected.keys() and all(torch.equal(allowed[name], expected[name]) for name in expected)
+    assert allowed.keys() == expected.keys() and all(
+        torch.equal(allowed[name], expected[name]) for name in expected
+    )
 
 
 def test_a_pickle_that_runs_code_does_not_run_even_when_allowed(model_dir, tmp_path):
@@ -74,30 +78,46 @@ def test_a_pickle_that_runs_code_does_not_run_even_when_allowed(model_dir, tmp_p
 
 @pytest.mark.parametrize("seen", [True, False])
 def test_an_adapter_is_not_a_model(model_dir, tmp_path, monkeypatch, seen):
-    """With peft, transformers would load the base that it names; in a hub's repository that shows afterwards only."""
+    """With peft, transformers would load the base that it names; in a hub's repository that shows
+    afterwards only.
+    """
     peft = pytest.importorskip("peft")
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
-    peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
     if not seen:
         monkeypatch.setattr("train.models.backbone.Path.is_file", lambda path: False)
     with pytest.raises(ValueError, match="adapter: it holds an adapter: merge"):
         load(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("shard", ["weights.bin", "../outside.safetensors", "{}/outside.safetensors"])
+@pytest.mark.parametrize(
+    "shard", ["weights.bin", "../outside.safetensors", "{}/outside.safetensors"]
+)
 def test_an_index_cannot_name_other_files(model_dir, tmp_path, shard):
-    """transformers loads whatever the index lists: a pickle among the shards, a file in another folder."""
+    """transformers loads whatever the index lists: a pickle among the shards, a file in another
+    folder.
+    """
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    save_file({"model.norm.weight": weights.pop("model.norm.weight")}, folder / "first.safetensors", {"format": "pt"})
+    save_file(
+        {"model.norm.weight": weights.pop("model.norm.weight")},
+        folder / "first.safetensors",
+        {"format": "pt"},
+    )
     torch.save(weights, folder / "weights.bin")
     shard = shard.format(tmp_path)
     names = {name: shard for name in weights} | {"model.norm.weight": "first.safetensors"}
-    write(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": names})
+    write(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": 1}, "weight_map": names},
+    )
     with pytest.raises(
-        ValueError, match="a pickle, weights.bin: " if shard == "weights.bin" else "not a file of its own"
+        ValueError,
+        match="a pickle, weights.bin: " if shard == "weights.bin" else "not a file of its own",
     ):
         load(folder)
 
@@ -133,7 +153,9 @@ class Tokenizer(transformers.PreTrainedTokenizerFast):
 
 @pytest.mark.parametrize("kind", ["llama", "unheard-of"])
 def test_code_of_a_model_directory_does_not_run(model_dir, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.syspath_prepend(tmp_path / "modules")
     marker, folder = tmp_path / "marker", tmp_path / "model"
     shutil.copytree(model_dir, folder)
@@ -143,7 +165,10 @@ def test_code_of_a_model_directory_does_not_run(model_dir, tmp_path, monkeypatch
     write(folder / "config.json", found | {"model_type": kind, "auto_map": auto_map})
     found = json.loads((folder / "tokenizer_config.json").read_text())
     custom = {} if kind == "llama" else {"tokenizer_class": "Tokenizer"}
-    write(folder / "tokenizer_config.json", found | custom | {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}})
+    write(
+        folder / "tokenizer_config.json",
+        found | custom | {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}},
+    )
     read_config = runpy.run_path(str(ROOT / "launch/validate.py"))["model_config"]
     for open_it in (load, load_tokenizer, lambda path: read_config(path, False)):
         try:
@@ -155,51 +180,97 @@ def test_code_of_a_model_directory_does_not_run(model_dir, tmp_path, monkeypatch
     assert marker.exists()  # or the test shows nothing
 
 
-@pytest.mark.parametrize("attack", ["cycler.__init__.__globals__.os.system('touch {}')",
-                                    "().__class__.__mro__[1].__subclasses__()",
-                                    "messages.__class__.__init__.__globals__['sys']"])  # fmt: skip
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "cycler.__init__.__globals__.os.system('touch {}')",
+        "().__class__.__mro__[1].__subclasses__()",
+        "messages.__class__.__init__.__globals__['sys']",
+    ],
+)
 def test_a_chat_template_runs_in_a_sandbox(model_dir, tmp_path, attack):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     tokenizer.chat_template = tiny.CHATML + "{{ " + attack.format(tmp_path / "marker") + " }}"
-    with pytest.raises(ValueError, match="cannot render a question and its answer: the chat template refuses it"):
+    with pytest.raises(
+        ValueError, match="cannot render a question and its answer: the chat template refuses it"
+    ):
         Chat(tokenizer)
     assert not (tmp_path / "marker").exists()
 
 
-# What opens pickles or runs text, by the name that is called, and the keyword that makes it harmless.
-UNSAFE = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "pickle.load": None,
-          "pickle.loads": None, "pickle.Unpickler": None, "pd.read_pickle": None, "joblib.load": None, "eval": None,
-          "exec": None, "os.system": None, "yaml.load": None, "runpy.run_path": None}  # fmt: skip
+# What opens pickles or runs text, by the name that is called, and the keyword that makes it
+# harmless.
+UNSAFE = {
+    "torch.load": ("weights_only", True),
+    "np.load": ("allow_pickle", False),
+    "pickle.load": None,
+    "pickle.loads": None,
+    "pickle.Unpickler": None,
+    "pd.read_pickle": None,
+    "joblib.load": None,
+    "eval": None,
+    "exec": None,
+    "os.system": None,
+    "yaml.load": None,
+    "runpy.run_path": None,
+}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_line_of_ours_opens_a_pickle(path):
-    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+    for call in (
+        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+    ):
         name = ast.unparse(call.func)
         given = {word.arg: getattr(word.value, "value", None) for word in call.keywords}
         assert not given.get("shell"), f"{path}:{call.lineno}: a shell"
         if name in UNSAFE:
             harmless = UNSAFE[name]
-            assert harmless and given.get(harmless[0]) is harmless[1], f"{path}:{call.lineno}: {name}"
+            assert harmless and given.get(harmless[0]) is harmless[1], (
+                f"{path}:{call.lineno}: {name}"
+            )
 
 
 # ------------------------------------------------------------ what a run writes, and where
 
 
-SECRETS = {name: f"hf_Sentinel{name.replace('_', '')}0123456789" for name in
-           ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY",
-            "GITHUB_TOKEN", "COMET_API_KEY", "MLFLOW_TRACKING_TOKEN")}  # fmt: skip
+SECRETS = {
+    name: f"hf_Sentinel{name.replace('_', '')}0123456789"
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "WANDB_API_KEY",
+        "OPENAI_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "GITHUB_TOKEN",
+        "COMET_API_KEY",
+        "MLFLOW_TRACKING_TOKEN",
+    )
+}
 TYPED = "hf_TypedOnTheCommandLine0123456789"  # a secret that a user puts into a flag
 
 
 def files_under(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")
-            if path.is_file() and "__pycache__" not in path.parts and ".git" not in path.parts}  # fmt: skip
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and ".git" not in path.parts
+    }
 
 
 def test_no_secret_is_written_and_nothing_outside_the_output(model_dir, tmp_path):
-    """One run to its end, and runs that are refused; text that looks like paths, names that look like commands."""
-    names = ["../../escape", "/escape", "a/../../escape", "~/escape", "escape\0", "$(touch escape)", "C:\\escape"]
+    """One run to its end, and runs that are refused; text that looks like paths, names that look
+    like commands.
+    """
+    names = [
+        "../../escape",
+        "/escape",
+        "a/../../escape",
+        "~/escape",
+        "escape\0",
+        "$(touch escape)",
+        "C:\\escape",
+    ]
     rows = [
         {"prompt": f"{name} {i}", "chosen": name, "rejected": f"not {name}", "split": name}
         for i in range(2)
@@ -208,30 +279,65 @@ def test_no_secret_is_written_and_nothing_outside_the_output(model_dir, tmp_path
     data = write(tmp_path / "data/$(touch escape);.jsonl", "\n".join(map(json.dumps, rows)))
     write(tmp_path / "hf/token", SECRETS["HF_TOKEN"])
     broken = write(tmp_path / "data/broken.jsonl", "{")
-    common = ["--max_length", "512", "--model", str(model_dir), "--max_steps", "1", "--batch_size", "2", "--output"]
+    common = [
+        "--max_length",
+        "512",
+        "--model",
+        str(model_dir),
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "2",
+        "--output",
+    ]
     out, address = str(tmp_path / "out/../out/run"), f"https://user:{TYPED}@example.org/pairs.jsonl"
-    lines = [[*common, out, "--data", str(data), "--eval_split", "0.3"],
-             [*common, str(tmp_path / "out/b"), "--data", str(broken)],
-             [*common, str(tmp_path / "out/c"), "--data", "org/does-not-exist"],
-             [*common, str(tmp_path / "out/d"), "--data", address],
-             [*common, str(tmp_path / "out/e"), "--data", f"https://example.org/pairs.jsonl?signature={TYPED}"],
-             [*common, str(tmp_path / "out/f"), "--model", address],
-             [*common, str(tmp_path / "out/g"), "--loss_args", f"{{a: {TYPED}}}"]]  # fmt: skip
+    lines = [
+        [*common, out, "--data", str(data), "--eval_split", "0.3"],
+        [*common, str(tmp_path / "out/b"), "--data", str(broken)],
+        [*common, str(tmp_path / "out/c"), "--data", "org/does-not-exist"],
+        [*common, str(tmp_path / "out/d"), "--data", address],
+        [
+            *common,
+            str(tmp_path / "out/e"),
+            "--data",
+            f"https://example.org/pairs.jsonl?signature={TYPED}",
+        ],
+        [*common, str(tmp_path / "out/f"), "--model", address],
+        [*common, str(tmp_path / "out/g"), "--loss_args", f"{{a: {TYPED}}}"],
+    ]
     before = files_under(tmp_path) | files_under(ROOT)
-    environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(tmp_path / "cache"),
-                   "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}  # fmt: skip
-    command = [sys.executable, "tests/launch/many.py", str(ROOT / "launch/train_dpo.py"), json.dumps(lines)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    environment = {
+        **os.environ,
+        **SECRETS,
+        "OMP_NUM_THREADS": "1",
+        "ZEROPREF_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    command = [
+        sys.executable,
+        "tests/launch/many.py",
+        str(ROOT / "launch/train_dpo.py"),
+        json.dumps(lines),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
     codes = [part.partition("\n")[0] for part in done.stdout.split("=== ")[1:]]
     assert codes == ["0", "4", "4", "2", "2", "2", "2"], done.stderr[-3000:]
-    assert done.stderr.count("seems to hold a password or a token") == 4 and "Traceback" not in done.stderr
+    assert (
+        done.stderr.count("seems to hold a password or a token") == 4
+        and "Traceback" not in done.stderr
+    )
     after = files_under(tmp_path) | files_under(ROOT)
     new = [path for path in after if before.get(path) != after[path]]
     inside = [tmp_path / name for name in ("out", "cache", "hf")]
     assert [path for path in new if not any(folder in path.parents for folder in inside)] == []
     assert not [path for path in new if "escape" in path.name]
     written = {path: path.read_bytes() for path in new}
-    assert any(str(data).encode() in content for content in written.values())  # such a search finds what is there
+    assert any(
+        str(data).encode() in content for content in written.values()
+    )  # such a search finds what is there
     for secret in (*SECRETS.values(), TYPED):
         assert [str(path) for path, content in written.items() if secret.encode() in content] == []
         assert secret not in done.stdout + done.stderr
@@ -252,8 +358,16 @@ class Settings:
     """Parameters."""
 
 
-@pytest.mark.parametrize("value", ["https://user:word@host/x", "https://host/x?X-Amz-Signature=word", "s3://key@bucket/x",
-                                   "hf_abcdefghijklmnopqrstuv", "org/name:hf_abcdefghijklmnopqrstuv"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://user:word@host/x",
+        "https://host/x?X-Amz-Signature=word",
+        "s3://key@bucket/x",
+        "hf_abcdefghijklmnopqrstuv",
+        "org/name:hf_abcdefghijklmnopqrstuv",
+    ],
+)
 def test_flags_with_secrets_are_not_repeated(capsys, value):
     for flag in ("model", "data", "output", "loss_args.a"):
         with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,6 @@
-"""launch/slurm/: the wrappers read as shell, a sweep's combinations, and the chain on a SLURM cluster of its own."""
+"""launch/slurm/: the wrappers read as shell, a sweep's combinations, and the chain on a SLURM
+cluster of its own.
+"""
 
 import contextlib
 import itertools
@@ -23,8 +25,8 @@ SLURM = ROOT / "launch/slurm"
 SHELL = sorted(p for p in SLURM.iterdir() if p.suffix in (".sh", ".sbatch"))
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
 
-# Two nodes that are one machine. Limits are in minutes: a job may outlive its own by two, so that what is seen is the
-# warning before the limit and not the kill at it.
+# Two nodes that are one machine. Limits are in minutes: a job may outlive its own by two, so that
+# what is seen is the warning before the limit and not the kill at it.
 CONF = """
 ClusterName=mini
 SlurmctldHost={host}(127.0.0.1)
@@ -58,7 +60,8 @@ NodeName=two NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 """
 
-# What the wrapper sees of a script: --print_config, OUTPUT/status, an exit code. Each rank notes what it was given.
+# What the wrapper sees of a script: --print_config, OUTPUT/status, an exit code. Each rank notes
+# what it was given.
 STAND_IN = """
 import json, os, sys, time
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
@@ -86,7 +89,12 @@ def test_wrappers_are_sound_shell(path):
 
 
 def test_nothing_in_the_wrappers_belongs_to_one_site():
-    options = [line for path in SHELL for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
+    options = [
+        line
+        for path in SHELL
+        for line in path.read_text().splitlines()
+        if line.startswith("#SBATCH")
+    ]
     known = {"--job-name", "--nodes", "--ntasks-per-node", "--signal", "--requeue", "--open-mode"}
     assert {re.split("[ =]", line)[1] for line in options} == known
 
@@ -108,18 +116,29 @@ def sweep(tmp_path, text, which, *flags):
 
 def test_a_sweep_is_every_combination_once_and_stays_in_its_folder(tmp_path):
     module = runpy.run_path(str(SLURM / "sweep.py"))
-    runs = module["combinations"]({"beta": [0.05, "0.1"], "lr": ["1e-6", 5e-6], "loss_args": [{"tau": 2}]})
+    runs = module["combinations"](
+        {"beta": [0.05, "0.1"], "lr": ["1e-6", 5e-6], "loss_args": [{"tau": 2}]}
+    )
     betas, rates = ("0.05", "0.1"), ("1e-6", "5e-06")
     assert [(r["beta"], r["lr"]) for r in runs] == list(itertools.product(betas, rates))
-    assert module["combinations"]([{"seed": 1}, {"seed": 2, "lr": 0.1}]) == [{"seed": "1"}, {"seed": "2", "lr": "0.1"}]
-    assert module["folder_of"]({"model": "../../etc/my model", "k": ".."}) == "model-..-..-etc-my-model_k-.."
+    assert module["combinations"]([{"seed": 1}, {"seed": 2, "lr": 0.1}]) == [
+        {"seed": "1"},
+        {"seed": "2", "lr": "0.1"},
+    ]
+    assert (
+        module["folder_of"]({"model": "../../etc/my model", "k": ".."})
+        == "model-..-..-etc-my-model_k-.."
+    )
 
     text = "beta: [0.05, 0.5]\nloss_args: [{tau: 2}]"
     code, out, err = sweep(tmp_path, text, 1, "--output", "runs/a b", "--lr", "1e-3")
     assert (code, err) == (0, "")
     assert out.split("\0") == [
-        "--beta=0.5", '--loss_args={"tau": 2}', "--output=runs/a b/beta-0.5_loss_args--tau-2-", ""
-    ]  # fmt: skip
+        "--beta=0.5",
+        '--loss_args={"tau": 2}',
+        "--output=runs/a b/beta-0.5_loss_args--tau-2-",
+        "",
+    ]
     assert sweep(tmp_path, text, "count")[1] == "2\n"
 
 
@@ -140,16 +159,27 @@ def test_what_is_wrong_with_a_sweep_is_said(tmp_path, text, said):
     code, out, err = sweep(tmp_path, text, 9)
     assert code == 1 and out == "" and said in err and "Traceback" not in err
     words = [SLURM / "sweep.sbatch", tmp_path / "values.yaml", "launch/train_dppo.py"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": PATH})
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": PATH}
+    )
     assert done.returncode == 2 and "VALUES.yaml SCRIPT" in done.stderr
 
 
 def test_a_pipeline_without_a_script_submits_nothing(tmp_path):
     (tmp_path / "sbatch").write_text(f"#!/bin/sh\ntouch {tmp_path}/submitted\n")
     (tmp_path / "sbatch").chmod(0o755)
-    done = subprocess.run([SLURM / "pipeline.sh", "--nodes=2", "launch/train_dppo.py"], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, "PATH": f"{tmp_path}:{PATH}"})  # fmt: skip
-    assert done.returncode == 2 and "stage 1 has no script" in done.stderr and not (tmp_path / "submitted").exists()
+    done = subprocess.run(
+        [SLURM / "pipeline.sh", "--nodes=2", "launch/train_dppo.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{PATH}"},
+    )
+    assert (
+        done.returncode == 2
+        and "stage 1 has no script" in done.stderr
+        and not (tmp_path / "submitted").exists()
+    )
 
 
 class Cluster:
@@ -166,24 +196,47 @@ class Cluster:
         for number in range(3):  # SLURM numbers what it hands out by their names
             os.mknod(root / f"gpu{number}", 0o20600, os.makedev(1, 3))
         (root / "gres.conf").write_text(f"Name=gpu Flags=nvidia_gpu_env File={root}/gpu[0-2]\n")
-        (root / "slurm.conf").write_text(CONF.format(root=root, host=socket.gethostname().split(".")[0], ports=ports))
-        self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(root / "slurm.conf"), "OMP_NUM_THREADS": "1",
-                    "HF_HUB_OFFLINE": "1", "ZEROPREF_CACHE": str(root / "cache"),
-                    "ZEROPREF_MASTER": "127.0.0.1"}  # fmt: skip
+        (root / "slurm.conf").write_text(
+            CONF.format(root=root, host=socket.gethostname().split(".")[0], ports=ports)
+        )
+        self.env = {
+            **os.environ,
+            "PATH": PATH,
+            "SLURM_CONF": str(root / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "ZEROPREF_CACHE": str(root / "cache"),
+            "ZEROPREF_MASTER": "127.0.0.1",
+        }
 
     def start(self):
         (self.root / "munge.key").write_bytes(os.urandom(128))
         (self.root / "munge.key").chmod(0o600)
-        paths = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        self._daemon("munged", "--foreground", "--force", *(f"--{k}={self.root}/munge.{v}" for k, v in paths.items()))
+        paths = {
+            "key-file": "key",
+            "socket": "socket",
+            "pid-file": "pid",
+            "log-file": "log",
+            "seed-file": "seed",
+        }
+        self._daemon(
+            "munged",
+            "--foreground",
+            "--force",
+            *(f"--{k}={self.root}/munge.{v}" for k, v in paths.items()),
+        )
         self.until(lambda: (self.root / "munge.socket").exists(), 20)
         self._daemon("slurmctld", "-D")
         for node in ("one", "two"):
             self._daemon("slurmd", "-D", "-N", node)
-        self.until(lambda: self("sinfo", "-h", "-o", "%T %D", may_fail=True) == "idle 2\n", 60, self.logs)
+        self.until(
+            lambda: self("sinfo", "-h", "-o", "%T %D", may_fail=True) == "idle 2\n", 60, self.logs
+        )
 
     def logs(self):
-        return "".join(f"{path.name}\n{path.read_text()[-2000:]}" for path in self.root.glob("*.log"))
+        return "".join(
+            f"{path.name}\n{path.read_text()[-2000:]}" for path in self.root.glob("*.log")
+        )
 
     def stop(self):
         self("scancel", "--user=root", may_fail=True)
@@ -197,12 +250,16 @@ class Cluster:
     def _daemon(self, name, *options):
         with open(self.root / f"{name}{len(self.daemons)}.log", "w") as log:
             self.daemons.append(
-                subprocess.Popen([name, *options], env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                subprocess.Popen(
+                    [name, *options], env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                )
             )
 
     def __call__(self, *command, may_fail=False, **env):
         """stdout of a command of SLURM or of ours, run in the clone's root."""
-        done = subprocess.run(list(map(str, command)), env=self.env | env, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            list(map(str, command)), env=self.env | env, cwd=ROOT, capture_output=True, text=True
+        )
         assert may_fail or done.returncode == 0, f"{command}: {done.stdout} {done.stderr}"
         return done.stdout
 
@@ -219,15 +276,22 @@ class Cluster:
             time.sleep(0.2)
 
     def until_job(self, number, state, restarts, seconds):
-        """Wait for a state and a number of restarts; what has been requeued does not wait out SLURM's two minutes."""
+        """Wait for a state and a number of restarts; what has been requeued does not wait out
+        SLURM's two minutes.
+        """
         hastened = set()
 
         def there():
             job = self.job(number)
             if int(job["Restarts"]) == restarts and job["JobState"] == state:
                 return True
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and job["Restarts"] not in hastened:
-                # not at once: SLURM takes a start in the second of the requeue for the one that it has just ended
+            if (
+                job["JobState"] == "PENDING"
+                and job["Reason"] == "BeginTime"
+                and job["Restarts"] not in hastened
+            ):
+                # not at once: SLURM takes a start in the second of the requeue for the one that it
+                # has just ended
                 update = ["scontrol", "update", f"job={number}", "StartTime=now+3"]
                 if subprocess.run(update, env=self.env, capture_output=True).returncode == 0:
                     hastened.add(job["Restarts"])
@@ -244,7 +308,11 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=PATH)]
+    missing = [
+        name
+        for name in ("munged", "slurmctld", "slurmd", "sbatch")
+        if not shutil.which(name, path=PATH)
+    ]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurm-wlm, munge)")
     if os.getuid() != 0:
@@ -281,31 +349,65 @@ def folders(tmp_path, *names):
 @pytest.mark.slow
 def test_ranks_codes_and_restarts(cluster, stand_in, tmp_path):
     """What the wrapper makes of allocations and exit codes; the jobs run side by side."""
-    gpus, capped, stale, wrong, cancelled = folders(tmp_path, "gpus", "capped", "stale", "wrong", "cancelled")
+    gpus, capped, stale, wrong, cancelled = folders(
+        tmp_path, "gpus", "capped", "stale", "wrong", "cancelled"
+    )
     wrapper, out = SLURM / "train.sbatch", lambda folder: f"--output={folder}"
     (stale / "status").write_text("preempted\n")
-    submit(cluster, tmp_path, "--gpus-per-node=1", "--nodes=2", "--wrap=sleep 300")  # holds the first GPU of each node
+    submit(
+        cluster, tmp_path, "--gpus-per-node=1", "--nodes=2", "--wrap=sleep 300"
+    )  # holds the first GPU of each node
     jobs = {
-        gpus: submit(cluster, tmp_path, "--gpus-per-node=2", "--nodes=2", wrapper, stand_in, out(gpus), "--x=a 'b' $c"),
-        capped: submit(cluster, tmp_path, wrapper, stand_in, out(capped), "--code=7", "--status=preempted",
-                       ZEROPREF_RESTARTS="1"),
+        gpus: submit(
+            cluster,
+            tmp_path,
+            "--gpus-per-node=2",
+            "--nodes=2",
+            wrapper,
+            stand_in,
+            out(gpus),
+            "--x=a 'b' $c",
+        ),
+        capped: submit(
+            cluster,
+            tmp_path,
+            wrapper,
+            stand_in,
+            out(capped),
+            "--code=7",
+            "--status=preempted",
+            ZEROPREF_RESTARTS="1",
+        ),
         stale: submit(cluster, tmp_path, wrapper, stand_in, out(stale), "--code=1"),
         wrong: submit(cluster, tmp_path, wrapper, stand_in, out(wrong), "--wrong=1"),
-        cancelled: submit(cluster, tmp_path, wrapper, stand_in, out(cancelled), "--status=preempted", "--sleep=300"),
-    }  # fmt: skip
+        cancelled: submit(
+            cluster,
+            tmp_path,
+            wrapper,
+            stand_in,
+            out(cancelled),
+            "--status=preempted",
+            "--sleep=300",
+        ),
+    }
     cluster.until(lambda: (cancelled / "seen").exists(), 120, lambda: cluster.log(jobs[cancelled]))
     cluster("scancel", jobs[cancelled])  # a person's cancel stands, whatever the status file says
 
     cluster.until_job(jobs[gpus], "COMPLETED", 0, 120)
     ranks = sorted(seen(gpus), key=lambda rank: rank["RANK"])
     assert [(r["RANK"], r["LOCAL_RANK"], r["WORLD_SIZE"]) for r in ranks] == [
-        ("0", "0", "4"), ("1", "1", "4"), ("2", "0", "4"), ("3", "1", "4")
-    ]  # fmt: skip
+        ("0", "0", "4"),
+        ("1", "1", "4"),
+        ("2", "0", "4"),
+        ("3", "1", "4"),
+    ]
     assert all(r["CUDA_VISIBLE_DEVICES"] == "1,2" and r["flags"]["x"] == "a 'b' $c" for r in ranks)
 
     cluster.until_job(jobs[capped], "FAILED", 1, 120)
     assert cluster.job(jobs[capped])["ExitCode"] == "85:0" and len(seen(capped)) == 2
-    assert seen(capped)[0]["CUDA_VISIBLE_DEVICES"] == "-1" and "no GPU allocated" in cluster.log(jobs[capped])
+    assert seen(capped)[0]["CUDA_VISIBLE_DEVICES"] == "-1" and "no GPU allocated" in cluster.log(
+        jobs[capped]
+    )
     log = cluster.log(jobs[capped])
     assert re.findall(r": start (\d+)", log) == ["1", "2"]
     assert "preempted (exit 7): requeued, restart 1 of at most 1" in log
@@ -323,8 +425,19 @@ def test_ranks_codes_and_restarts(cluster, stand_in, tmp_path):
 @pytest.mark.slow
 def test_a_chain_whose_link_fails_ends(cluster, stand_in, tmp_path):
     first, second, third = folders(tmp_path, "first", "second", "third")
-    told = cluster(SLURM / "pipeline.sh", f"--output={tmp_path}/%j.log", stand_in, f"--output={first}", "--code=4",
-                   "then", stand_in, f"--output={second}", "then", stand_in, f"--output={third}")  # fmt: skip
+    told = cluster(
+        SLURM / "pipeline.sh",
+        f"--output={tmp_path}/%j.log",
+        stand_in,
+        f"--output={first}",
+        "--code=4",
+        "then",
+        stand_in,
+        f"--output={second}",
+        "then",
+        stand_in,
+        f"--output={third}",
+    )
     numbers = re.findall(r"^job (\d+): ", told, re.MULTILINE)
     assert len(numbers) == 3
     cluster.until_job(numbers[0], "FAILED", 0, 60)
@@ -338,11 +451,20 @@ def test_a_sweep_runs_each_combination_in_its_own_folder(cluster, stand_in, tmp_
     (tmp_path / "values.yaml").write_text("beta: [0.1, 0.5]\nname: ['a b']")
     for beta in ("0.1", "0.5"):
         (tmp_path / f"beta-{beta}_name-a-b").mkdir()
-    told = cluster(SLURM / "sweep.sbatch", f"--output={tmp_path}/%A-%a.log", tmp_path / "values.yaml", stand_in,
-                   f"--output={tmp_path}", "--kept=1")  # fmt: skip
+    told = cluster(
+        SLURM / "sweep.sbatch",
+        f"--output={tmp_path}/%A-%a.log",
+        tmp_path / "values.yaml",
+        stand_in,
+        f"--output={tmp_path}",
+        "--kept=1",
+    )
     number = told.split()[-1]
     cluster.until(lambda: not cluster("squeue", "-h", "-j", number, may_fail=True), 120)
-    assert sorted(path.name for path in tmp_path.glob("*.log")) == [f"{number}-0.log", f"{number}-1.log"]
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == [
+        f"{number}-0.log",
+        f"{number}-1.log",
+    ]
     for beta in ("0.1", "0.5"):
         folder = tmp_path / f"beta-{beta}_name-a-b"
         assert [rank["flags"] for rank in seen(folder)] == [
@@ -361,7 +483,9 @@ def ranks_of(output):
 
 
 def told(process):
-    """Whether USR1 waits for a process that was stopped, or, for SLURM wakes what it signals, has woken it."""
+    """Whether USR1 waits for a process that was stopped, or, for SLURM wakes what it signals, has
+    woken it.
+    """
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:
@@ -372,25 +496,67 @@ def told(process):
 
 @pytest.mark.slow
 def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
-    """Two nodes: USR1 ahead of the limit, saved, requeued; TERM, saved, requeued; finished; then the evaluation."""
+    """Two nodes: USR1 ahead of the limit, saved, requeued; TERM, saved, requeued; finished; then
+    the evaluation.
+    """
     out, steps = tmp_path / "run", 40
     submitted = cluster(
-        SLURM / "pipeline.sh", f"--output={tmp_path}/%j.log", "--nodes=2", "--time=60", "--signal=USR1@5",
-        "launch/train_dpo.py", "--model", model_dir, "--output", out, "--max_length", 512, "--batch_size", 16, "--lr",
-        "1e-3", "--epochs", 9, "--max_steps", steps, "--micro_tokens", 512, "--ds_config", "ds_configs/zero1.json",
-        "then", f"--output={tmp_path}/%j.log", "eval/evaluate.py", "--model", out / "model", "--reference", model_dir,
-        "--max_rows", 8, "--prompts", 0, "--output", out / "eval",
-    )  # fmt: skip
+        SLURM / "pipeline.sh",
+        f"--output={tmp_path}/%j.log",
+        "--nodes=2",
+        "--time=60",
+        "--signal=USR1@5",
+        "launch/train_dpo.py",
+        "--model",
+        model_dir,
+        "--output",
+        out,
+        "--max_length",
+        512,
+        "--batch_size",
+        16,
+        "--lr",
+        "1e-3",
+        "--epochs",
+        9,
+        "--max_steps",
+        steps,
+        "--micro_tokens",
+        512,
+        "--ds_config",
+        "ds_configs/zero1.json",
+        "then",
+        f"--output={tmp_path}/%j.log",
+        "eval/evaluate.py",
+        "--model",
+        out / "model",
+        "--reference",
+        model_dir,
+        "--max_rows",
+        8,
+        "--prompts",
+        0,
+        "--output",
+        out / "eval",
+    )
     train, evaluate = re.findall(r"^job (\d+): ", submitted, re.MULTILINE)
-    logged = lambda: [int(n) for n in re.findall(r"INFO step (\d+) ", (out / "logs/rank-0.log").read_text())]
+    logged = lambda: [
+        int(n) for n in re.findall(r"INFO step (\d+) ", (out / "logs/rank-0.log").read_text())
+    ]
     tell = lambda: cluster.log(train)
 
     def reached(step):
-        assert cluster.job(train)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), tell()
+        assert cluster.job(train)["JobState"] in (
+            "PENDING",
+            "RUNNING",
+            "CONFIGURING",
+            "COMPLETING",
+        ), tell()
         return (out / "logs/rank-0.log").exists() and logged()[-1:] >= [step]
 
-    # SLURM counts limits in minutes and looks at them twice a minute: the limit comes near when some steps are done,
-    # and until the signal is there the ranks are stopped, or a fast machine would be finished by then.
+    # SLURM counts limits in minutes and looks at them twice a minute: the limit comes near when
+    # some steps are done, and until the signal is there the ranks are stopped, or a fast machine
+    # would be finished by then.
     cluster.until(lambda: reached(4), 300, tell)
     ranks = ranks_of(out)
     assert len(ranks) == 2
@@ -403,8 +569,11 @@ def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
         rank.send_signal(signal.SIGCONT)
     cluster.until_job(train, "RUNNING", 1, 120)
     cluster("scontrol", "update", f"job={train}", "TimeLimit=60")
-    # of two launchers that end with 85, the step's code may be that of the slower one, which SLURM then terminates
-    assert "exits with return code = 85" in tell() and re.search(r"preempted \(exit (85|143)\): requeued", tell())
+    # of two launchers that end with 85, the step's code may be that of the slower one, which SLURM
+    # then terminates
+    assert "exits with return code = 85" in tell() and re.search(
+        r"preempted \(exit (85|143)\): requeued", tell()
+    )
     before = logged()[-1]
     assert before < steps - 10
 
@@ -414,7 +583,10 @@ def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
     assert logged()[-1] < steps and cluster.job(evaluate)["JobState"] == "PENDING"
     cluster.until_job(train, "COMPLETED", 2, 400)
     assert "finished" in (out / "status").read_text()
-    assert re.findall(r": start (\d+)", tell()) == ["1", "2", "3"] and tell().count(": requeued, restart") == 2
+    assert (
+        re.findall(r": start (\d+)", tell()) == ["1", "2", "3"]
+        and tell().count(": requeued, restart") == 2
+    )
     assert logged() == list(range(1, steps + 1))
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()

@@ -21,16 +21,50 @@ PAIRS = ROOT / "train/data/builtin/train.jsonl"
 def scalars(folder):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return events, {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def test_two_ranks_zero3_train_export_reload(model_dir, tmp_path):
     out = tmp_path / "out"
-    done = launched(["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "launch/train_dpo.py",
-                     "--ds_config", "ds_configs/zero3.json", *COMMON, "--model", model_dir, "--output", out, "--max_steps", 3, "--batch_size", 8, "--micro_tokens", 512,
-                     "--lr", "1e-3", "--eval_every", 2, "--warmup_ratio", 0.3], tmp_path / "cache")  # fmt: skip
+    done = launched(
+        [
+            "deepspeed",
+            "--num_accelerators",
+            2,
+            "--master_port",
+            free_port(),
+            "launch/train_dpo.py",
+            "--ds_config",
+            "ds_configs/zero3.json",
+            *COMMON,
+            "--model",
+            model_dir,
+            "--output",
+            out,
+            "--max_steps",
+            3,
+            "--batch_size",
+            8,
+            "--micro_tokens",
+            512,
+            "--lr",
+            "1e-3",
+            "--eval_every",
+            2,
+            "--warmup_ratio",
+            0.3,
+        ],
+        tmp_path / "cache",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    for line in ("64 held-out pairs", "reward accuracy", "deepspeed eval/evaluate.py --model", "tensorboard --logdir"):
+    for line in (
+        "64 held-out pairs",
+        "reward accuracy",
+        "deepspeed eval/evaluate.py --model",
+        "tensorboard --logdir",
+    ):
         assert line in done.stdout + done.stderr
     run = json.loads((out / "run.json").read_text())
     assert (
@@ -38,7 +72,11 @@ def test_two_ranks_zero3_train_export_reload(model_dir, tmp_path):
         and run["hardware"]["world"] == 2
         and run["deepspeed"]["zero_optimization"]["stage"] == 3
     )
-    assert run["flags"]["lr"] == 1e-3 and run["eval_data"]["groups"] == 64 and run["versions"]["deepspeed"]
+    assert (
+        run["flags"]["lr"] == 1e-3
+        and run["eval_data"]["groups"] == 64
+        and run["versions"]["deepspeed"]
+    )
     _check_boards(out, run)
     _check_model(out / "model", model_dir)
 
@@ -55,38 +93,76 @@ def _check_boards(out, run):
         assert [step for step, _ in found[f"train/{name}"]] == [1, 2, 3]
         assert [step for step, _ in found[f"val/{name}"]] == [0, 2, 3]
     assert found["train/loss"][0][1] == pytest.approx(math.log(2), abs=1e-6)
-    assert found["val/rewards/margins"][0][1] == 0.0 and found["val/rewards/accuracies"][0][1] == 0.5
+    assert (
+        found["val/rewards/margins"][0][1] == 0.0 and found["val/rewards/accuracies"][0][1] == 0.5
+    )
     # warm-up of ceil(0.3 x 3) = 1 step from 0, then linear to 0 over the other 2
     assert [value for _, value in found["train/learning_rate"]] == pytest.approx([0, 1e-3, 5e-4])
-    assert found["val/loss"][1][1] != found["val/loss"][2][1]  # something was learnt after the warm-up's first step
-    for tag in ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb", "train/grad_norm"):
+    assert (
+        found["val/loss"][1][1] != found["val/loss"][2][1]
+    )  # something was learnt after the warm-up's first step
+    for tag in (
+        "perf/pairs_per_second",
+        "perf/tokens_per_second",
+        "perf/mfu",
+        "perf/memory_gb",
+        "train/grad_norm",
+    ):
         assert all(value > 0 for _, value in found[tag]), tag
-    assert found["health/bf16_weights_moved"][0][1] == 0 < found["health/bf16_weights_moved"][-1][1] <= 1
-    assert {"val/histogram/margins", "val/histogram/logps_chosen", "train/histogram/margins"} <= set(
-        events.Tags()["histograms"]
+    assert (
+        found["health/bf16_weights_moved"][0][1]
+        == 0
+        < found["health/bf16_weights_moved"][-1][1]
+        <= 1
     )
+    assert {
+        "val/histogram/margins",
+        "val/histogram/logps_chosen",
+        "train/histogram/margins",
+    } <= set(events.Tags()["histograms"])
     assert run["evaluations"]["3"]["loss"] == pytest.approx(found["val/loss"][-1][1], rel=1e-6)
 
 
 def _check_model(folder, start):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.chat_template == transformers.AutoTokenizer.from_pretrained(start).chat_template
+    assert (
+        tokenizer.chat_template == transformers.AutoTokenizer.from_pretrained(start).chat_template
+    )
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = set(file.keys())
-        assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names  # the tied head stands once
+        assert (
+            "lm_head.weight" not in names and "model.embed_tokens.weight" in names
+        )  # the tied head stands once
         assert {file.get_tensor(name).dtype for name in names} == {torch.float32}
     before = transformers.AutoModelForCausalLM.from_pretrained(start)
-    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)]
+    moved = [
+        not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)
+    ]
     assert all(moved) and not list(folder.parent.glob("model.*"))
 
 
 def test_ways_to_train_in_one_process(model_dir, tmp_path):
-    """bf16, padded, checkpointed, another stage, a moved token budget: each trains, and what must agree agrees."""
-    common = [*COMMON, "--model", model_dir, "--max_steps", 2, "--batch_size", 4, "--lr", "1e-3", "--beta", 1.0,
-              "--eval_data", _head(PAIRS, tmp_path / "eval.jsonl", 6)]  # fmt: skip
+    """bf16, padded, checkpointed, another stage, a moved token budget: each trains, and what must
+    agree agrees.
+    """
+    common = [
+        *COMMON,
+        "--model",
+        model_dir,
+        "--max_steps",
+        2,
+        "--batch_size",
+        4,
+        "--lr",
+        "1e-3",
+        "--beta",
+        1.0,
+        "--eval_data",
+        _head(PAIRS, tmp_path / "eval.jsonl", 6),
+    ]
     lines = {
         "plain": [],
         "budget": ["--micro_tokens", 128],
@@ -100,35 +176,71 @@ def test_ways_to_train_in_one_process(model_dir, tmp_path):
         "export_bf16": ["--export_dtype", "bf16"],
     }
     results = several(
-        SCRIPT, [[*common, *extra, "--output", tmp_path / name] for name, extra in lines.items()], tmp_path / "cache"
+        SCRIPT,
+        [[*common, *extra, "--output", tmp_path / name] for name, extra in lines.items()],
+        tmp_path / "cache",
     )
     for name, (code, _, err) in zip(lines, results, strict=True):
         assert code == "0", (name, err[-3000:])
-    end = {name: json.loads((tmp_path / name / "run.json").read_text())["evaluations"]["2"] for name in lines}
+    end = {
+        name: json.loads((tmp_path / name / "run.json").read_text())["evaluations"]["2"]
+        for name in lines
+    }
     for name in ("budget", "padded", "checkpointed", "zero2", "offload", "export_bf16"):
         assert end[name]["loss"] == pytest.approx(end["plain"]["loss"], rel=1e-3), name
-        assert end[name]["logps/chosen"] == pytest.approx(end["plain"]["logps/chosen"], rel=1e-5), name
+        assert end[name]["logps/chosen"] == pytest.approx(end["plain"]["logps/chosen"], rel=1e-5), (
+            name
+        )
     for name in ("bf16", "bf16_zero1", "bf16_zero3"):
-        assert end[name]["logps/chosen"] == pytest.approx(end["plain"]["logps/chosen"], rel=0.05), name
+        assert end[name]["logps/chosen"] == pytest.approx(end["plain"]["logps/chosen"], rel=0.05), (
+            name
+        )
         assert end[name]["rewards/margins"] != 0
     dtype = lambda name: transformers.AutoConfig.from_pretrained(tmp_path / name / "model").dtype
     assert [dtype(name) for name in ("plain", "bf16", "bf16_zero3", "export_bf16")] == [
-        torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]  # fmt: skip
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+    ]
 
 
 @pytest.mark.slow
 def test_torchrun_and_other_ranks_train_the_same(model_dir, tmp_path):
-    """The same run on one rank and on three, one short of pairs in every step: held-out numbers agree to fp32 rounding."""
-    common = [SCRIPT, *COMMON, "--model", model_dir, "--max_steps", 3, "--batch_size", 4, "--lr", "1e-3"]
+    """The same run on one rank and on three, one short of pairs in every step: held-out numbers
+    agree to fp32 rounding.
+    """
+    common = [
+        SCRIPT,
+        *COMMON,
+        "--model",
+        model_dir,
+        "--max_steps",
+        3,
+        "--batch_size",
+        4,
+        "--lr",
+        "1e-3",
+    ]
     common += ["--micro_tokens", 200]
     for ranks in (1, 3):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            ranks,
+        ]
         done = launched([*launcher, *common, "--output", tmp_path / str(ranks)], tmp_path / "cache")
         assert done.returncode == 0, done.stderr[-3000:]
-    one, three = (json.loads((tmp_path / n / "run.json").read_text())["evaluations"]["3"] for n in ("1", "3"))
+    one, three = (
+        json.loads((tmp_path / n / "run.json").read_text())["evaluations"]["3"] for n in ("1", "3")
+    )
     sums = [one["logps/chosen"], one["logps/rejected"]]
     assert [three["logps/chosen"], three["logps/rejected"]] == pytest.approx(sums, rel=1e-6)
-    # beta (0.1) times the difference of two sums of about -600 nats: half a unit in the last fp32 place of each
+    # beta (0.1) times the difference of two sums of about -600 nats: half a unit in the last fp32
+    # place of each
     rounding = 0.1 * sum(map(abs, sums)) * 2**-24
     assert three["rewards/margins"] == pytest.approx(one["rewards/margins"], abs=rounding)
     assert three["loss"] == pytest.approx(one["loss"], abs=rounding)
@@ -141,20 +253,47 @@ def _head(source, target, count):
 
 
 def test_a_learnable_rule_is_learnt(model_dir, tmp_path):
-    """Answers of warm words against answers of cold ones: held-out accuracy starts at a tie, its interval ends above one half."""
+    """Answers of warm words against answers of cold ones: held-out accuracy starts at a tie, its
+    interval ends above one half.
+    """
     import random
 
     draw = random.Random(0)
-    warm, cold = "kitchen soup rain garden laugh".split(), "policy form report procedure item".split()
+    warm, cold = (
+        "kitchen soup rain garden laugh".split(),
+        "policy form report procedure item".split(),
+    )
     say = lambda words: " ".join(draw.choices(words, k=draw.randint(3, 8)))
     rows = [
-        json.dumps({"prompt": f"{i} {say(warm + cold)}?", "chosen": say(warm), "rejected": say(cold)})
+        json.dumps(
+            {"prompt": f"{i} {say(warm + cold)}?", "chosen": say(warm), "rejected": say(cold)}
+        )
         for i in range(128)
     ]
     data = _write(tmp_path / "rule.jsonl", "\n".join(rows))
     out = tmp_path / "out"
-    done = launched([sys.executable, SCRIPT, *COMMON, "--model", model_dir, "--data", data, "--eval_split", 0.5, "--output", out,
-                     "--lr", "3e-3", "--batch_size", 8, "--epochs", 2], tmp_path / "cache")  # fmt: skip
+    done = launched(
+        [
+            sys.executable,
+            SCRIPT,
+            *COMMON,
+            "--model",
+            model_dir,
+            "--data",
+            data,
+            "--eval_split",
+            0.5,
+            "--output",
+            out,
+            "--lr",
+            "3e-3",
+            "--batch_size",
+            8,
+            "--epochs",
+            2,
+        ],
+        tmp_path / "cache",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     evaluations = json.loads((out / "run.json").read_text())["evaluations"]
     first, last = evaluations["0"], evaluations[max(evaluations, key=int)]
@@ -179,29 +318,80 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
         (["--config", file("bad.yaml", "lose: sigmoid\n")], 2, "did you mean loss"),
         (["--data", tmp_path / "none.jsonl"], 4, "none.jsonl"),
         (["--data", file("broken.jsonl", row + "\n{\n")], 4, "line 2"),
-        (["--data", _write(tmp_path / "latin.jsonl", (row + "\n").encode() + b'{"prompt": "\xe9"}\n')], 4, "line 2"),
-        (["--data", file("columns.jsonl", '{"question": "a", "chosen": "b", "rejected": "c"}\n')], 4, "prompt"),
-        (["--data", file("half.jsonl", row + "\n" + row.replace('"c"', '"b"') + "\n")], 4, "chosen"),
+        (
+            [
+                "--data",
+                _write(tmp_path / "latin.jsonl", (row + "\n").encode() + b'{"prompt": "\xe9"}\n'),
+            ],
+            4,
+            "line 2",
+        ),
+        (
+            [
+                "--data",
+                file("columns.jsonl", '{"question": "a", "chosen": "b", "rejected": "c"}\n'),
+            ],
+            4,
+            "prompt",
+        ),
+        (
+            ["--data", file("half.jsonl", row + "\n" + row.replace('"c"', '"b"') + "\n")],
+            4,
+            "chosen",
+        ),
         (["--model", bare], 2, "chat template"),
         (["--model", large], 2, "vocabulary"),
         (["--model", tmp_path], 2, str(tmp_path)),
-        (["--ds_config", file("typo.json", '{"zero_optimisation": {"stage": 2}}')], 2, "did you mean 'zero_optimization'"),
-        (["--ds_config", file("nested.json", '{"zero_optimization": {"stagee": 2}}')], 2, "did you mean 'stage'"),
-        (["--ds_config", file("flag.json", '{"bf16": {"enabled": "auto"}}')], 2, "belongs to --precision"),
+        (
+            ["--ds_config", file("typo.json", '{"zero_optimisation": {"stage": 2}}')],
+            2,
+            "did you mean 'zero_optimization'",
+        ),
+        (
+            ["--ds_config", file("nested.json", '{"zero_optimization": {"stagee": 2}}')],
+            2,
+            "did you mean 'stage'",
+        ),
+        (
+            ["--ds_config", file("flag.json", '{"bf16": {"enabled": "auto"}}')],
+            2,
+            "belongs to --precision",
+        ),
         (["--ds_config", tmp_path / "none.json"], 2, "does not exist"),
         (["--max_prompt_length", "2000"], 2, "no room"),
         (["--lr_scheduler", "zigzag"], 2, "zigzag"),
-        (["--model", _model_without(model_dir, tmp_path / "holes", "model.layers.0.mlp.up_proj.weight")], 2, "no weights for"),
-        (["--model", _truncated(model_dir, tmp_path / "short")], 2, "cannot load a causal language model"),
+        (
+            [
+                "--model",
+                _model_without(model_dir, tmp_path / "holes", "model.layers.0.mlp.up_proj.weight"),
+            ],
+            2,
+            "no weights for",
+        ),
+        (
+            ["--model", _truncated(model_dir, tmp_path / "short")],
+            2,
+            "cannot load a causal language model",
+        ),
         (["--max_length", "1024"], 2, "512 positions"),
-        (["--output", _other_run(tmp_path / "other")], 2, "holds another run (--beta was 0.5, is 0.1;"),
+        (
+            ["--output", _other_run(tmp_path / "other")],
+            2,
+            "holds another run (--beta was 0.5, is 0.1;",
+        ),
         (["--output", file("afile", "x")], 2, "cannot write"),
         (["--output", _foreign(tmp_path / "foreign")], 2, "holds other files"),
-    ]  # fmt: skip
-    cases.sort(key=lambda case: "--output" not in case[0])  # those first that end before a run has its log
+    ]
+    cases.sort(
+        key=lambda case: "--output" not in case[0]
+    )  # those first that end before a run has its log
     fixed = [*COMMON, "--model", model_dir]
-    lines = [[*fixed, "--output", tmp_path / f"out{i}", *extra] for i, (extra, *_) in enumerate(cases)]
-    for (extra, code, words), (found, out, err) in zip(cases, several(SCRIPT, lines, tmp_path / "cache"), strict=True):
+    lines = [
+        [*fixed, "--output", tmp_path / f"out{i}", *extra] for i, (extra, *_) in enumerate(cases)
+    ]
+    for (extra, code, words), (found, out, err) in zip(
+        cases, several(SCRIPT, lines, tmp_path / "cache"), strict=True
+    ):
         assert found == str(code), (extra, found, err[-2000:])
         said = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(said) == 1 and words in said[0], (extra, err[-2000:])
@@ -269,9 +459,23 @@ def test_dropped_rows_are_listed_and_a_finished_run_says_so(model_dir, tmp_path)
     rows = PAIRS.read_text().splitlines()[:40]
     rows[7] = json.dumps({"prompt": "Say <|im_end|> twice", "chosen": "b", "rejected": "c"})
     data = _write(tmp_path / "pairs.jsonl", "\n".join(rows).encode())
-    common = [*COMMON, "--model", model_dir, "--data", data, "--output", tmp_path / "out", "--max_steps", 1]
+    common = [
+        *COMMON,
+        "--model",
+        model_dir,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--max_steps",
+        1,
+    ]
     common += ["--eval_split", 0.2]
-    refused = [*common, "--loss", "sigmiod"]  # leaves nothing behind that the corrected command would stumble over
+    refused = [
+        *common,
+        "--loss",
+        "sigmiod",
+    ]  # leaves nothing behind that the corrected command would stumble over
     (zeroth, *_), (first, _, err), (second, out, _), (third, _, told) = several(
         SCRIPT, [refused, common, common, [*common, "--lr", "1e-4"]], tmp_path / "cache"
     )
@@ -280,6 +484,9 @@ def test_dropped_rows_are_listed_and_a_finished_run_says_so(model_dir, tmp_path)
     (dropped,) = map(json.loads, (tmp_path / "out/dropped.jsonl").read_text().splitlines())
     assert dropped["row"] == 7 and "<|im_end|>" in dropped["reason"] and dropped["split"] == "train"
     run = json.loads((tmp_path / "out/run.json").read_text())
-    assert run["data"]["groups"] + run["eval_data"]["groups"] == 39 and 2 <= run["eval_data"]["groups"] <= 16
+    assert (
+        run["data"]["groups"] + run["eval_data"]["groups"] == 39
+        and 2 <= run["eval_data"]["groups"] <= 16
+    )
     assert second == "0" and "finished" in out
     assert third == "2" and "--lr was 5e-06, is 0.0001" in told

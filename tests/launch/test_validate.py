@@ -1,4 +1,6 @@
-"""launch/validate.py as users call it: the report's numbers by hand, and the same answers as training gives."""
+"""launch/validate.py as users call it: the report's numbers by hand, and the same answers as
+training gives.
+"""
 
 import dataclasses
 import json
@@ -18,12 +20,16 @@ ROW = {"prompt": "Hi", "chosen": "Hey there!", "rejected": "Greetings."}
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def without_weights(start, folder, **tokenizer):
-    """The model directory without its weights: what a validation needs. `tokenizer`: attributes to set."""
+    """The model directory without its weights: what a validation needs. `tokenizer`: attributes to
+    set.
+    """
     shutil.copytree(start, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     if tokenizer:
         changed = transformers.AutoTokenizer.from_pretrained(start)
@@ -38,7 +44,9 @@ def larger(start, folder):
     """A tokenizer with one token more than the model has."""
     without_weights(start, folder)
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"].append({**content["added_tokens"][0], "content": "<far>", "id": tiny.VOCAB})
+    content["added_tokens"].append(
+        {**content["added_tokens"][0], "content": "<far>", "id": tiny.VOCAB}
+    )
     (folder / "tokenizer.json").write_text(json.dumps(content))
     return folder
 
@@ -60,26 +68,63 @@ def refused(model_dir, tmp_path):
     return [
         (["--max_legth", 100], 2, "did you mean --max_length"),
         (["--max_dropped", 2], 2, "--max_dropped is a share"),
-        (["--model", without_weights(model_dir, tmp_path / "bare", chat_template=None)], 2, "no chat template"),
-        (["--model", without_weights(model_dir, tmp_path / "endless", eos_token=None)], 2, "no eos_token"),
-        (["--model", without_weights(model_dir, tmp_path / "padless", pad_token=None)], 2, "no pad_token"),
-        (["--model", larger(model_dir, tmp_path / "larger")], 2,
-         "the tokenizer has 1,025 tokens, the model's vocabulary 1,024"),
+        (
+            ["--model", without_weights(model_dir, tmp_path / "bare", chat_template=None)],
+            2,
+            "no chat template",
+        ),
+        (
+            ["--model", without_weights(model_dir, tmp_path / "endless", eos_token=None)],
+            2,
+            "no eos_token",
+        ),
+        (
+            ["--model", without_weights(model_dir, tmp_path / "padless", pad_token=None)],
+            2,
+            "no pad_token",
+        ),
+        (
+            ["--model", larger(model_dir, tmp_path / "larger")],
+            2,
+            "the tokenizer has 1,025 tokens, the model's vocabulary 1,024",
+        ),
         (["--model", tmp_path / "nowhere"], 2, "cannot load a tokenizer from"),
         (["--max_length", 513], 2, "--max_length 513 is more than the model's 512 positions"),
         (["--max_prompt_length", 600], 2, "leaves no room"),
         (["--data", tmp_path / "god.jsonl"], 4, "no such file or folder (did you mean good.jsonl"),
-        (["--data", write(tmp_path / "broken.jsonl", ROW, "{")], 4, "broken.jsonl, line 2, column 2: not JSON"),
-        (["--data", write(tmp_path / "columns.jsonl", {"question": "a", "chosen": "b", "rejecte": "c"})], 4,
-         "no column 'rejected'; found 'question', 'chosen', 'rejecte'; expected 'prompt', 'chosen', 'rejected'; "
-         "rename 'rejecte'?"),
-        (["--data", write(tmp_path / "mixed.jsonl", *MIXED)], 4, "3 of 7 rows (42.9%) cannot be used"),
-        (["--data", write(tmp_path / "all.jsonl", {**ROW, "prompt": ""}), "--max_dropped", 1], 4, "1 of 1 rows"),
+        (
+            ["--data", write(tmp_path / "broken.jsonl", ROW, "{")],
+            4,
+            "broken.jsonl, line 2, column 2: not JSON",
+        ),
+        (
+            [
+                "--data",
+                write(tmp_path / "columns.jsonl", {"question": "a", "chosen": "b", "rejecte": "c"}),
+            ],
+            4,
+            "no column 'rejected'; found 'question', 'chosen', 'rejecte'; expected 'prompt', 'chosen', 'rejected'; "
+            "rename 'rejecte'?",
+        ),
+        (
+            ["--data", write(tmp_path / "mixed.jsonl", *MIXED)],
+            4,
+            "3 of 7 rows (42.9%) cannot be used",
+        ),
+        (
+            ["--data", write(tmp_path / "all.jsonl", {**ROW, "prompt": ""}), "--max_dropped", 1],
+            4,
+            "1 of 1 rows",
+        ),
         (["--data", good, "--eval_split", 0.5], 4, "of 1 distinct prompts leaves"),
         (["--data", good, "--eval_data", tmp_path / "none.jsonl"], 4, "none.jsonl: no such file"),
         (["--data", "csv"], 4, "csv: no such file or folder"),
-        (["--data", "https://example.org/pairs.jsonl"], 4, "https://example.org/...: addresses are not read"),
-    ]  # fmt: skip
+        (
+            ["--data", "https://example.org/pairs.jsonl"],
+            4,
+            "https://example.org/...: addresses are not read",
+        ),
+    ]
 
 
 def the_line(err):
@@ -91,22 +136,37 @@ def the_line(err):
 def test_reports_and_refusals(model_dir, tmp_path):
     bad = refused(model_dir, tmp_path)
     fixed = ["--max_length", 512, "--model", without_weights(model_dir, tmp_path / "light")]
-    mixed = [*fixed, "--data", tmp_path / "mixed.jsonl", "--eval_data", tmp_path / "good.jsonl", "--max_dropped", 0.5]
+    mixed = [
+        *fixed,
+        "--data",
+        tmp_path / "mixed.jsonl",
+        "--eval_data",
+        tmp_path / "good.jsonl",
+        "--max_dropped",
+        0.5,
+    ]
     mixed += ["--output", tmp_path / "report.json"]
     split = [*fixed, "--data", PAIRS, "--eval_split", 0.2]
     (code, out, err), ours, *others = several(
-        "launch/validate.py", [mixed, split, *([*fixed, *extra] for extra, *_ in bad)], tmp_path / "cache"
+        "launch/validate.py",
+        [mixed, split, *([*fixed, *extra] for extra, *_ in bad)],
+        tmp_path / "cache",
     )
     assert code == "0", err[-3000:]
     assert (tmp_path / "report.json").read_text() == out
     _check_mixed(json.loads(out), model_dir, tmp_path)
     report = json.loads(ours[1])
     assert ours[0] == "0" and report["verdict"] == "usable" and report["data"]["rows"] == 192
-    assert sum(report["split"].values()) == 192 and report["prompts_in_both"] == 0 < report["split"]["held_out"]
+    assert (
+        sum(report["split"].values()) == 192
+        and report["prompts_in_both"] == 0 < report["split"]["held_out"]
+    )
     for (extra, code, words), (found, out, err) in zip(bad, others, strict=True):
         assert found == str(code), (extra, found, err[-2000:])
         assert words in the_line(err), (extra, err)
-        if extra[0] not in ("--max_legth",) and "share" not in words:  # flags that are none leave nothing to report on
+        if (
+            extra[0] not in ("--max_legth",) and "share" not in words
+        ):  # flags that are none leave nothing to report on
             report = json.loads(out)
             assert report["verdict"] == "refused" and f"error: {report['reason']}" == the_line(err)
             if "3 of 7" in words:  # refused, but told whole
@@ -115,7 +175,11 @@ def test_reports_and_refusals(model_dir, tmp_path):
 
 def _check_mixed(report, model_dir, tmp_path):
     data = report["data"]
-    assert report["verdict"] == "usable" and report["reason"] is None and report["flags"]["max_dropped"] == 0.5
+    assert (
+        report["verdict"] == "usable"
+        and report["reason"] is None
+        and report["flags"]["max_dropped"] == 0.5
+    )
     assert (data["rows"], data["usable"], data["dropped"], data["duplicates"]) == (7, 4, 3, 1)
     assert {row["row"]: row["reason"] for row in data["dropped_rows"]} == {
         2: "empty prompt",
@@ -127,21 +191,35 @@ def _check_mixed(report, model_dir, tmp_path):
     assert data["prompts"] == {"distinct": 2, "repeats": 2} and report["prompts_in_both"] == 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    frame = lambda text: "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n" + text + (
-        "<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
+    frame = lambda text: (
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n"
+        + text
+        + ("<|im_end|>\n<|im_start|>assistant\n")
+    )
     prompts = sorted([count(frame("Hi"))] * 3 + [count(frame("Another"))])
     tokens = data["tokens"]["prompt"]
     assert tokens["0"] == prompts[0] and tokens["0.75"] == prompts[2] and tokens["1"] == prompts[3]
     assert tokens["mean"] == round(float(np.mean(prompts)), 1)
     assert data["tokens"]["chosen"]["1"] == 512 - count(frame("Another"))
-    trained = prepare([tmp_path / "mixed.jsonl"], tokenizer, max_length=512, max_prompt_length=256, max_dropped=0.5,
-                      cache_dir=tmp_path / "cache2")  # fmt: skip
-    assert data["fingerprint"] == trained.fingerprint and data["tokens"]["all"] == trained.lengths.sum()
+    trained = prepare(
+        [tmp_path / "mixed.jsonl"],
+        tokenizer,
+        max_length=512,
+        max_prompt_length=256,
+        max_dropped=0.5,
+        cache_dir=tmp_path / "cache2",
+    )
+    assert (
+        data["fingerprint"] == trained.fingerprint
+        and data["tokens"]["all"] == trained.lengths.sum()
+    )
 
 
 @pytest.mark.slow
 def test_training_says_the_same(model_dir, tmp_path):
-    """Each refusal in the very words of train_dpo.py, which is given the same directory with its weights."""
+    """Each refusal in the very words of train_dpo.py, which is given the same directory with its
+    weights.
+    """
     bad = refused(model_dir, tmp_path)
     for folder in ("bare", "endless", "padless", "larger"):
         shutil.copy(model_dir / "model.safetensors", tmp_path / folder)
@@ -157,7 +235,10 @@ def test_training_says_the_same(model_dir, tmp_path):
 def test_settings_are_training_s():
     """Flags of the same name mean and default to the same."""
     settings = [
-        runpy.run_path(str(ROOT / script))["Settings"] for script in ("launch/validate.py", "launch/train_dpo.py")
+        runpy.run_path(str(ROOT / script))["Settings"]
+        for script in ("launch/validate.py", "launch/train_dpo.py")
     ]
-    ours, theirs = ({f.name: (f.type, f.default) for f in dataclasses.fields(each)} for each in settings)
+    ours, theirs = (
+        {f.name: (f.type, f.default) for f in dataclasses.fields(each)} for each in settings
+    )
     assert {name for name in ours if ours[name] != theirs.get(name)} == {"output"}

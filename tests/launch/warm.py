@@ -1,12 +1,14 @@
-"""Starts ranks of launch/train_dpo.py without paying for their imports each time: a process that has them forks.
+"""Starts ranks of launch/train_dpo.py without paying for their imports each time: a process that
+has them forks.
 
     with Warm() as warm:
         job = warm.start(["--output", "out", ...], ranks=2)
         os.kill(job.pids[0], signal.SIGKILL)
         codes, text = job.wait()
 
-A rank is a real process with a process group of its own kind (gloo, its own port), as a launcher would start it; exit
-codes are the ranks' own. What launchers add is tested in test_train_dpo.py and test_slurm.py.
+A rank is a real process with a process group of its own kind (gloo, its own port), as a launcher
+would start it; exit codes are the ranks' own. What launchers add is tested in test_train_dpo.py and
+test_slurm.py.
 """
 
 import contextlib
@@ -30,11 +32,22 @@ class Warm:
     """The forking process. Use as a context; `cache`: where tokenised data goes."""
 
     def __init__(self, cache, script="launch/train_dpo.py"):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "ZEROPREF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
-               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ZEROPREF_CACHE": str(cache),
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
         self.cache, self.job = cache, None
-        self.process = subprocess.Popen([sys.executable, __file__, str(ROOT / script)], cwd=ROOT, env=env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(ROOT / script)],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def __enter__(self):
         return self
@@ -44,7 +57,9 @@ class Warm:
         self.process.wait(60)
 
     def start(self, arguments, ranks=1, patch=None, file_bytes=None):
-        """Fork the ranks. patch: {"module.NAME": value}, constants to set; file_bytes: no file may grow beyond."""
+        """Fork the ranks. patch: {"module.NAME": value}, constants to set; file_bytes: no file may
+        grow beyond.
+        """
         if self.job and not self.job.done:  # a test failed and left it
             self.job.kill()
             self.job.wait()
@@ -52,8 +67,14 @@ class Warm:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        job = {"arguments": list(map(str, arguments)), "ranks": ranks, "port": port, "log": log.name,
-               "patch": patch or {}, "file_bytes": file_bytes}  # fmt: skip
+        job = {
+            "arguments": list(map(str, arguments)),
+            "ranks": ranks,
+            "port": port,
+            "log": log.name,
+            "patch": patch or {},
+            "file_bytes": file_bytes,
+        }
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         self.job = Job(self, json.loads(self.process.stdout.readline()), log)
@@ -112,8 +133,13 @@ def rank(script, job, number):
     """The life of one rank; does not return."""
     code = 1
     try:
-        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(job["ranks"]),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}  # fmt: skip
+        os.environ |= {
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(job["ranks"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(job["port"]),
+        }
         log = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)

@@ -1,5 +1,5 @@
-"""Each loss against a derivation by hand: another expression of its formula and of the formula's derivative, its
-limits, and fp32 against fp64 over margins from 0 to 10,000.
+"""Each loss against a derivation by hand: another expression of its formula and of the formula's
+derivative, its limits, and fp32 against fp64 over margins from 0 to 10,000.
 """
 
 import math
@@ -17,7 +17,9 @@ BETA = 0.3
 
 
 def made(n=64, seed=0):
-    """n random pairs in fp64 with lengths of 1 to 60 tokens; log-ratios of some tens of nats either way."""
+    """n random pairs in fp64 with lengths of 1 to 60 tokens; log-ratios of some tens of nats either
+    way.
+    """
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 60, (2, n), generator=random)
     normal = lambda: torch.randn(2, n, dtype=torch.float64, generator=random)
@@ -32,7 +34,9 @@ L = lambda x: np.logaddexp(0, -x)
 
 
 class By:
-    """The quantities of the formulas: u, v log-ratios of chosen and rejected, h their difference times beta."""
+    """The quantities of the formulas: u, v log-ratios of chosen and rejected, h their difference
+    times beta.
+    """
 
     def __init__(self, pairs, beta):
         self.c, self.r, self.rc, self.rr, self.m, self.n = (x.double().numpy() for x in pairs)
@@ -67,7 +71,8 @@ def ipo(p):
 
 
 def exo_pair(p, e):
-    # -H(q) + cross-entropy, q = S(h); derivative q (1 - q) (h - logit(1 - e)), since log q - log(1 - q) = h
+    # -H(q) + cross-entropy, q = S(h); derivative q (1 - q) (h - logit(1 - e)), since log q - log(1
+    # - q) = h
     q = S(p.h)
     log = lambda x: np.log(np.maximum(x, 1e-300))
     value = q * log(q) + (1 - q) * log(S(-p.h)) - q * np.log(1 - e) - S(-p.h) * np.log(e)
@@ -86,13 +91,20 @@ def bco_pair(p, delta):
 
 
 def sppo_hard(p):
-    return p.u**2 + p.v**2 - (p.u - p.v) / p.b + 1 / (2 * p.b**2), 2 * p.u - 1 / p.b, 2 * p.v + 1 / p.b
+    return (
+        p.u**2 + p.v**2 - (p.u - p.v) / p.b + 1 / (2 * p.b**2),
+        2 * p.u - 1 / p.b,
+        2 * p.v + 1 / p.b,
+    )
 
 
 def aot(p, e):
-    # the k-th smallest of the policy's margins against the k-th smallest of the reference's, one by one
+    # the k-th smallest of the policy's margins against the k-th smallest of the reference's, one by
+    # one
     ref = sorted(p.rc - p.rr)
-    h = np.array([p.b * (own - ref[sum(p.c - p.r < own)]) for own in p.c - p.r])  # no ties among random numbers
+    h = np.array(
+        [p.b * (own - ref[sum(p.c - p.r < own)]) for own in p.c - p.r]
+    )  # no ties among random numbers
     return of_h(p, L(h) + e * h, S(h) - 1 + e)
 
 
@@ -136,12 +148,16 @@ def simpo(p, gamma):
 
 
 def orpo(p):
-    # odds e^a / (1 - e^a); the derivative of log odds by a is 1 / (1 - e^a); q = odds_l / (odds_w + odds_l)
+    # odds e^a / (1 - e^a); the derivative of log odds by a is 1 / (1 - e^a); q = odds_l / (odds_w +
+    # odds_l)
     a, z = p.c / p.m, p.r / p.n
     odds = [np.exp(x) / (1 - np.exp(x)) for x in (a, z)]
     q = odds[1] / (odds[0] + odds[1])
-    return (-a - p.b * np.log(odds[0] / (odds[0] + odds[1])), (-1 - p.b * q / (1 - np.exp(a))) / p.m,
-            p.b * q / (1 - np.exp(z)) / p.n)  # fmt: skip
+    return (
+        -a - p.b * np.log(odds[0] / (odds[0] + odds[1])),
+        (-1 - p.b * q / (1 - np.exp(a))) / p.m,
+        p.b * q / (1 - np.exp(z)) / p.n,
+    )
 
 
 def cpo(p, w):
@@ -150,11 +166,15 @@ def cpo(p, w):
 
 
 def kto(p, z, w, v):
-    # 1 - S is a hyperbolic tangent: S(x) = (1 + tanh(x / 2)) / 2; a pair has the mean of its responses' numbers
+    # 1 - S is a hyperbolic tangent: S(x) = (1 + tanh(x / 2)) / 2; a pair has the mean of its
+    # responses' numbers
     x, y = p.b * (p.u - z) / 2, p.b * (p.v - z) / 2
     one = lambda t: (1 - np.tanh(t)) / 2
-    return ((w * one(x) + v * one(-y)) / 2, -w * p.b * (1 - np.tanh(x) ** 2) / 8,
-            v * p.b * (1 - np.tanh(y) ** 2) / 8)  # fmt: skip
+    return (
+        (w * one(x) + v * one(-y)) / 2,
+        -w * p.b * (1 - np.tanh(x) ** 2) / 8,
+        v * p.b * (1 - np.tanh(y) ** 2) / 8,
+    )
 
 
 def dpop(p, lam):
@@ -198,7 +218,12 @@ BY_HAND = [
     ("simpo", {"gamma": 0.8}, 0, lambda p: simpo(p, 0.8)),
     ("orpo", {}, 0, orpo),
     ("cpo", {"nll_weight": 0.4}, 0, lambda p: cpo(p, 0.4)),
-    ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.6}, 1.1, lambda p: kto(p, 1.1, 1.3, 0.6)),
+    (
+        "kto",
+        {"desirable_weight": 1.3, "undesirable_weight": 0.6},
+        1.1,
+        lambda p: kto(p, 1.1, 1.3, 0.6),
+    ),
     ("dpop", {}, 0, lambda p: dpop(p, 50.0)),
     ("rpo", {"nll_weight": 0.4}, 0, lambda p: rpo(p, 0.4)),
     ("rdpo", {"alpha": 0.05}, 0, lambda p: rdpo(p, 0.05)),
@@ -209,15 +234,21 @@ IDS = [f"{name}{args or ''}" for name, args, *_ in BY_HAND]
 def value_and_gradient(loss, pairs, **given):
     leaves = pairs.chosen.clone().requires_grad_(), pairs.rejected.clone().requires_grad_()
     losses = loss(pairs._replace(chosen=leaves[0], rejected=leaves[1]), **given)
-    return losses, torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+    return losses, torch.autograd.grad(
+        losses.sum(), leaves, allow_unused=True, materialize_grads=True
+    )
 
 
 @pytest.mark.parametrize(("name", "args", "baseline", "derived"), BY_HAND, ids=IDS)
 def test_value_and_gradient_by_hand(name, args, baseline, derived):
     pairs = made()
-    losses, gradients = value_and_gradient(choose(name, BETA, args), pairs, baselines={name: baseline})
+    losses, gradients = value_and_gradient(
+        choose(name, BETA, args), pairs, baselines={name: baseline}
+    )
     assert losses.shape == (64,)
-    for found, expected in zip((losses.detach(), *gradients), derived(By(pairs, BETA)), strict=True):
+    for found, expected in zip(
+        (losses.detach(), *gradients), derived(By(pairs, BETA)), strict=True
+    ):
         # differences of numbers up to 1e2 cancel in either expression
         assert np.allclose(found.numpy(), expected, rtol=1e-11, atol=1e-12), name
 
@@ -228,7 +259,8 @@ def test_every_loss_is_derived():
 
 LN2, INF = math.log(2), math.inf
 up = lambda x: math.log1p(math.exp(x))  # L(-x)
-# (-8, 4 tokens) against (-10, 5 tokens), beta 1/2: beta to 0; policy and reference equal; rejected gone; chosen gone
+# (-8, 4 tokens) against (-10, 5 tokens), beta 1/2: beta to 0; policy and reference equal; rejected
+# gone; chosen gone
 LIMITS = {
     "sigmoid": (LN2, LN2, 0, INF),
     "robust": (LN2, LN2, -INF, INF),  # eps 0.1
@@ -257,10 +289,14 @@ LIMITS = {
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_limits(name):
-    one = lambda *values: Pairs(*torch.tensor([values], dtype=torch.float64).T, torch.tensor([4]), torch.tensor([5]))
+    one = lambda *values: Pairs(
+        *torch.tensor([values], dtype=torch.float64).T, torch.tensor([4]), torch.tensor([5])
+    )
     equal, gone = one(-8, -10, -8, -10), -1e300
-    found = [choose(name, 1e-200, {})(one(-8, -10, -7, -12)), *map(choose(name, 0.5, {}), (
-        equal, one(-8, gone, -8, -10), one(gone, -10, -8, -10)))]  # fmt: skip
+    found = [
+        choose(name, 1e-200, {})(one(-8, -10, -7, -12)),
+        *map(choose(name, 0.5, {}), (equal, one(-8, gone, -8, -10), one(gone, -10, -8, -10))),
+    ]
     for value, limit in zip(found, LIMITS[name], strict=True):
         if math.isinf(limit):
             assert value.item() * math.copysign(1, limit) > 1e298
@@ -290,21 +326,30 @@ def test_fp32_is_near_fp64_at_any_margin(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_empty_row_stays_in_the_graph(name):
     scores = torch.zeros(0, requires_grad=True)
-    losses = choose(name, BETA, {})(Pairs.of(scores, torch.zeros(0), torch.zeros(0, dtype=torch.int64)))
+    losses = choose(name, BETA, {})(
+        Pairs.of(scores, torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    )
     assert losses.shape == (0,)
     losses.sum().backward()
     assert scores.grad.shape == (0,)
     if unpaired := LOSSES[name].unpaired:
         scores = torch.zeros(0, requires_grad=True)
-        none = Labelled(scores, torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+        none = Labelled(
+            scores,
+            torch.zeros(0),
+            torch.zeros(0, dtype=torch.int64),
+            torch.zeros(0, dtype=torch.bool),
+        )
         unpaired(none, BETA).sum().backward()
         assert scores.grad.shape == (0,)
 
 
 def test_orpo_of_certain_answers():
-    # probability 1: chosen's term is 0 with slope -beta odds_l (odds of rejected, a_l = log(1/3): 1/2), rejected's
-    # is infinite
-    at = lambda c, r: Pairs(*(torch.tensor([x], dtype=torch.float64) for x in (c, r, -1, -1)), *torch.ones(2, 1))
+    # probability 1: chosen's term is 0 with slope -beta odds_l (odds of rejected, a_l = log(1/3):
+    # 1/2), rejected's is infinite
+    at = lambda c, r: Pairs(
+        *(torch.tensor([x], dtype=torch.float64) for x in (c, r, -1, -1)), *torch.ones(2, 1)
+    )
     losses, (slope, _) = value_and_gradient(choose("orpo", BETA, {}), at(0.0, math.log(1 / 3)))
     assert losses.item() == 0 and slope.item() == pytest.approx(-1 - BETA / 2)
     assert choose("orpo", BETA, {})(at(-1.0, 0.0)).item() == math.inf
@@ -330,22 +375,29 @@ def test_labelled_responses_by_hand():
     u = (examples.logps - examples.ref_logps).numpy()
     z = sign * (BETA * u - 0.7)
     losses, slope = slopes_of(lambda x: family.bco(x, BETA, 0.7), examples)
-    assert np.allclose(losses, L(z), rtol=1e-12) and np.allclose(slope, sign * BETA * (S(z) - 1), rtol=1e-11)
+    assert np.allclose(losses, L(z), rtol=1e-12) and np.allclose(
+        slope, sign * BETA * (S(z) - 1), rtol=1e-11
+    )
     z, weight = sign * BETA * (u - 1.1), np.where(examples.desired, 1.3, 0.6)
     weights = {"desirable_weight": 1.3, "undesirable_weight": 0.6}
     losses, slope = slopes_of(lambda x: family.kto(x, BETA, 1.1, **weights), examples)
     assert np.allclose(losses, weight * (1 - np.tanh(z / 2)) / 2, rtol=1e-10, atol=1e-15)
-    assert np.allclose(slope, -weight * sign * BETA * (1 - np.tanh(z / 2) ** 2) / 4, rtol=1e-9, atol=1e-15)
+    assert np.allclose(
+        slope, -weight * sign * BETA * (1 - np.tanh(z / 2) ** 2) / 4, rtol=1e-9, atol=1e-15
+    )
 
 
 def test_aot_of_unequal_counts_integrates_over_quantiles():
-    # the empirical quantile Q(t) is the ceil(t n)-th smallest of n: exact fractions, stretch by stretch
+    # the empirical quantile Q(t) is the ceil(t n)-th smallest of n: exact fractions, stretch by
+    # stretch
     examples = labelled()
     rewards = (BETA * (examples.logps - examples.ref_logps)).numpy()
     good, bad = (np.flatnonzero(side) for side in (examples.desired, ~examples.desired))
     good, bad = good[rewards[good].argsort()], bad[rewards[bad].argsort()]
     n, m = len(good), len(bad)
-    ends = sorted({Fraction(i, n) for i in range(1, n + 1)} | {Fraction(j, m) for j in range(1, m + 1)})
+    ends = sorted(
+        {Fraction(i, n) for i in range(1, n + 1)} | {Fraction(j, m) for j in range(1, m + 1)}
+    )
     integral, slope, start = 0.0, np.zeros(n + m), Fraction(0)
     for end in ends:
         up, down = good[math.ceil(end * n) - 1], bad[math.ceil(end * m) - 1]

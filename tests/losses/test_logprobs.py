@@ -35,8 +35,11 @@ def test_value_and_gradient_in_any_chunks(chunk, with_bias):
     expected = plain(hidden, weight, target, bias)
     found = token_logps(hidden, weight, target, bias, budget=chunk * 37 * 8)
     assert torch.allclose(found, expected, rtol=1e-13)
-    for ours, theirs in zip(torch.autograd.grad((found * weights).sum(), leaves),
-                            torch.autograd.grad((expected * weights).sum(), leaves), strict=True):  # fmt: skip
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
@@ -64,7 +67,10 @@ def test_rows_that_wait_for_each_other_keep_their_logits(monkeypatch):
     for loss, h in zip(both, (hidden, other), strict=True):
         found = torch.autograd.grad(loss, (h, weight, bias))
         expected = torch.autograd.grad(plain(h, weight, target, bias).sum(), (h, weight, bias))
-        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(found, expected, strict=True))
+        assert all(
+            torch.allclose(a, b, rtol=1e-12, atol=1e-13)
+            for a, b in zip(found, expected, strict=True)
+        )
 
 
 def test_scratch_is_used_again_when_nobody_holds_it():
@@ -84,7 +90,8 @@ def test_scratch_is_used_again_when_nobody_holds_it():
 
 
 def test_the_same_bits_with_and_without_a_gradient():
-    # a reference is scored without; against a policy of the same weights its margins are 0 to the bit
+    # a reference is scored without; against a policy of the same weights its margins are 0 to the
+    # bit
     hidden, weight, target, _ = inputs(tokens=300, vocabulary=9000, width=64, dtype=torch.float32)
     with torch.no_grad():
         still = token_logps(hidden, weight, target)
@@ -138,7 +145,8 @@ def test_log_sum_of_squares_of_sure_and_of_flat_tokens():
     weight[7] = 1
     with torch.no_grad():
         logps, squares = token_logps(hidden, weight, torch.tensor([7, 0]), log_p2=True)
-    # log(49152 p^2): the second token's own p, whose fp32 rounding counts twice, and 3 units in the last place of 10.8
+    # log(49152 p^2): the second token's own p, whose fp32 rounding counts twice, and 3 units in the
+    # last place of 10.8
     expected = math.log(49152) + 2 * logps[1].item()
     assert squares[0] == 0 and squares[1].item() == pytest.approx(expected, abs=3 * 2**-20)
     assert logps[0] == 0 and logps[1].item() == pytest.approx(-math.log(49152), abs=2 * 2**-20)

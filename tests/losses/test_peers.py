@@ -1,4 +1,6 @@
-"""Our losses against TRL's own code for them; the table is that of tests/benchmarks/peers_losses.py."""
+"""Our losses against TRL's own code for them; the table is that of
+tests/benchmarks/peers_losses.py.
+"""
 
 import pytest
 

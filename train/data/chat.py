@@ -1,8 +1,10 @@
-"""Chat template -> token ids of prompt and responses: who owns the end token, what is cut, what is refused.
+"""Chat template -> token ids of prompt and responses: who owns the end token, what is cut, what is
+refused.
 
-A conversation is rendered twice, as the prompt alone with the assistant's header and as a whole with its answer. What
-the whole has beyond the prompt is the response's text. The two texts are tokenised apart and joined as ids, so no token
-crosses the border. Templates run in transformers' sandbox (`apply_chat_template`) and nowhere else.
+A conversation is rendered twice, as the prompt alone with the assistant's header and as a whole
+with its answer. What the whole has beyond the prompt is the response's text. The two texts are
+tokenised apart and joined as ids, so no token crosses the border. Templates run in transformers'
+sandbox (`apply_chat_template`) and nowhere else.
 """
 
 import re
@@ -28,12 +30,19 @@ class Encoded(NamedTuple):
 class ControlTokens:
     """The strings that a tokenizer reads as control tokens wherever they stand in a text.
 
-    Some models forget to call theirs special: what frames the turns of `conversation`, a rendered one, counts too.
+    Some models forget to call theirs special: what frames the turns of `conversation`, a rendered
+    one, counts too.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, allowed: bool = False, conversation: str = ""):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, allowed: bool = False, conversation: str = ""
+    ):
         added = tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special or _frames(token.content, conversation)}
+        special = {
+            token.content
+            for token in added
+            if token.special or _frames(token.content, conversation)
+        }
         self.tokens = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
         self.allowed = allowed
         self._pattern = re.compile("|".join(map(re.escape, self.tokens)))
@@ -43,31 +52,45 @@ class ControlTokens:
         return found.group() if found else None
 
     def check(self, text: str) -> None:
-        """Raises RowError where a text has one: as a token it would end a turn, or begin one, in the user's name."""
+        """Raises RowError where a text has one: as a token it would end a turn, or begin one, in
+        the user's name.
+        """
         if not self.allowed and (token := self.first(text)) is not None:
             raise RowError(f"control token {token!r} in the text")
 
 
 def _frames(token: str, conversation: str) -> bool:
     """Whether an added token is one of the conversation's marks: neither a word nor white space."""
-    return len(token.strip()) > 2 and not (token[0].isalnum() or token[-1].isalnum()) and token in conversation
+    return (
+        len(token.strip()) > 2
+        and not (token[0].isalnum() or token[-1].isalnum())
+        and token in conversation
+    )
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text in one call, which is parallel in Rust; nothing is added and nothing cut."""
+    """Token ids of each text in one call, which is parallel in Rust; nothing is added and nothing
+    cut.
+    """
     if not texts:
         return []
     return tokenizer(
-        list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False,
-        return_attention_mask=False, return_token_type_ids=False,
-    )["input_ids"]  # fmt: skip
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
 
 
 class Chat:
     """A tokenizer with its chat template, probed once.
 
-    `end` is the text of the end-of-turn token, `end_id` its id, `header_length` the number of tokens of the assistant's
-    header. Raises ValueError: no template, end or pad token; a template that cannot be used, and why.
+    `end` is the text of the end-of-turn token, `end_id` its id, `header_length` the number of
+    tokens of the assistant's header. Raises ValueError: no template, end or pad token; a template
+    that cannot be used, and why.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False):
@@ -83,25 +106,39 @@ class Chat:
             ) from error
         for token in ("eos_token", "pad_token"):
             if getattr(tokenizer, token) is None:
-                raise ValueError(f"the tokenizer of {name} has no {token}: set {token!r} in its tokenizer_config.json")
+                raise ValueError(
+                    f"the tokenizer of {name} has no {token}: set {token!r} in its tokenizer_config.json"
+                )
         self._probe(name)
 
     def _probe(self, name: str) -> None:
-        """Find what the template puts behind an answer. The end token is the first control token there, or else eos."""
-        prompt, whole = self._render([(QUESTION, True), (QUESTION + [{"role": "assistant", "content": ANSWER}], False)])
+        """Find what the template puts behind an answer. The end token is the first control token
+        there, or else eos.
+        """
+        prompt, whole = self._render(
+            [(QUESTION, True), (QUESTION + [{"role": "assistant", "content": ANSWER}], False)]
+        )
         for text in (prompt, whole):
             if isinstance(text, RowError):
-                raise ValueError(f"the chat template of {name} cannot render a question and its answer: {text}")
+                raise ValueError(
+                    f"the chat template of {name} cannot render a question and its answer: {text}"
+                )
         if not whole.startswith(prompt):
             raise ValueError(
                 f"the chat template of {name} renders {whole!r}, which does not start with the prompt {prompt!r}"
             )
         # of turns that are over, which keep no <think>: answers to train on may have that
-        turns = self._render([(QUESTION + [{"role": "assistant", "content": ANSWER}] + QUESTION, False)])[0]
-        self.control = ControlTokens(self.tokenizer, self.control.allowed, turns if isinstance(turns, str) else "")
+        turns = self._render(
+            [(QUESTION + [{"role": "assistant", "content": ANSWER}] + QUESTION, False)]
+        )[0]
+        self.control = ControlTokens(
+            self.tokenizer, self.control.allowed, turns if isinstance(turns, str) else ""
+        )
         body, answer, self._tail = whole[len(prompt) :].rpartition(ANSWER)
         if not answer:
-            raise ValueError(f"the chat template of {name} leaves out the assistant's answer: {whole!r}")
+            raise ValueError(
+                f"the chat template of {name} leaves out the assistant's answer: {whole!r}"
+            )
         found = self.control.first(self._tail)
         self.end = self.tokenizer.eos_token if found is None else found
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end)
@@ -113,13 +150,17 @@ class Chat:
         ids = self.response_ids(QUESTION, ANSWER)
         if ids[-1] != self.end_id or ids.count(self.end_id) != 1:
             text = body + ANSWER + self._kept_tail
-            raise ValueError(f"the tokenizer of {name} does not end {text!r} with one token {self.end!r}: {ids}")
+            raise ValueError(
+                f"the tokenizer of {name} does not end {text!r} with one token {self.end!r}: {ids}"
+            )
         bare = self._render([(QUESTION, False)])[0]
         header = prompt[len(bare) :] if isinstance(bare, str) and prompt.startswith(bare) else ""
         self.header_length = len(tokenise(self.tokenizer, [header])[0])
 
     def _render(self, requests: Sequence[tuple[list, bool]]) -> list[str | RowError]:
-        """Render (messages, with the assistant's header?) each; a RowError in place of what the template refuses."""
+        """Render (messages, with the assistant's header?) each; a RowError in place of what the
+        template refuses.
+        """
         rendered = [None] * len(requests)
         for header in (True, False):
             places = [i for i, request in enumerate(requests) if request[1] == header]
@@ -135,11 +176,15 @@ class Chat:
     def _render_one(self, messages: list, header: bool) -> str | RowError:
         try:
             return self._apply([messages], header)[0]
-        except Exception as error:  # a template is a program: raise_exception(), a type error, an undefined name
+        except (
+            Exception
+        ) as error:  # a template is a program: raise_exception(), a type error, an undefined name
             return RowError(f"the chat template refuses it: {one_line(error)}")
 
     def _apply(self, conversations: list, header: bool) -> list[str]:
-        return self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=header)
+        return self.tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=header
+        )
 
     def prompt_ids(self, messages: list) -> list[int]:
         """Token ids (P,) of the prompt up to and including the assistant's header. Raises RowError."""
@@ -156,16 +201,22 @@ class Chat:
         return tokenise(self.tokenizer, texts)
 
     def render(self, items: Sequence[tuple]) -> list[tuple | RowError]:
-        """(messages, answer, ...) each -> texts (prompt, response, ...) each, or the RowError that drops it."""
+        """(messages, answer, ...) each -> texts (prompt, response, ...) each, or the RowError that
+        drops it.
+        """
         requests, places = [], []
         for messages, *answers in items:
             places.append(slice(len(requests), len(requests) + 1 + len(answers)))
             requests.append((messages, True))
-            for answer in answers:  # an allowed end token at the end of a text is the one that the template adds
+            for answer in (
+                answers
+            ):  # an allowed end token at the end of a text is the one that the template adds
                 turn = {"role": "assistant", "content": answer.removesuffix(self.end)}
                 requests.append((messages + [turn], False))
         rendered = self._render(requests)
-        return [self._texts(item, rendered[place]) for item, place in zip(items, places, strict=True)]
+        return [
+            self._texts(item, rendered[place]) for item, place in zip(items, places, strict=True)
+        ]
 
     def _texts(self, item: tuple, rendered: list) -> tuple | RowError:
         messages, *answers = item
@@ -191,8 +242,12 @@ class Chat:
         return body + self._kept_tail
 
 
-def tokenise_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]) -> list[list[list[int]] | RowError]:
-    """Token ids of each row's texts, all in one call; a RowError in place of a row that the tokenizer refuses."""
+def tokenise_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]
+) -> list[list[list[int]] | RowError]:
+    """Token ids of each row's texts, all in one call; a RowError in place of a row that the
+    tokenizer refuses.
+    """
     try:
         ids = iter(tokenise(tokenizer, [text for texts in rows for text in texts]))
         return [[next(ids) for _ in texts] for texts in rows]
@@ -204,35 +259,50 @@ def tokenise_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]) -> 
 
 
 def check_fit(config, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """ValueError where the tokenizer has ids that the model has no embedding for, or rows outrun its positions.
+    """ValueError where the tokenizer has ids that the model has no embedding for, or rows outrun
+    its positions.
 
     `config`: the model's, as transformers has it; no weight is needed.
     """
     config = config.get_text_config()
     ids = 1 + max(tokenizer.get_vocab().values(), default=-1)  # not their number: there may be gaps
     if ids > config.vocab_size:
-        raise ValueError(f"the tokenizer has {ids:,} tokens, the model's vocabulary {config.vocab_size:,}: "
-                         "they do not belong together")  # fmt: skip
+        raise ValueError(
+            f"the tokenizer has {ids:,} tokens, the model's vocabulary {config.vocab_size:,}: "
+            "they do not belong together"
+        )
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
-        raise ValueError(f"--max_length {max_length} is more than the model's {positions} positions")
+        raise ValueError(
+            f"--max_length {max_length} is more than the model's {positions} positions"
+        )
 
 
 def check_lengths(max_length: int, max_prompt_length: int | None, header_length: int = 0) -> int:
-    """The most tokens that a prompt may have: one token at least is left to the response. Raises ValueError."""
+    """The most tokens that a prompt may have: one token at least is left to the response. Raises
+    ValueError.
+    """
     limit = max_length - 1 if max_prompt_length is None else max_prompt_length
     if max_length < 2 or limit < 1:
-        raise ValueError(f"max_length {max_length}, max_prompt_length {max_prompt_length}: at least 2 and 1 are needed")
+        raise ValueError(
+            f"max_length {max_length}, max_prompt_length {max_prompt_length}: at least 2 and 1 are needed"
+        )
     if limit >= max_length:
-        raise ValueError(f"max_prompt_length {limit} leaves no room for a response in max_length {max_length}")
+        raise ValueError(
+            f"max_prompt_length {limit} leaves no room for a response in max_length {max_length}"
+        )
     if limit < header_length:
-        raise ValueError(f"a prompt of {limit} tokens cannot hold the assistant's header of {header_length}: raise "
-                         f"{'max_length' if max_prompt_length is None else 'max_prompt_length'}")  # fmt: skip
+        raise ValueError(
+            f"a prompt of {limit} tokens cannot hold the assistant's header of {header_length}: raise "
+            f"{'max_length' if max_prompt_length is None else 'max_prompt_length'}"
+        )
     return limit
 
 
 class PairEncoder:
-    """Pairs under length limits: a prompt keeps its end, then each response is cut to what is left of max_length."""
+    """Pairs under length limits: a prompt keeps its end, then each response is cut to what is left
+    of max_length.
+    """
 
     def __init__(self, chat: Chat, max_length: int, max_prompt_length: int | None):
         self.chat = chat
@@ -244,7 +314,9 @@ class PairEncoder:
         return self.chat.render(items)
 
     def finish(self, ids: Sequence[list[int]]) -> Encoded:
-        """Truncate; a response that is cut gets no end token. Raises RowError for answers empty or equal by now."""
+        """Truncate; a response that is cut gets no end token. Raises RowError for answers empty or
+        equal by now.
+        """
         prompt, *responses = ids
         if self.chat.tail_ids in responses:  # some tokenizers leave out what they do not know
             raise RowError("no tokens: the tokenizer makes nothing of a response")
@@ -253,7 +325,9 @@ class PairEncoder:
         cut = tuple(response[:room] for response in responses)
         truncated = (len(prompt) > len(kept), *(len(response) > room for response in responses))
         if len(cut) == 2 and cut[0] == cut[1]:
-            raise RowError("equal after truncation" if any(truncated[1:]) else "equal after the chat template")
+            raise RowError(
+                "equal after truncation" if any(truncated[1:]) else "equal after the chat template"
+            )
         return Encoded(kept, cut, truncated)
 
 
@@ -266,9 +340,16 @@ class LabelledEncoder(PairEncoder):
 
 
 class TextEncoder:
-    """Plain text, no template: an empty prompt and one response without an end token, cut to max_length."""
+    """Plain text, no template: an empty prompt and one response without an end token, cut to
+    max_length.
+    """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, allow_control_tokens: bool = False):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        allow_control_tokens: bool = False,
+    ):
         check_lengths(max_length, None)
         self.control = ControlTokens(tokenizer, allow_control_tokens)
         self.max_length = max_length

@@ -10,7 +10,9 @@ class RowError(ValueError):
 
 
 class MissingColumn(RowError):
-    """The row has no such column. When no row of a source has it, the source is at fault: see tokens.check_rows."""
+    """The row has no such column. When no row of a source has it, the source is at fault: see
+    tokens.check_rows.
+    """
 
     column = property(lambda self: self.args[0])
 
@@ -19,7 +21,9 @@ class MissingColumn(RowError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in at most 300 characters that a terminal shows as they are: it may quote the data."""
+    """What an error says, in at most 300 characters that a terminal shows as they are: it may quote
+    the data.
+    """
     text = " ".join(str(error).split())[:300]
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -27,4 +31,6 @@ def one_line(error: BaseException) -> str:
 def listed(names) -> str:
     """Names in quotation marks, the first 20 of them."""
     names = list(names)
-    return (", ".join(repr(name)[:60] for name in names[:20]) + (", ..." if len(names) > 20 else "")) or "none"
+    return (
+        ", ".join(repr(name)[:60] for name in names[:20]) + (", ..." if len(names) > 20 else "")
+    ) or "none"

@@ -1,7 +1,8 @@
-"""Which groups, at which step, on which rank, in which row: pure functions of (seed, epoch, step, rank, world).
+"""Which groups, at which step, on which rank, in which row: pure functions of (seed, epoch, step,
+rank, world).
 
-A step is drawn first and packed afterwards, so that neither the number of ranks nor the token budget can change what
-a step is made of.
+A step is drawn first and packed afterwards, so that neither the number of ranks nor the token
+budget can change what a step is made of.
 """
 
 import math
@@ -19,18 +20,24 @@ class Step(NamedTuple):
     number: int  # 0-based, over all epochs
     epoch: int
     groups: tuple[int, ...]  # the whole step's groups, as indices into the data set
-    rows: tuple[tuple[int, ...], ...]  # this rank's rows, each a tuple of groups; as many on every rank
+    rows: tuple[
+        tuple[int, ...], ...
+    ]  # this rank's rows, each a tuple of groups; as many on every rank
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The epoch's order: a permutation of range(count), (count,) int64, from numpy's counter-based Philox."""
+    """The epoch's order: a permutation of range(count), (count,) int64, from numpy's counter-based
+    Philox.
+    """
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 def num_steps(count: int, batch_size: int, epochs: float, max_steps: int = 0) -> int:
-    """Steps in `epochs` passes over `count` groups; each pass ends with a smaller step where it must.
+    """Steps in `epochs` passes over `count` groups; each pass ends with a smaller step where it
+    must.
 
-    `max_steps` above 0 bounds them. A broken number of epochs rounds the last pass up to a whole pair and step.
+    `max_steps` above 0 bounds them. A broken number of epochs rounds the last pass up to a whole
+    pair and step.
     """
     per_epoch = -(-count // batch_size)
     whole, part = divmod(epochs, 1)
@@ -38,9 +45,20 @@ def num_steps(count: int, batch_size: int, epochs: float, max_steps: int = 0) ->
     return min(steps, max_steps) if max_steps > 0 else steps
 
 
-def steps(tokens: Sequence[int], batch_size: int, budget: int, *, seed: int, total: int, start: int = 0,
-          rank: int = 0, world: int = 1) -> Iterator[Step]:  # fmt: skip
-    """Steps `start` to `total` for one rank. `tokens`: each group's size, (len(data),). Starts anywhere at no cost."""
+def steps(
+    tokens: Sequence[int],
+    batch_size: int,
+    budget: int,
+    *,
+    seed: int,
+    total: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Step]:
+    """Steps `start` to `total` for one rank. `tokens`: each group's size, (len(data),). Starts
+    anywhere at no cost.
+    """
     count, per_epoch = len(tokens), -(-len(tokens) // batch_size)
     order, drawn = None, -1
     for number in range(start, total):
@@ -52,11 +70,13 @@ def steps(tokens: Sequence[int], batch_size: int, budget: int, *, seed: int, tot
         yield Step(number, epoch, groups, tuple(tuple(groups[i] for i in row) for row in plan))
 
 
-def passes(tokens: Sequence[int], budget: int, *, rank: int = 0, world: int = 1) -> list[tuple[int, ...]]:
+def passes(
+    tokens: Sequence[int], budget: int, *, rank: int = 0, world: int = 1
+) -> list[tuple[int, ...]]:
     """One pass over everything in rows, for evaluation: this rank's rows, of as many on every rank.
 
-    The rows are planned for the whole job and dealt afterwards, so each holds the same groups whatever the number of
-    ranks, and no digit of what is measured depends on it.
+    The rows are planned for the whole job and dealt afterwards, so each holds the same groups
+    whatever the number of ranks, and no digit of what is measured depends on it.
     """
     rows = deal([int(n) for n in tokens], budget)[0]
     rows += [[]] * (-len(rows) % world)

@@ -1,7 +1,7 @@
 """Rows of Arrow tables: parquet files, folders that `save_to_disk` wrote, data sets on the hub.
 
-Values are taken as Arrow holds them and nothing is decoded: no image is opened, no address in a column is asked for. A
-value that Python cannot hold spoils its own column of its own row.
+Values are taken as Arrow holds them and nothing is decoded: no image is opened, no address in a
+column is asked for. A value that Python cannot hold spoils its own column of its own row.
 """
 
 import os
@@ -17,7 +17,9 @@ BATCH = 1024  # rows turned into Python objects at once
 
 
 def parquet(path: str) -> Iterator[dict]:
-    """The rows of one file, read by its exact name: `load_dataset` takes [, * and ? in it for a pattern."""
+    """The rows of one file, read by its exact name: `load_dataset` takes [, * and ? in it for a
+    pattern.
+    """
 
     def batches():
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -39,13 +41,19 @@ def hub(source: str, name: str, config: str | None, split: str) -> Iterator[dict
 
 def _load(path: str, split: str) -> datasets.Dataset:
     """Raises DataError."""
-    if not any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        raise DataError(f"{path}: a folder that save_to_disk did not write; name the files in it one by one")
+    if not any(
+        os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")
+    ):
+        raise DataError(
+            f"{path}: a folder that save_to_disk did not write; name the files in it one by one"
+        )
     found = datasets.load_from_disk(path)
     if not isinstance(found, datasets.DatasetDict):
         return found
     if split not in found:
-        raise DataError(f"{path}: no split {split!r}; found {listed(found)}; name one as {path}@SPLIT")
+        raise DataError(
+            f"{path}: no split {split!r}; found {listed(found)}; name one as {path}@SPLIT"
+        )
     return found[split]
 
 
@@ -53,8 +61,12 @@ def _batches(data: datasets.Dataset) -> Iterator:
     return data.with_format("arrow").iter(BATCH)
 
 
-def _rows(source: str, batches: Callable[[], Iterator], problem: str = "cannot be read") -> Iterator[dict]:
-    """The rows of all `batches()`, without progress bars; whatever reading them raises becomes a DataError."""
+def _rows(
+    source: str, batches: Callable[[], Iterator], problem: str = "cannot be read"
+) -> Iterator[dict]:
+    """The rows of all `batches()`, without progress bars; whatever reading them raises becomes a
+    DataError.
+    """
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -66,9 +78,13 @@ def _rows(source: str, batches: Callable[[], Iterator], problem: str = "cannot b
     except DataError:
         raise
     except Exception as error:  # readers and the hub's client raise a dozen unrelated types, and the cure is the same
-        while error.__cause__ is not None:  # datasets wraps "Expected 2 fields, saw 3" in "An error occurred"
+        while (
+            error.__cause__ is not None
+        ):  # datasets wraps "Expected 2 fields, saw 3" in "An error occurred"
             error = error.__cause__
-        raise DataError(f"{source}: {problem}: {type(error).__name__}: {one_line(error)}") from error
+        raise DataError(
+            f"{source}: {problem}: {type(error).__name__}: {one_line(error)}"
+        ) from error
     finally:
         if shown:
             datasets.enable_progress_bars()
@@ -80,7 +96,10 @@ def _objects(batch) -> list[dict]:
         return batch.to_pylist()
     except Exception:  # bytes that are no UTF-8, the year 300000, a field twice in a struct
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        return [{name: _value(values, i) for name, values in columns.items()} for i in range(batch.num_rows)]
+        return [
+            {name: _value(values, i) for name, values in columns.items()}
+            for i in range(batch.num_rows)
+        ]
 
 
 def _value(values, i: int) -> Any:

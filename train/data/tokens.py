@@ -1,9 +1,10 @@
-"""Rows -> token ids, once: checked, rendered, tokenised in parallel, kept in a memory-mapped file named by its content.
+"""Rows -> token ids, once: checked, rendered, tokenised in parallel, kept in a memory-mapped file
+named by its content.
 
-The file's key is a hash of what the rows say, the tokenizer, the chat template and the lengths: the same rows under
-another path are found again, one changed letter is not. A kind of data is a row of the KINDS table: a check that judges
-one row (rows.py), and an encoder that turns what the check returned into texts, and the texts' ids into a prompt and
-responses (chat.py).
+The file's key is a hash of what the rows say, the tokenizer, the chat template and the lengths: the
+same rows under another path are found again, one changed letter is not. A kind of data is a row of
+the KINDS table: a check that judges one row (rows.py), and an encoder that turns what the check
+returned into texts, and the texts' ids into a prompt and responses (chat.py).
 
 Legend: N groups, k responses each, T tokens in all.
 """
@@ -42,7 +43,9 @@ from train.data.rows import (
 )
 
 FORMAT = 2  # raise it when the same rows would give other ids or another file
-CHUNK = 4096  # rows rendered and tokenised at once: enough for every core, and a bounded peak of memory
+CHUNK = (
+    4096  # rows rendered and tokenised at once: enough for every core, and a bounded peak of memory
+)
 
 
 class Row(NamedTuple):
@@ -60,7 +63,9 @@ class Kind(NamedTuple):
     check: Callable[[Any], Any]  # row -> item; raises RowError
     columns: tuple  # those named to a user who has none of them
     k: int  # responses a group
-    prompt_of: Callable[[Any], Any]  # item -> what two rows with the same prompt have in common, for splitting
+    prompt_of: Callable[
+        [Any], Any
+    ]  # item -> what two rows with the same prompt have in common, for splitting
     encoder: Callable  # (tokenizer, max_length, max_prompt_length, allow_control_tokens) -> encoder
     label_of: Callable[[Any], bool] | None = None  # item -> its label, where it has one
 
@@ -78,7 +83,12 @@ def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens
 KINDS = {
     "pair": Kind(check_pair, PAIR_COLUMNS, 2, itemgetter(0), partial(_encoder, PairEncoder)),
     "labelled": Kind(
-        check_labelled, LABELLED_COLUMNS, 1, itemgetter(0), partial(_encoder, LabelledEncoder), itemgetter(2)
+        check_labelled,
+        LABELLED_COLUMNS,
+        1,
+        itemgetter(0),
+        partial(_encoder, LabelledEncoder),
+        itemgetter(2),
     ),
     "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
 }
@@ -118,20 +128,26 @@ class Tokenised:
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
         per_group = ("offsets", "lengths", "truncated", "rows", "prompts", "labels")
-        picked = {name: values[index] for name in per_group if (values := getattr(self, name)) is not None}
+        picked = {
+            name: values[index] for name in per_group if (values := getattr(self, name)) is not None
+        }
         return dataclasses.replace(self, fingerprint=digest, **picked)
 
 
 def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Tokenised, Tokenised]:
     """(train, held out): about `share` of the distinct prompts are held out.
 
-    A prompt's side depends on the seed and the prompt alone: not on the other rows, their order, the template or the
-    lengths. Raises ValueError for a share outside [0, 1); DataError when a side would be empty though share > 0.
+    A prompt's side depends on the seed and the prompt alone: not on the other rows, their order,
+    the template or the lengths. Raises ValueError for a share outside [0, 1); DataError when a side
+    would be empty though share > 0.
     """
     if not 0 <= share < 1:
         raise ValueError(f"the share of held-out prompts is {share}; expected 0 <= share < 1")
     distinct, places = np.unique(tokenised.prompts, return_inverse=True)
-    draws = [int.from_bytes(_sha256(f"{seed}:{prompt}")[:8], "big") / 2**64 for prompt in distinct.tolist()]
+    draws = [
+        int.from_bytes(_sha256(f"{seed}:{prompt}")[:8], "big") / 2**64
+        for prompt in distinct.tolist()
+    ]
     held = (np.array(draws) < share)[places.reshape(-1)]
     if share > 0 and (held.all() or not held.any()):
         lacking = "none to train on" if held.any() else "none held out"
@@ -143,9 +159,14 @@ def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Toke
 
 
 def prepare(
-    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_dropped: float = 0.05, **options
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_dropped: float = 0.05,
+    **options,
 ) -> Tokenised:
-    """What `collect(sources, tokenizer, **options)` gives, if no more than the share `max_dropped` of the rows is lost.
+    """What `collect(sources, tokenizer, **options)` gives, if no more than the share `max_dropped`
+    of the rows is lost.
 
     (wikitext's blank lines need about 0.4.) Raises DataError besides.
     """
@@ -165,17 +186,25 @@ def collect(
     split: str = "train",
     kind: str = "pair",
 ) -> Tokenised:
-    """Read, check and tokenise `sources`, or find them done in the cache, however many rows are dropped.
+    """Read, check and tokenise `sources`, or find them done in the cache, however many rows are
+    dropped.
 
     `cache_dir` stands for $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens.
-    Several processes may do this at once.
-    Raises DataError for the data, ValueError for the tokenizer, the lengths or the kind, OSError for the cache folder.
+    Several processes may do this at once. Raises DataError for the data, ValueError for the
+    tokenizer, the lengths or the kind, OSError for the cache folder.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} of data; expected one of {', '.join(KINDS)}")
     encoder = KINDS[kind].encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens)
     rows, refused = check_rows(sources, KINDS[kind].check, KINDS[kind].columns, split)
-    settings = [FORMAT, kind, max_length, max_prompt_length, allow_control_tokens, _identity(tokenizer)]
+    settings = [
+        FORMAT,
+        kind,
+        max_length,
+        max_prompt_length,
+        allow_control_tokens,
+        _identity(tokenizer),
+    ]
     key = _key(settings, rows)
     path = user_cache("tokens", cache_dir) / f"{key}.safetensors"
     cached = _load(path, key)
@@ -183,7 +212,9 @@ def collect(
         _save(path, key, *_encode(rows, KINDS[kind], encoder, tokenizer))
         cached = _load(path, key)
         if cached is None:
-            raise OSError(f"{path}: the token cache cannot be read back after writing it; is the disk sound?")
+            raise OSError(
+                f"{path}: the token cache cannot be read back after writing it; is the disk sound?"
+            )
     arrays, late = cached
     places = {row.number: row for row in rows}
     dropped = refused + [Dropped(places[n].source, places[n].index, reason) for n, reason in late]
@@ -191,10 +222,14 @@ def collect(
 
 
 def kind_of(sources: Sequence[str], split: str = "train") -> str:
-    """ "labelled" where the first row has an answer with a label and no pair, else "pair". Raises DataError."""
+    """ "labelled" where the first row has an answer with a label and no pair, else "pair". Raises
+    DataError.
+    """
     _, _, row = next(read_rows(sources, split))
     columns = row if isinstance(row, dict) else {}
-    return "labelled" if {"completion", "label"} <= {*columns} and "chosen" not in columns else "pair"
+    return (
+        "labelled" if {"completion", "label"} <= {*columns} and "chosen" not in columns else "pair"
+    )
 
 
 def refuse_too_many(tokenised: Tokenised, most: float) -> None:
@@ -210,12 +245,16 @@ def refuse_too_many(tokenised: Tokenised, most: float) -> None:
 
 
 def check_rows(
-    sources: Sequence[str], check: Callable[[Any], Any], columns: Sequence[str], split: str = "train"
+    sources: Sequence[str],
+    check: Callable[[Any], Any],
+    columns: Sequence[str],
+    split: str = "train",
 ) -> tuple[list[Row], list[Dropped]]:
-    """Read every source and keep what `check(row)` returns; rows for which it raises RowError are dropped.
+    """Read every source and keep what `check(row)` returns; rows for which it raises RowError are
+    dropped.
 
-    Raises DataError: as read_rows does; or no row of a source is sound and none has some column (`columns` are those
-    expected).
+    Raises DataError: as read_rows does; or no row of a source is sound and none has some column
+    (`columns` are those expected).
     """
     rows, dropped, number = [], [], -1
     for source in [sources] if isinstance(sources, str) else sources:
@@ -241,8 +280,9 @@ def check_rows(
 def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list]:
     """Arrays by their names in Tokenised, and the rows dropped on the way as [number, reason].
 
-    Texts are rendered in this process: 170 us a pair, a fifth of what tokenising takes on two cores. A worker started
-    without fork (unsafe beside Rust's threads) needs 4 s to import transformers: the time of 25,000 pairs.
+    Texts are rendered in this process: 170 us a pair, a fifth of what tokenising takes on two
+    cores. A worker started without fork (unsafe beside Rust's threads) needs 4 s to import
+    transformers: the time of 25,000 pairs.
     """
     flat, lengths, truncated, numbers, prompts, dropped, labels = [], [], [], [], [], [], []
     for start in range(0, len(rows), CHUNK):
@@ -266,7 +306,11 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list
             numbers.append(row.number)
             if kind.label_of:
                 labels.append(kind.label_of(row.item))
-            prompts.append(int.from_bytes(_sha256(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True))
+            prompts.append(
+                int.from_bytes(
+                    _sha256(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True
+                )
+            )
     sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)
     arrays = {
         "ids": np.concatenate([np.zeros(0, dtype=np.int32), *flat]),
@@ -287,9 +331,15 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that decides how this tokenizer renders a conversation and splits a text."""
     if tokenizer.is_fast:
         core = json.loads(tokenizer.backend_tokenizer.to_str())
-        core.update(padding=None, truncation=None)  # left behind by whoever called the tokenizer last; unused here
+        core.update(
+            padding=None, truncation=None
+        )  # left behind by whoever called the tokenizer last; unused here
     else:
-        core = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs)]
+        core = [
+            type(tokenizer).__name__,
+            sorted(tokenizer.get_vocab().items()),
+            repr(tokenizer.init_kwargs),
+        ]
     parts = [core, tokenizer.chat_template, tokenizer.special_tokens_map]
     return _sha256(json.dumps(parts, sort_keys=True, default=str)).hex()
 
@@ -303,7 +353,10 @@ def _key(settings: list, rows: list[Row]) -> str:
 
 def user_cache(name: str, cache_dir=None) -> Path:
     """The subfolder `name` of `cache_dir`, $ZEROPREF_CACHE or ~/.cache/zeropref."""
-    return Path(cache_dir or os.environ.get("ZEROPREF_CACHE") or "~/.cache/zeropref").expanduser() / name
+    return (
+        Path(cache_dir or os.environ.get("ZEROPREF_CACHE") or "~/.cache/zeropref").expanduser()
+        / name
+    )
 
 
 def _checksum(arrays: dict, dropped: str) -> str:
@@ -315,14 +368,18 @@ def _checksum(arrays: dict, dropped: str) -> str:
 
 
 def _save(path: Path, key: str, arrays: dict, dropped: list) -> None:
-    """Write beside and rename: whoever reads `path` finds a whole file, whoever writes it at the same time too."""
+    """Write beside and rename: whoever reads `path` finds a whole file, whoever writes it at the
+    same time too.
+    """
     listed = json.dumps(dropped)
     metadata = {"key": key, "dropped": listed, "checksum": _checksum(arrays, listed)}
     beside = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, beside, metadata)
+            save_file(
+                {name: torch.from_numpy(array) for name, array in arrays.items()}, beside, metadata
+            )
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)

@@ -1,8 +1,10 @@
-"""A run that can be interrupted anywhere: when it saves, what it saves, how it goes on, how it ends when it must.
+"""A run that can be interrupted anywhere: when it saves, what it saves, how it goes on, how it ends
+when it must.
 
-What a script does with it stands in launch/train_dpo.py: `resume`, `attach`, then inside `guard` for each step `count`
-and `settle`. A resumed run is bit for bit the uninterrupted one on the same number of ranks; on another number, or
-under another ZeRO stage, it takes the same groups in the same order and differs in rounding.
+What a script does with it stands in launch/train_dpo.py: `resume`, `attach`, then inside `guard`
+for each step `count` and `settle`. A resumed run is bit for bit the uninterrupted one on the same
+number of ranks; on another number, or under another ZeRO stage, it takes the same groups in the
+same order and differs in rounding.
 """
 
 import contextlib
@@ -22,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from train.config import Exit, fail
 from train.engine import chance, dist, files, preempt, state
 
-RESTARTS = int(os.environ.get("SLURM_RESTART_COUNT") or 0)  # a requeued job goes on, also where it began anew
+RESTARTS = int(
+    os.environ.get("SLURM_RESTART_COUNT") or 0
+)  # a requeued job goes on, also where it began anew
 SCHEDULE = ("last_epoch", "_step_count", "_last_lr")
 
 
@@ -31,7 +35,9 @@ class NotFinite(Exception):
 
 
 class Mark(NamedTuple):
-    """What of a finished step is overwritten while the next one is under way; weights and moments are not."""
+    """What of a finished step is overwritten while the next one is under way; weights and moments
+    are not.
+    """
 
     step: int
     told: dict  # counters, schedule, the board's record: for the manifest
@@ -42,11 +48,18 @@ class Saves:
     """The checkpoints of one run."""
 
     def __init__(self, folder, settings, policy, tokenizer, data, moving=None):
-        """`policy`: an engine's Policy; `data`: what its steps are drawn from; `moving`: a reference that follows it.
+        """`policy`: an engine's Policy; `data`: what its steps are drawn from; `moving`: a
+        reference that follows it.
 
         Every rank makes one.
         """
-        self.folder, self.settings, self.policy, self.tokenizer, self.data = folder, settings, policy, tokenizer, data
+        self.folder, self.settings, self.policy, self.tokenizer, self.data = (
+            folder,
+            settings,
+            policy,
+            tokenizer,
+            data,
+        )
         self.moving = moving
         self.path = folder.path / "checkpoints"
         self.board, self.mark, self.plan, self._restored, self.parts = None, None, None, None, {}
@@ -56,9 +69,11 @@ class Saves:
     # Before the first step.
 
     def resume(self, plan):
-        """`plan` with the steps already done and the rows' budget of before; the policy as it was then.
+        """`plan` with the steps already done and the rows' budget of before; the policy as it was
+        then.
 
-        Ends the run with exit code 3 where there are checkpoints and none is sound. Every rank calls this.
+        Ends the run with exit code 3 where there are checkpoints and none is sound. Every rank
+        calls this.
         """
         self.plan = plan
         told, path = self._find()
@@ -68,7 +83,9 @@ class Saves:
         self._load(told, path)
         # the same rows give the same bits; a budget that was asked for goes before that
         same = told["world"] == dist.world() and not self.settings.micro_tokens
-        self.plan = plan._replace(begun=told["step"], row_tokens=told["row_tokens"] if same else plan.row_tokens)
+        self.plan = plan._replace(
+            begun=told["step"], row_tokens=told["row_tokens"] if same else plan.row_tokens
+        )
         self.foreign = path.parent.resolve() != self.path.resolve()
         self.saved = 0 if self.foreign else told["step"]
         if dist.first() and not self.foreign:  # those after it are another future
@@ -79,7 +96,9 @@ class Saves:
 
     def _find(self):
         """The manifest and the path of the checkpoint to continue from, or (None, None)."""
-        choice = dist.share("auto" if self.settings.resume == "never" and RESTARTS else self.settings.resume)
+        choice = dist.share(
+            "auto" if self.settings.resume == "never" and RESTARTS else self.settings.resume
+        )
         if dist.first():  # what a run left that was killed while it saved
             for path in self.path.glob("step-*.tmp"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -87,7 +106,10 @@ class Saves:
             if dist.first():
                 shutil.rmtree(self.path, ignore_errors=True)
             return None, None
-        named, own = [] if choice == "auto" else [Path(choice)], files.found(self.path) if dist.first() else []
+        named, own = (
+            [] if choice == "auto" else [Path(choice)],
+            files.found(self.path) if dist.first() else [],
+        )
         if named and dist.share(any(files.made_with(path, "resume") == choice for path in own)):
             named = []  # where this run began; by now it has come further
         problems = []
@@ -103,7 +125,9 @@ class Saves:
         return None, None
 
     def _look(self, path):
-        """The manifest, and what is wrong with the checkpoint (None: nothing). The ranks share the hashing."""
+        """The manifest, and what is wrong with the checkpoint (None: nothing). The ranks share the
+        hashing.
+        """
         told = problem = None
         try:
             told = files.manifest(path)
@@ -119,19 +143,28 @@ class Saves:
             fail(f"{path} is further than this run goes: {self.plan.steps} steps", Exit.CHECKPOINT)
         mine, theirs = self._order(), told["order"]
         if other := [name for name in mine if mine[name] != theirs.get(name)]:
-            shown = "; ".join(f"{name} was {theirs.get(name)!r}, is {mine[name]!r}" for name in other)
+            shown = "; ".join(
+                f"{name} was {theirs.get(name)!r}, is {mine[name]!r}" for name in other
+            )
             fail(f"{path} belongs to another order of the data ({shown})", Exit.CHECKPOINT)
 
     def _order(self):
-        return {"data": self.data.fingerprint, "groups": len(self.data), "batch_size": self.settings.batch_size,
-                "seed": self.settings.seed}  # fmt: skip
+        return {
+            "data": self.data.fingerprint,
+            "groups": len(self.data),
+            "batch_size": self.settings.batch_size,
+            "seed": self.settings.seed,
+        }
 
     def _load(self, told, path):
         policy = self.policy
         reader = files.Reader(path, told)
         kept, wanted = reader.shapes(), self._shapes(told["updates"])
         if strange := sorted(key for key in wanted if kept.get(key) != wanted[key]):
-            fail(f"{path} has no {strange[0]} of shape {wanted[strange[0]]}: it is another model's", Exit.CHECKPOINT)
+            fail(
+                f"{path} has no {strange[0]} of shape {wanted[strange[0]]}: it is another model's",
+                Exit.CHECKPOINT,
+            )
         state.restore(policy, reader, told["updates"])
         if self.moving:
             self.moving.restore(reader)
@@ -151,7 +184,9 @@ class Saves:
         self.folder.began = time.time() - told["seconds"]
 
     def attach(self, board, **parts):
-        """The run's reporter, and what else has a `state_dict` for JSON, go on. Every rank calls this."""
+        """The run's reporter, and what else has a `state_dict` for JSON, go on. Every rank calls
+        this.
+        """
         self.board, self.parts = board, parts
         if self._restored:
             record, tensors, states = self._restored
@@ -170,14 +205,22 @@ class Saves:
         if update.applied:
             self._set_mark(step.number + 1)
             return
-        self.folder.say(f"step {step.number + 1}: the gradient is not finite; skipped ({self.streak} in a row)")
+        self.folder.say(
+            f"step {step.number + 1}: the gradient is not finite; skipped ({self.streak} in a row)"
+        )
         if self.streak > self.settings.max_skipped:
             raise NotFinite(sorted(int(self.data.rows[group]) for group in step.groups))
 
     def settle(self, step):
         """Nothing of this step is left to do; save where it is time. Every rank calls this."""
-        number, every, minutes = step.number + 1, self.settings.save_every, self.settings.save_minutes
-        if self.board.looked == number and not self.streak:  # an evaluation came after the step's own mark
+        number, every, minutes = (
+            step.number + 1,
+            self.settings.save_every,
+            self.settings.save_minutes,
+        )
+        if (
+            self.board.looked == number and not self.streak
+        ):  # an evaluation came after the step's own mark
             self._set_mark(number)
         late = minutes > 0 and dist.first() and time.monotonic() - self.at >= 60 * minutes
         if (every and number % every == 0) or (minutes > 0 and preempt.agreed(late)):
@@ -188,9 +231,14 @@ class Saves:
         schedule = self.policy.schedule.state_dict()
         record, tensors = self.board.state()
         states = chance.states()
-        told = {"step": number, "updates": self.policy.updates, "skipped": self.policy.skipped,
-                "schedule": {name: schedule[name] for name in SCHEDULE}, "board": record,
-                "parts": {name: part.state_dict() for name, part in self.parts.items()}}  # fmt: skip
+        told = {
+            "step": number,
+            "updates": self.policy.updates,
+            "skipped": self.policy.skipped,
+            "schedule": {name: schedule[name] for name in SCHEDULE},
+            "board": record,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
         self.mark = Mark(number, told, lambda: chance.tensors(*states) | tensors())
 
     # Saving.
@@ -206,7 +254,9 @@ class Saves:
         if problem is None:
             try:
                 entries = self._write(beside, mark)
-            except Exception as error:  # a full disk has many names: safetensors and tokenizers have their own
+            except (
+                Exception
+            ) as error:  # a full disk has many names: safetensors and tokenizers have their own
                 problem = str(error)
         told = dist.gather((problem, entries))
         problem = next((other for other, _ in told if other), None)
@@ -236,7 +286,9 @@ class Saves:
         return dist.share(problem)
 
     def _write(self, beside, mark):
-        """This rank's files: its share of the weights and moments, what is its own, on rank 0 the model's outline."""
+        """This rank's files: its share of the weights and moments, what is its own, on rank 0 the
+        model's outline.
+        """
         rank, shapes, loads, owner = dist.rank(), self._shapes(), [0] * dist.world(), {}
         for key, shape in shapes.items():
             owner[key] = loads.index(min(loads))
@@ -247,7 +299,10 @@ class Saves:
         given = (tensor if key in mine else None for key, tensor in zip(shapes, whole, strict=True))
         entries = {name: files.write(beside / name, mine, given)}
         others = [rank_file(rank)]
-        save_file(mark.mine() | (state.still(self.policy.module.lm) if dist.first() else {}), beside / others[0])
+        save_file(
+            mark.mine() | (state.still(self.policy.module.lm) if dist.first() else {}),
+            beside / others[0],
+        )
         if dist.first():
             lm = self.policy.module.lm
             lm.config.save_pretrained(beside / "model")
@@ -258,16 +313,24 @@ class Saves:
         return entries | {other: files.entry(beside / other) for other in others}
 
     def _shapes(self, updates=None):
-        return state.shapes(self.policy, updates) | {key: tuple(value.shape) for key, value in self._moved().items()}
+        return state.shapes(self.policy, updates) | {
+            key: tuple(value.shape) for key, value in self._moved().items()
+        }
 
     def _moved(self):
         return self.moving.moved() if self.moving else {}
 
     def _told(self, mark):
-        return mark.told | {"world": dist.world(), "stage": self.policy.stage, "row_tokens": self.plan.row_tokens,
-                            "precision": self.plan.precision, "order": self._order(),
-                            "consumed_groups": self._consumed(mark.step), "seconds": self.folder.seconds(),
-                            "flags": self.folder.record["flags"]}  # fmt: skip
+        return mark.told | {
+            "world": dist.world(),
+            "stage": self.policy.stage,
+            "row_tokens": self.plan.row_tokens,
+            "precision": self.plan.precision,
+            "order": self._order(),
+            "consumed_groups": self._consumed(mark.step),
+            "seconds": self.folder.seconds(),
+            "flags": self.folder.record["flags"],
+        }
 
     def _consumed(self, steps):
         """Groups drawn in `steps` steps, over all epochs and ranks."""
@@ -276,20 +339,28 @@ class Saves:
         return epochs * len(self.data) + min(within * self.settings.batch_size, len(self.data))
 
     def _failed(self, problem, beside):
-        free = shutil.disk_usage(self.path if self.path.exists() else self.folder.path).free if dist.first() else 0
+        free = (
+            shutil.disk_usage(self.path if self.path.exists() else self.folder.path).free
+            if dist.first()
+            else 0
+        )
         need = 4 * sum(torch.Size(shape).numel() for shape in self._shapes().values())
         if dist.first():
             shutil.rmtree(beside, ignore_errors=True)
         self.at = time.monotonic()  # the next try by the clock is as far away as after a success
         last = f"the last good one is step-{self.saved}" if self.saved else "there is none yet"
-        self.folder.say(f"no checkpoint after step {self.mark.step}: {problem}; it needs {need / 1e9:.2f} GB, "
-                        f"{free / 1e9:.2f} GB were free; {last}")  # fmt: skip
+        self.folder.say(
+            f"no checkpoint after step {self.mark.step}: {problem}; it needs {need / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB were free; {last}"
+        )
 
     # Leaving.
 
     @contextlib.contextmanager
     def guard(self):
-        """Ends the run in order where it is told to stop (exit code 85) or cannot go on (5). Every rank enters this."""
+        """Ends the run in order where it is told to stop (exit code 85) or cannot go on (5). Every
+        rank enters this.
+        """
         try:
             yield
         except preempt.Preempted:
@@ -301,9 +372,15 @@ class Saves:
             self._leave("preempted", Exit.PREEMPTED)
         except NotFinite as error:
             kept = self.mark.step > 0 and self.save()
-            where = f"; the state of before is in {self.path / files.name_of(self.mark.step)}" if kept else ""
-            self.folder.say(f"error: {self.streak} steps in a row had gradients that are not finite, the last with the "
-                            f"data's rows {error.args[0]}{where}")  # fmt: skip
+            where = (
+                f"; the state of before is in {self.path / files.name_of(self.mark.step)}"
+                if kept
+                else ""
+            )
+            self.folder.say(
+                f"error: {self.streak} steps in a row had gradients that are not finite, the last with the "
+                f"data's rows {error.args[0]}{where}"
+            )
             self._leave("failed", Exit.NONFINITE)
         except BaseException:
             logging.getLogger("zeropref").exception("the run ends")
@@ -319,7 +396,9 @@ class Saves:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # taking the interpreter down in order costs 5 s of the 30 that a launcher leaves after TERM
+        os._exit(
+            code
+        )  # taking the interpreter down in order costs 5 s of the 30 that a launcher leaves after TERM
 
 
 def rank_file(rank):

@@ -17,7 +17,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def start() -> torch.device:
-    """Join the job's process group through DeepSpeed and choose this rank's device. Every rank calls this."""
+    """Join the job's process group through DeepSpeed and choose this rank's device. Every rank
+    calls this.
+    """
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says so
@@ -31,8 +33,12 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     else:
         _keep_pages()
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False,
-                               verbose=False, timeout=TIMEOUT)  # fmt: skip
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=TIMEOUT,
+    )
     return device
 
 
@@ -43,14 +49,20 @@ def stop():
 
 
 def _keep_pages():
-    """Let glibc keep what is freed for the next tensor: handed back and faulted in again, pages cost a CPU step 5 %."""
+    """Let glibc keep what is freed for the next tensor: handed back and faulted in again, pages
+    cost a CPU step 5 %.
+    """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most it takes; larger tensors come and go by themselves
+        libc.mallopt(
+            M_MMAP_THRESHOLD, 32 << 20
+        )  # the most it takes; larger tensors come and go by themselves
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _environment():
-    """Fill in RANK and its kin where the launcher has not: from srun's variables, or for a process on its own."""
+    """Fill in RANK and its kin where the launcher has not: from srun's variables, or for a process
+    on its own.
+    """
     env = os.environ
     if "RANK" in env:
         return
@@ -125,7 +137,9 @@ def gather(thing) -> list:
 
 
 class heartbeats:
-    """Signs of life of all ranks, in the store they met through; used by one thread, beside any collective."""
+    """Signs of life of all ranks, in the store they met through; used by one thread, beside any
+    collective.
+    """
 
     def __init__(self):
         self.store = td.distributed_c10d._get_default_store().clone()
@@ -140,7 +154,8 @@ class heartbeats:
 
 @contextlib.contextmanager
 def one_at_a_time():
-    """Rank 0 runs the block first, then the others, who find its caches filled. Every rank enters this.
+    """Rank 0 runs the block first, then the others, who find its caches filled. Every rank enters
+    this.
 
     An error on rank 0 is raised on the others too, so that nobody waits for a dead peer.
     """

@@ -1,4 +1,6 @@
-"""The result: a model directory that transformers loads, written beside its place, checked, and renamed into it."""
+"""The result: a model directory that transformers loads, written beside its place, checked, and
+renamed into it.
+"""
 
 import json
 import logging
@@ -19,12 +21,22 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # nats, mean a token
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto", write_card=None,
-                    trust_remote_code=False) -> float:  # fmt: skip
-    """Write `module` (a Backbone) and the tokenizer to `folder` as safetensors; every rank calls this.
+def model_directory(
+    module,
+    tokenizer,
+    folder: Path,
+    rows,
+    *,
+    export_dtype="auto",
+    write_card=None,
+    trust_remote_code=False,
+) -> float:
+    """Write `module` (a Backbone) and the tokenizer to `folder` as safetensors; every rank calls
+    this.
 
-    The directory is loaded again before it takes its name, and its log-probabilities on `rows` (packed rows on this
-    device) compared with the module's. Returns the mean difference, nats a token. RuntimeError where it is too large.
+    The directory is loaded again before it takes its name, and its log-probabilities on `rows`
+    (packed rows on this device) compared with the module's. Returns the mean difference, nats a
+    token. RuntimeError where it is too large.
     """
     let_go(module)  # a second model comes into memory below
     dtype = DTYPES[export_dtype]
@@ -34,7 +46,9 @@ def model_directory(module, tokenizer, folder: Path, rows, *, export_dtype="auto
     problem = difference = None
     if dist.first():
         try:
-            difference = _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remote_code)
+            difference = _write(
+                state, module, tokenizer, folder, rows, ours, write_card, trust_remote_code
+            )
         except Exception as error:  # whatever it is, the other ranks must hear of it
             logging.getLogger("zeropref").exception("export")
             problem = f"{folder} was not written: {error}"
@@ -57,15 +71,19 @@ def _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remot
     gap = _reload(beside, module, rows, ours, trust_remote_code)
     narrow = module.autocast or torch.bfloat16 in (saved, next(module.parameters()).dtype)
     if not gap <= TOLERANCE[torch.bfloat16 if narrow else torch.float32]:
-        raise RuntimeError(f"loaded again, its log-probabilities are {gap:.2g} nats a token from the trained model's")
+        raise RuntimeError(
+            f"loaded again, its log-probabilities are {gap:.2g} nats a token from the trained model's"
+        )
     replace(beside, folder)
     return gap
 
 
 def weights_to(folder, lm, state: dict, dtype=None) -> dict:
-    """Write the weights `state` of `lm`, cast to `dtype`, and its configuration to `folder`; returns what was written.
+    """Write the weights `state` of `lm`, cast to `dtype`, and its configuration to `folder`;
+    returns what was written.
 
-    Adapters are merged, and stand beside it in `folder`/adapter, as peft loads them onto the base model.
+    Adapters are merged, and stand beside it in `folder`/adapter, as peft loads them onto the base
+    model.
     """
     adapted, plain, whole = bool(adapters.layers(lm)), lm, state
     if adapted:
@@ -74,20 +92,29 @@ def weights_to(folder, lm, state: dict, dtype=None) -> dict:
             plain = type(lm)(lm.config)
         plain.generation_config = lm.generation_config
     trained = dict(plain.named_parameters())
-    state = {name: value.to(dtype) if dtype and name in trained else value for name, value in state.items()}
-    plain.save_pretrained(folder, state_dict=dict(state), max_shard_size="4GB")  # which empties what it is given
+    state = {
+        name: value.to(dtype) if dtype and name in trained else value
+        for name, value in state.items()
+    }
+    plain.save_pretrained(
+        folder, state_dict=dict(state), max_shard_size="4GB"
+    )  # which empties what it is given
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     saved = str(next(iter(state.values())).dtype).removeprefix("torch.")
     write_json(folder / "config.json", config | {"dtype": saved})
     if adapted:
         lm.lora_config.save_pretrained(folder / "adapter")
-        alone = {name: value.to(dtype or value.dtype) for name, value in adapters.alone(whole).items()}
+        alone = {
+            name: value.to(dtype or value.dtype) for name, value in adapters.alone(whole).items()
+        }
         save_file(alone, folder / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
     return state
 
 
 def _reload(folder, module, rows, ours, trust_remote_code) -> float:
-    """Mean absolute difference of log-probabilities, nats a token, between the directory's model and `ours`."""
+    """Mean absolute difference of log-probabilities, nats a token, between the directory's model
+    and `ours`.
+    """
     first = next(module.parameters())
     # a model that was sharded may not fit on one device a second time
     device = torch.device("cpu") if hasattr(first, "ds_id") else rows[0].input_ids.device
@@ -99,7 +126,9 @@ def _reload(folder, module, rows, ours, trust_remote_code) -> float:
 
 
 def replace(new: Path, old: Path):
-    """Put the finished directory `new` where `old` stands or stood; `old` is gone only when `new` has its name."""
+    """Put the finished directory `new` where `old` stands or stood; `old` is gone only when `new`
+    has its name.
+    """
     if old.exists():
         aside = old.with_name(old.name + ".old")
         shutil.rmtree(aside, ignore_errors=True)
@@ -112,7 +141,9 @@ def replace(new: Path, old: Path):
 
 def write_json(path: Path, content):
     """Write JSON, as `write_text` does."""
-    write_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        path, json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def write_text(path: Path, text: str):

@@ -1,4 +1,5 @@
-"""A checkpoint on disk: written beside its place, sealed by a manifest with hashes, renamed when it is complete.
+"""A checkpoint on disk: written beside its place, sealed by a manifest with hashes, renamed when it
+is complete.
 
 Only JSON and safetensors, so reading one runs nobody's code.
 """
@@ -34,7 +35,9 @@ def name_of(step: int) -> str:
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, the one that `latest` names first, then from the newest down."""
-    steps = {int(m[1]): p for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
+    steps = {
+        int(m[1]): p for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))
+    }
     newest = [steps[number] for number in sorted(steps, reverse=True)]
     try:
         named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
@@ -44,7 +47,9 @@ def found(folder: Path) -> list[Path]:
 
 
 def manifest(checkpoint: Path) -> dict:
-    """What a checkpoint says of itself. Damaged where it has no manifest, or not one of this format."""
+    """What a checkpoint says of itself. Damaged where it has no manifest, or not one of this
+    format.
+    """
     try:
         told = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if told["format"] != FORMAT:
@@ -54,7 +59,9 @@ def manifest(checkpoint: Path) -> dict:
     except FileNotFoundError as error:
         raise Damaged(f"{checkpoint} has no {MANIFEST}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise error if isinstance(error, Damaged) else Damaged(f"{checkpoint / MANIFEST}: {error}") from error
+        raise (
+            error if isinstance(error, Damaged) else Damaged(f"{checkpoint / MANIFEST}: {error}")
+        ) from error
     return told
 
 
@@ -85,9 +92,10 @@ def _digest(told):
 def write(path: Path, shapes: dict[str, tuple], tensors: Iterable[torch.Tensor | None]) -> dict:
     """Stream fp32 tensors into a safetensors file; its entry for the manifest.
 
-    shapes: key -> shape of what goes into this file. tensors: as many, in that order, and Nones in between, which are
-    for other ranks' files. Goes through `tensors` to the end, whatever happens to the disk, because making them takes
-    all ranks; OSError comes after that. Hashing and writing go on while the next tensor is made.
+    shapes: key -> shape of what goes into this file. tensors: as many, in that order, and Nones in
+    between, which are for other ranks' files. Goes through `tensors` to the end, whatever happens
+    to the disk, because making them takes all ranks; OSError comes after that. Hashing and writing
+    go on while the next tensor is made.
     """
     header, at = {}, 0
     for key, shape in shapes.items():
@@ -97,10 +105,15 @@ def write(path: Path, shapes: dict[str, tuple], tensors: Iterable[torch.Tensor |
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     digest, pending = hashlib.sha256(), []
-    with concurrent.futures.ThreadPoolExecutor(1) as disk, concurrent.futures.ThreadPoolExecutor(1) as hasher:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as disk,
+        concurrent.futures.ThreadPoolExecutor(1) as hasher,
+    ):
 
         def put(block):
-            pending.append((disk.submit(lambda: file.write(block)), hasher.submit(digest.update, block)))
+            pending.append(
+                (disk.submit(lambda: file.write(block)), hasher.submit(digest.update, block))
+            )
             if len(pending) > QUEUED:
                 concurrent.futures.wait(pending[-QUEUED])
 
@@ -114,7 +127,11 @@ def write(path: Path, shapes: dict[str, tuple], tensors: Iterable[torch.Tensor |
             put(struct.pack("<Q", len(head)) + head)
             for tensor in tensors:
                 if tensor is not None:
-                    put(memoryview(tensor.detach().to("cpu", torch.float32).reshape(-1).numpy()).cast("B"))
+                    put(
+                        memoryview(
+                            tensor.detach().to("cpu", torch.float32).reshape(-1).numpy()
+                        ).cast("B")
+                    )
             for written, hashed in pending:
                 written.result(), hashed.result()
             file.flush()
@@ -139,8 +156,12 @@ def seal(beside: Path, place: Path, told: dict):
 
 
 def prune(folder: Path, keep: int, after: int | None = None):
-    """Remove all but the newest `keep` checkpoints, those of steps `after` one, and what unfinished ones left."""
-    for path in [p for p in found(folder) if after is not None and int(p.name.removeprefix("step-")) > after]:
+    """Remove all but the newest `keep` checkpoints, those of steps `after` one, and what unfinished
+    ones left.
+    """
+    for path in [
+        p for p in found(folder) if after is not None and int(p.name.removeprefix("step-")) > after
+    ]:
         shutil.rmtree(path, ignore_errors=True)
     for path in [*found(folder)[keep:], *folder.glob("step-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)

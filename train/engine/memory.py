@@ -12,15 +12,20 @@ from train.engine import dist
 from train.losses.logprobs import LOGITS_BYTES
 
 CPU_TOKENS = 960  # about three pairs: larger rows gain little on a CPU and cost memory
-FULL = ("can't allocate memory", "could not create a memory")  # torch's words on a CPU, and oneDNN's
+FULL = (
+    "can't allocate memory",
+    "could not create a memory",
+)  # torch's words on a CPU, and oneDNN's
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
 
 
-def row_tokens(backbone, device: torch.device, stage: int, checkpointing: bool, max_length: int) -> int:
+def row_tokens(
+    backbone, device: torch.device, stage: int, checkpointing: bool, max_length: int
+) -> int:
     """The default of --micro_tokens: half of the free memory over what a token's activations take.
 
-    At least `max_length`, at most where larger rows stop being faster; the least of all ranks', which must plan alike.
-    Every rank calls this.
+    At least `max_length`, at most where larger rows stop being faster; the least of all ranks',
+    which must plan alike. Every rank calls this.
     """
     config = backbone.lm.config.get_text_config()
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -50,8 +55,11 @@ def explained(row, budget: int):
     tokens = row.input_ids.shape[0]
     smaller = 256 * (min(tokens, budget) * 2 // 3 // 256)
     advice = f"try --micro_tokens {smaller}" if smaller else "lower --max_length"
-    return room_for(f"a row of {tokens:,} tokens", f"(--micro_tokens is {budget:,}): {advice}, "
-                    "--gradient_checkpointing true, or ds_configs/zero2.json or zero3.json over more GPUs")  # fmt: skip
+    return room_for(
+        f"a row of {tokens:,} tokens",
+        f"(--micro_tokens is {budget:,}): {advice}, "
+        "--gradient_checkpointing true, or ds_configs/zero2.json or zero3.json over more GPUs",
+    )
 
 
 @contextlib.contextmanager
@@ -60,7 +68,9 @@ def room_for(what: str, advice: str):
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in FULL)
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+            text in str(error) for text in FULL
+        )
         if not known:
             raise
         logging.getLogger("zeropref").exception("out of memory")

@@ -1,8 +1,9 @@
 """Being told to stop, and noticing that the others are gone.
 
-A script calls `install` before it imports torch: SIGTERM and SIGUSR1 then only leave a note. Ranks agree on it before
-every row (`check`), and all of them leave the loop at the same place by `Preempted`. A thread ends a rank whose peers
-have fallen silent: a hung collective would hold its GPU until the job's time limit.
+A script calls `install` before it imports torch: SIGTERM and SIGUSR1 then only leave a note. Ranks
+agree on it before every row (`check`), and all of them leave the loop at the same place by
+`Preempted`. A thread ends a rank whose peers have fallen silent: a hung collective would hold its
+GPU until the job's time limit.
 """
 
 import atexit
@@ -14,7 +15,10 @@ import sys
 import threading
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-BEAT, SILENT = 5.0, 120.0  # seconds between signs of life; without one for so long a rank counts as gone
+BEAT, SILENT = (
+    5.0,
+    120.0,
+)  # seconds between signs of life; without one for so long a rank counts as gone
 _told, _left, _group, _watch, _thread = [], [], None, None, None
 
 
@@ -44,7 +48,9 @@ def start():
 
 
 def stop():
-    """This rank is done, and its silence means nothing from now on. Not for a rank that ends by an error."""
+    """This rank is done, and its silence means nothing from now on. Not for a rank that ends by an
+    error.
+    """
     _left.append(True)
     _join()
 
@@ -56,7 +62,9 @@ def _join():
 
 
 def check():
-    """Raise Preempted on every rank where any has been told to stop. Every rank calls this before each row."""
+    """Raise Preempted on every rank where any has been told to stop. Every rank calls this before
+    each row.
+    """
     if agreed(bool(_told)):
         raise Preempted
 
@@ -74,8 +82,13 @@ def agreed(here: bool) -> bool:
 
 
 def _beat(peers, done):
-    """The thread: say that this rank lives, and end it where another has not said so for SILENT seconds."""
-    seen, number = {}, 0  # rank -> its last sign of life, and for how many rounds: a machine that sleeps has none
+    """The thread: say that this rank lives, and end it where another has not said so for SILENT
+    seconds.
+    """
+    seen, number = (
+        {},
+        0,
+    )  # rank -> its last sign of life, and for how many rounds: a machine that sleeps has none
     while not done.wait(BEAT):
         number += 1
         try:

@@ -18,12 +18,15 @@ SPOT_CHECKS = 4  # sequences that are computed again each time a shelf is used
 
 
 class Live:
-    """A frozen model that scores each row as the policy does: same kernels, same precision, same row."""
+    """A frozen model that scores each row as the policy does: same kernels, same precision, same
+    row.
+    """
 
     forwards = 1  # forward passes that a row costs
 
     def __init__(self, module, config: dict, moves: bool = False):
-        """`config`: with stage 3 the weights stay sharded (ds_configs/frozen_zero3.json), else each rank has them all.
+        """`config`: with stage 3 the weights stay sharded (ds_configs/frozen_zero3.json), else each
+        rank has them all.
 
         `moves`: it will `follow` the policy; ValueError where it is sharded. Every rank calls this.
         """
@@ -35,8 +38,10 @@ class Live:
                 "a reference that moves stands whole on each rank: --reference_ds_config ds_configs/zero0.json"
             )
         if moves:
-            self._wide = {name: p.detach().float().clone() if p.dtype != torch.float32 else p.detach()
-                          for name, p in module.named_parameters()}  # fmt: skip
+            self._wide = {
+                name: p.detach().float().clone() if p.dtype != torch.float32 else p.detach()
+                for name, p in module.named_parameters()
+            }
         elif module.autocast and zero.stage_of(config) < 3:
             _cast_matrices(module)
         self.module = self._forward = module
@@ -53,12 +58,15 @@ class Live:
 
     @torch.no_grad()
     def follow(self, policy, share: float):
-        """Move towards the policy: share * policy + (1 - share) * reference, in fp32. Every rank calls this.
+        """Move towards the policy: share * policy + (1 - share) * reference, in fp32. Every rank
+        calls this.
 
-        TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), equation 5; with a share of 1 it is equation 6, the hard
-        update.
+        TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), equation 5; with a share of 1 it is
+        equation 6, the hard update.
         """
-        for (name, p), theirs in zip(self.module.named_parameters(), state.weights(policy), strict=True):
+        for (name, p), theirs in zip(
+            self.module.named_parameters(), state.weights(policy), strict=True
+        ):
             p.copy_(self._wide[name].lerp_(theirs.to(p.device), share))
         self.version += 1
 
@@ -75,15 +83,19 @@ class Live:
 
 
 class Cached:
-    """A frozen model's log-probabilities, looked up: paid for once, and never again by later runs on the same texts."""
+    """A frozen model's log-probabilities, looked up: paid for once, and never again by later runs
+    on the same texts.
+    """
 
     forwards, module, version = 0, None, 0
 
     def __init__(self, live: Live, datasets: list, budget: int, precision: str, say=print):
-        """Find the records of every response in `datasets`, and let all ranks make those that are missing.
+        """Find the records of every response in `datasets`, and let all ranks make those that are
+        missing.
 
-        `live` is needed for that, and for computing a few again; nothing here keeps it. `budget`: tokens of a row.
-        ValueError where a record is not what the model gives. Every rank calls this.
+        `live` is needed for that, and for computing a few again; nothing here keeps it. `budget`:
+        tokens of a row. ValueError where a record is not what the model gives. Every rank calls
+        this.
         """
         self.device = live.device
         place = shelf.folder(dist.share(_identity(live)))
@@ -91,9 +103,16 @@ class Cached:
         for data in datasets:
             for i in range(len(data)):
                 group = data.group(i)
-                wanted |= {digest(group.prompt, response): (data, i, j) for j, response in enumerate(group.responses)}
+                wanted |= {
+                    digest(group.prompt, response): (data, i, j)
+                    for j, response in enumerate(group.responses)
+                }
         records = dist.share(shelf.read(place, set(wanted)) if dist.first() else None)
-        missing = list(dict.fromkeys((id(data), i) for name, (data, i, _) in wanted.items() if name not in records))
+        missing = list(
+            dict.fromkeys(
+                (id(data), i) for name, (data, i, _) in wanted.items() if name not in records
+            )
+        )
         if missing:
             of = {id(data): data for data in datasets}
             made = _make(live, _Picked([(of[key], i) for key, i in missing]), budget, self.device)
@@ -103,21 +122,29 @@ class Cached:
         _spot_check(live, wanted, records, precision)
         self._keep({name: records[name] for name in wanted})
         if dist.first():
-            say(f"reference: {len(wanted):,} sequences, {len(missing):,} groups of them made now; {place} holds "
-                f"{shelf.size(place) / 1e6:.1f} MB (all of them at most {shelf.MOST_BYTES / 1e9:.0f} GB)")  # fmt: skip
+            say(
+                f"reference: {len(wanted):,} sequences, {len(missing):,} groups of them made now; {place} holds "
+                f"{shelf.size(place) / 1e6:.1f} MB (all of them at most {shelf.MOST_BYTES / 1e9:.0f} GB)"
+            )
 
     def _put(self, place, made, say):
         try:
             shelf.write(place, made)
             shelf.bound(place)
-        except Exception as error:  # safetensors has its own for a full disk; the records are at hand all the same
-            say(f"reference: {place} does not keep what was made ({error}); set ZEROPREF_CACHE to where there is room")
+        except (
+            Exception
+        ) as error:  # safetensors has its own for a full disk; the records are at hand all the same
+            say(
+                f"reference: {place} does not keep what was made ({error}); set ZEROPREF_CACHE to where there is room"
+            )
 
     def _keep(self, records):
         lengths = [len(values) for values in records.values()]
         starts = np.cumsum([0, *lengths])[:-1]
         self.place = dict(zip(records, zip(starts.tolist(), lengths, strict=True), strict=True))
-        self.values = torch.from_numpy(np.concatenate([*records.values(), np.empty(0, np.float32)])).to(self.device)
+        self.values = torch.from_numpy(
+            np.concatenate([*records.values(), np.empty(0, np.float32)])
+        ).to(self.device)
 
     def __call__(self, row) -> torch.Tensor:
         """(T,) nats. ValueError names the data row of a response that has no record."""
@@ -125,7 +152,9 @@ class Cached:
         for number, name in enumerate(row.digests):
             if name not in self.place:
                 k = row.num_responses // len(row.group_rows)
-                raise ValueError(f"row {row.group_rows[number // k]}: the cached reference has no record of it")
+                raise ValueError(
+                    f"row {row.group_rows[number // k]}: the cached reference has no record of it"
+                )
             start, length = self.place[name]
             parts.append(self.values[start : start + length])
         return torch.cat(parts) if parts else self.values.new_zeros(0)
@@ -169,7 +198,9 @@ class _Picked:
 
 @torch.no_grad()
 def _make(live, picked, budget, device) -> dict[bytes, np.ndarray]:
-    """Score all groups in large rows, on all ranks; everybody's records on each. Every rank calls this."""
+    """Score all groups in large rows, on all ranks; everybody's records on each. Every rank calls
+    this.
+    """
     sizes = [picked.group(i).tokens for i in range(len(picked.places))]
     plan, mine = passes(sizes, budget, rank=dist.rank(), world=dist.world()), {}
     for _, (row,) in scoring.ahead(plan, picked, device, rows_of=lambda groups: [groups]):
@@ -187,22 +218,34 @@ def _spot_check(live, wanted, records, precision):
         row = pack([group._replace(responses=(group.responses[j],))]).to(live.device)
         difference = float((live(row).float().cpu() - torch.from_numpy(records[name])).abs().mean())
         if not difference <= checks.TOLERANCE[precision]:
-            raise ValueError(f"row {group.row}: the cached reference is off by {difference:.2g} nats a token")
+            raise ValueError(
+                f"row {group.row}: the cached reference is off by {difference:.2g} nats a token"
+            )
 
 
 def _identity(live) -> str | None:
-    """What a record depends on beside its tokens: weights, their type and mode, kernels. Every rank calls this."""
+    """What a record depends on beside its tokens: weights, their type and mode, kernels. Every rank
+    calls this.
+    """
     module, total = live.module, hashlib.sha256()
     for name, p in module.named_parameters():
         with zero.gathered_one(p):
             if dist.first():
                 total.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
                 total.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    config = {key: value for key, value in module.lm.config.to_dict().items()
-              if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
-    total.update(json.dumps([config, transformers.__version__], sort_keys=True, default=str).encode())
+    config = {
+        key: value
+        for key, value in module.lm.config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
+    total.update(
+        json.dumps([config, transformers.__version__], sort_keys=True, default=str).encode()
+    )
     for name, buffer in module.named_buffers():
-        total.update(name.encode() + buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(
+            name.encode()
+            + buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     device = next(module.parameters()).device
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     total.update(f"{module.autocast} {module.layout} {kernels} {torch.__version__}".encode())
@@ -210,10 +253,11 @@ def _identity(live) -> str | None:
 
 
 def _cast_matrices(module):
-    """Hold the linear layers' weights in the type that autocast computes in: the same digits, cast once.
+    """Hold the linear layers' weights in the type that autocast computes in: the same digits, cast
+    once.
 
-    Embeddings and norms stay wide, and so does a head tied to them, for the residual stream's sake: in memory of their
-    own, because the file that they were read from stays in memory as a whole.
+    Embeddings and norms stay wide, and so does a head tied to them, for the residual stream's sake:
+    in memory of their own, because the file that they were read from stays in memory as a whole.
     """
     tied = module.lm.get_input_embeddings().weight
     for layer in module.modules():

@@ -22,11 +22,33 @@ from train.engine import dist
 from train.engine.export import write_json, write_text
 from train.models import builtin
 
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
-# Flags that say where a run writes, what it shows and how it fits the machine, not what it computes.
-MAY_DIFFER = ("output", "micro_tokens", "gradient_checkpointing", "log_every", "ds_config", "reference_ds_config",
-              "save_every", "save_minutes", "keep", "resume", "max_skipped")  # fmt: skip
-logging.getLogger("zeropref").addHandler(logging.NullHandler())  # before a run has its file, nothing goes to stderr
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+)
+# Flags that say where a run writes, what it shows and how it fits the machine, not what it
+# computes.
+MAY_DIFFER = (
+    "output",
+    "micro_tokens",
+    "gradient_checkpointing",
+    "log_every",
+    "ds_config",
+    "reference_ds_config",
+    "save_every",
+    "save_minutes",
+    "keep",
+    "resume",
+    "max_skipped",
+)
+logging.getLogger("zeropref").addHandler(
+    logging.NullHandler()
+)  # before a run has its file, nothing goes to stderr
 
 
 class Run:
@@ -36,7 +58,13 @@ class Run:
         """ValueError where `folder` holds a run with other flags, or cannot be written."""
         self.path = Path(folder)
         self.record = {"status": "running", "flags": flags}
-        self.began, self._builtin, self._started, self._dropped, self._no_lock = time.time(), None, False, [], ""
+        self.began, self._builtin, self._started, self._dropped, self._no_lock = (
+            time.time(),
+            None,
+            False,
+            [],
+            "",
+        )
         problem, finished = dist.share(self._look(flags) if dist.first() else None)
         if problem:
             raise ValueError(problem)
@@ -45,10 +73,14 @@ class Run:
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         self._log()
         if self._no_lock:
-            self.say(f"{self.path} cannot be locked ({self._no_lock}): see to it that no second run writes there")
+            self.say(
+                f"{self.path} cannot be locked ({self._no_lock}): see to it that no second run writes there"
+            )
 
     def _one_folder(self):
-        """ValueError where a rank sees another folder under this name: checkpoints and logs need one for all."""
+        """ValueError where a rank sees another folder under this name: checkpoints and logs need
+        one for all.
+        """
         nonce = dist.share(secrets.token_hex(8) if dist.first() else None)
         token = self.path / f".shared-{nonce}"
         if dist.first():
@@ -58,7 +90,9 @@ class Run:
         if dist.first():
             token.unlink()
         if blind:
-            raise ValueError(f"--output {self.path} is not one folder for all: ranks {blind} do not see rank 0's files")
+            raise ValueError(
+                f"--output {self.path} is not one folder for all: ranks {blind} do not see rank 0's files"
+            )
 
     def _look(self, flags):
         """What speaks against writing here, or None; and whether this very run is complete."""
@@ -66,27 +100,44 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / ".writable").touch()
             (self.path / ".writable").unlink(missing_ok=True)
-            foreign = [p.name for p in self.path.iterdir() if p.name not in ("logs", "status", "run.json.tmp")
-                       and not p.name.startswith(".")]  # fmt: skip
+            foreign = [
+                p.name
+                for p in self.path.iterdir()
+                if p.name not in ("logs", "status", "run.json.tmp") and not p.name.startswith(".")
+            ]
             before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             old = before["flags"].items()
         except FileNotFoundError:
             shown = ", ".join(sorted(foreign)[:3])
-            used = f"{self.path} holds other files ({shown}); choose another --output" if foreign else self._lock()
+            used = (
+                f"{self.path} holds other files ({shown}); choose another --output"
+                if foreign
+                else self._lock()
+            )
             return used, False
         except OSError as error:
             return f"cannot write to {self.path}: {error}", False
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{self.path / 'run.json'} is damaged ({error}); remove it or choose another --output", False
+            return (
+                f"{self.path / 'run.json'} is damaged ({error}); remove it or choose another --output",
+                False,
+            )
         old = dict(old)
-        other = [k for k in sorted({*old, *flags}) if old.get(k) != flags.get(k) and k not in MAY_DIFFER]
+        other = [
+            k for k in sorted({*old, *flags}) if old.get(k) != flags.get(k) and k not in MAY_DIFFER
+        ]
         if not other:
             return self._lock(), before.get("status") == "finished"
         shown = "; ".join(f"--{k} was {old.get(k)!r}, is {flags.get(k)!r}" for k in other[:4])
-        return f"{self.path} holds another run ({shown}); nothing was overwritten, choose another --output", False
+        return (
+            f"{self.path} holds another run ({shown}); nothing was overwritten, choose another --output",
+            False,
+        )
 
     def _lock(self):
-        """What speaks against writing here while another process does, or None; a lock ends with its process."""
+        """What speaks against writing here while another process does, or None; a lock ends with
+        its process.
+        """
         try:
             (self.path / "logs").mkdir(exist_ok=True)
             self._locked = open(self.path / "logs/lock", "a+", encoding="utf-8")
@@ -105,7 +156,9 @@ class Run:
         return None
 
     def start(self):
-        """All is settled: from here on this folder is this run's. What was refused before leaves only a log."""
+        """All is settled: from here on this folder is this run's. What was refused before leaves
+        only a log.
+        """
         self._started = True
         self.note()
         self.status("running")
@@ -114,7 +167,9 @@ class Run:
             (self.path / "dropped.jsonl").write_text(lines, encoding="utf-8")
 
     def _log(self):
-        handler = logging.FileHandler(self.path / "logs" / f"rank-{dist.rank()}.log", encoding="utf-8")
+        handler = logging.FileHandler(
+            self.path / "logs" / f"rank-{dist.rank()}.log", encoding="utf-8"
+        )
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.log = logging.getLogger("zeropref")
         self.log.setLevel(logging.INFO)
@@ -128,7 +183,9 @@ class Run:
             write_json(self.path / "run.json", self.record)
 
     def status(self, word: str):
-        """One word in OUTPUT/status for wrappers: running, preempted, failed or finished. Rank 0 writes it."""
+        """One word in OUTPUT/status for wrappers: running, preempted, failed or finished. Rank 0
+        writes it.
+        """
         if dist.first():
             try:
                 write_text(self.path / "status", word + "\n")
@@ -137,7 +194,9 @@ class Run:
 
     def dropped(self, rows: dict):
         """The rows left out of each split, with source, number and reason, for dropped.jsonl."""
-        self._dropped += [{"split": split, **row._asdict()} for split in rows for row in rows[split]]
+        self._dropped += [
+            {"split": split, **row._asdict()} for split in rows for row in rows[split]
+        ]
 
     def say(self, line: str):
         """A line on the terminal and in the log, on rank 0."""
@@ -146,7 +205,9 @@ class Run:
             tqdm.write(line)
 
     def model_path(self, model) -> str:
-        """The model directory or hub name that a flag means; None is the built-in model, fetched here if need be."""
+        """The model directory or hub name that a flag means; None is the built-in model, fetched
+        here if need be.
+        """
         if model is not None:
             return model
         if self._builtin is None:
@@ -166,7 +227,9 @@ class Run:
 
 @contextlib.contextmanager
 def at_the_door():
-    """What is wrong with flags, data or models is said in one line before the first step, with its exit code."""
+    """What is wrong with flags, data or models is said in one line before the first step, with its
+    exit code.
+    """
     try:
         yield
     except DataError as error:
@@ -181,14 +244,21 @@ def load_tokenizer(path, trust_remote_code=False):
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise a dozen types
-        raise ValueError(f"cannot load a tokenizer from {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"cannot load a tokenizer from {path}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def describe(data, sources) -> dict:
     """What run.json says of a data set."""
-    return {"sources": list(map(str, sources)), "groups": len(data), "dropped": len(data.dropped),
-            "truncated": int(data.truncated.any(1).sum()), "tokens": int(data.lengths.sum()),
-            "fingerprint": data.fingerprint}  # fmt: skip
+    return {
+        "sources": list(map(str, sources)),
+        "groups": len(data),
+        "dropped": len(data.dropped),
+        "truncated": int(data.truncated.any(1).sum()),
+        "tokens": int(data.lengths.sum()),
+        "fingerprint": data.fingerprint,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -202,12 +272,19 @@ def versions() -> dict[str, str]:
 def hardware(device: torch.device) -> dict:
     """What the run computes on, for run.json and the model card."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": device.type, "kind": kind, "world": dist.world(), "threads": torch.get_num_threads()}
+    return {
+        "device": device.type,
+        "kind": kind,
+        "world": dist.world(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _processor() -> str:
     """The CPU's name as Linux gives it, else its architecture."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
+        if found := re.search(
+            r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        ):
             return found[1]
     return platform.processor() or platform.machine()

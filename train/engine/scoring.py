@@ -10,11 +10,14 @@ from train.data.packing import pack
 from train.engine import preempt
 
 
-def ahead(plans: Iterable, data, device: torch.device, rows_of: Callable = attrgetter("rows")) -> Iterator[tuple]:
-    """For each plan (a step, say): the plan, and its rows (`rows_of(plan)`, tuples of groups) packed on `device`.
+def ahead(
+    plans: Iterable, data, device: torch.device, rows_of: Callable = attrgetter("rows")
+) -> Iterator[tuple]:
+    """For each plan (a step, say): the plan, and its rows (`rows_of(plan)`, tuples of groups)
+    packed on `device`.
 
-    The next plan's rows are packed by a thread while this one's are computed. Before each row the ranks agree on
-    whether they have been told to stop, and raise Preempted if so.
+    The next plan's rows are packed by a thread while this one's are computed. Before each row the
+    ranks agree on whether they have been told to stop, and raise Preempted if so.
     """
 
     def prepare(plan):

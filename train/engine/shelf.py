@@ -1,8 +1,9 @@
-"""Token log-probabilities of a frozen model on disk, a record a sequence, found by what the sequence says.
+"""Token log-probabilities of a frozen model on disk, a record a sequence, found by what the
+sequence says.
 
-A shelf is a directory for one model in one way of computing. Each job that lacks records adds one safetensors file
-under a name of its own, so two jobs can write at once. Records hold for any order, epoch, batch or
-truncation that leads to the same token ids.
+A shelf is a directory for one model in one way of computing. Each job that lacks records adds one
+safetensors file under a name of its own, so two jobs can write at once. Records hold for any order,
+epoch, batch or truncation that leads to the same token ids.
 """
 
 import contextlib
@@ -34,18 +35,23 @@ def folder(name: str) -> Path:
 
 
 def read(shelf: Path, wanted: set[bytes]) -> dict[bytes, np.ndarray]:
-    """Records on the shelf: digest -> (tokens,) fp32 nats. A file that is damaged is said and removed, not read."""
+    """Records on the shelf: digest -> (tokens,) fp32 nats. A file that is damaged is said and
+    removed, not read.
+    """
     found = {}
     for path in sorted(shelf.glob("*.safetensors")):
         try:
             digests, lengths, values = _read_one(path)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            logging.getLogger("zeropref").warning("%s is damaged (%s): removed, its records are made again", path,
-                                                  error)  # fmt: skip
+            logging.getLogger("zeropref").warning(
+                "%s is damaged (%s): removed, its records are made again", path, error
+            )
             path.unlink(missing_ok=True)
             continue
         ends = np.cumsum(lengths)
-        for number, name in enumerate(digests.tobytes()[i : i + DIGEST] for i in range(0, digests.size, DIGEST)):
+        for number, name in enumerate(
+            digests.tobytes()[i : i + DIGEST] for i in range(0, digests.size, DIGEST)
+        ):
             if name in wanted:
                 found[name] = values[ends[number] - lengths[number] : ends[number]]
     if shelf.exists():
@@ -72,7 +78,11 @@ def write(shelf: Path, records: dict[bytes, np.ndarray]):
     ]
     told = json.dumps({"format": FORMAT, "sha256": _checksum(arrays)})
     beside = shelf / f"{secrets.token_hex(8)}.tmp"
-    save_file(dict(zip(("digests", "lengths", "values"), arrays, strict=True)), beside, metadata={"zeropref": told})
+    save_file(
+        dict(zip(("digests", "lengths", "values"), arrays, strict=True)),
+        beside,
+        metadata={"zeropref": told},
+    )
     to_disk(beside)
     beside.rename(beside.with_suffix(".safetensors"))
 
@@ -95,7 +105,10 @@ def size(path: Path) -> int:
 
 def bound(shelf: Path, most: int = MOST_BYTES):
     """Remove the least recently used other shelves until all together take at most `most` bytes."""
-    others = sorted((p for p in shelf.parent.iterdir() if p.is_dir() and p != shelf), key=lambda p: p.stat().st_mtime)
+    others = sorted(
+        (p for p in shelf.parent.iterdir() if p.is_dir() and p != shelf),
+        key=lambda p: p.stat().st_mtime,
+    )
     total = size(shelf.parent)
     for path in others:
         if total <= most or time.time() - path.stat().st_mtime < IN_USE:

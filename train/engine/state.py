@@ -1,5 +1,6 @@
-"""Everything of a policy that training changes, parameter by parameter, whole and in fp32: the same for any ZeRO stage
-and any number of ranks, so that a checkpoint made under one can be continued under another.
+"""Everything of a policy that training changes, parameter by parameter, whole and in fp32: the same
+for any ZeRO stage and any number of ranks, so that a checkpoint made under one can be continued
+under another.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +18,25 @@ from deepspeed.utils import (
 from train.engine import dist, zero
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # moments as AdamW names them
-# Where DeepSpeed's optimisers keep a rank's flat fp32 weights: stages 1 and 2, stage 3, stage 1 with bf16.
-FLATS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+# Where DeepSpeed's optimisers keep a rank's flat fp32 weights: stages 1 and 2, stage 3, stage 1
+# with bf16.
+FLATS = (
+    "single_partition_of_fp32_groups",
+    "fp32_partitioned_groups_flat",
+    "fp32_groups_flat_partition",
+)
 
 
 def shapes(policy, updates: int | None = None) -> dict[str, tuple]:
-    """The keys that `tensors` yields, in its order, and their shapes, all fp32. `updates`: if not those it has had."""
+    """The keys that `tensors` yields, in its order, and their shapes, all fp32. `updates`: if not
+    those it has had.
+    """
     kinds = (WEIGHT, *MOMENTS) if (policy.updates if updates is None else updates) else (WEIGHT,)
-    return {f"{name}/{kind}": tuple(getattr(p, "ds_shape", p.shape)) for name, p in _trained(policy) for kind in kinds}
+    return {
+        f"{name}/{kind}": tuple(getattr(p, "ds_shape", p.shape))
+        for name, p in _trained(policy)
+        for kind in kinds
+    }
 
 
 def weights(policy) -> Iterator[torch.Tensor]:
@@ -34,7 +46,9 @@ def weights(policy) -> Iterator[torch.Tensor]:
 
 
 def tensors(policy) -> Iterator[torch.Tensor]:
-    """The whole tensors of `shapes`, one after the other. Every rank calls this and goes through to the end."""
+    """The whole tensors of `shapes`, one after the other. Every rank calls this and goes through to
+    the end.
+    """
     for _, p in _trained(policy):
         yield p.detach() if policy.stage == 0 else safe_get_full_fp32_param(p)
         for moment in MOMENTS if policy.updates else ():
@@ -46,9 +60,11 @@ def tensors(policy) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def restore(policy, read: Callable[[str], torch.Tensor], updates: int):
-    """Put back what `tensors` gave, under this policy's own stage and ranks. `read`: the tensor of a key.
+    """Put back what `tensors` gave, under this policy's own stage and ranks. `read`: the tensor of
+    a key.
 
-    `updates`: how many optimiser steps the moments have seen; 0 where there are none. Every rank calls this.
+    `updates`: how many optimiser steps the moments have seen; 0 where there are none. Every rank
+    calls this.
     """
     policy.updates = updates
     if updates:
@@ -58,14 +74,22 @@ def restore(policy, read: Callable[[str], torch.Tensor], updates: int):
         for moment in MOMENTS if updates else ():
             _set_moment(policy, p, moment, read(f"{name}/{moment}"))
     if persistent := getattr(policy.optimizer, "persistent_parameters", None):
-        persistent[0].partition(persistent)  # small weights that stage 3 keeps whole: drop the old copies
+        persistent[0].partition(
+            persistent
+        )  # small weights that stage 3 keeps whole: drop the old copies
         persistent[0].all_gather(persistent)
 
 
 def still(lm) -> dict[str, torch.Tensor]:
-    """What training leaves as it is and an export needs, by key: buffers, and how frozen weights begin, in bf16."""
-    first = lambda p: getattr(p, "ds_tensor", p).detach().flatten()[:8].to("cpu", torch.bfloat16, copy=True)
-    begins = {f"frozen/{name}": first(p) for name, p in lm.named_parameters() if not p.requires_grad}
+    """What training leaves as it is and an export needs, by key: buffers, and how frozen weights
+    begin, in bf16.
+    """
+    first = lambda p: (
+        getattr(p, "ds_tensor", p).detach().flatten()[:8].to("cpu", torch.bfloat16, copy=True)
+    )
+    begins = {
+        f"frozen/{name}": first(p) for name, p in lm.named_parameters() if not p.requires_grad
+    }
     return begins | {f"buffer/{name}": value for name, value in zero.buffers(lm).items()}
 
 
@@ -74,12 +98,16 @@ def _trained(policy):
 
 
 def _make_moments(policy, updates):
-    """AdamW's state as `updates` steps leave it, moments still 0: torch makes it at the first step only."""
+    """AdamW's state as `updates` steps leave it, moments still 0: torch makes it at the first step
+    only.
+    """
     adamw = policy.adamw
     if policy.stage == 0:
         flats = [p for group in adamw.param_groups for p in group["params"]]
     else:
-        flats = next(getattr(policy.optimizer, name) for name in FLATS if hasattr(policy.optimizer, name))
+        flats = next(
+            getattr(policy.optimizer, name) for name in FLATS if hasattr(policy.optimizer, name)
+        )
     fused = adamw.defaults["fused"]
     for flat in flats:
         step = torch.tensor(float(updates), device=flat.device if fused else "cpu")

@@ -1,10 +1,13 @@
-"""The preference family: what a step knows of its examples, and one function a loss. Tensors in, one number each out.
+"""The preference family: what a step knows of its examples, and one function a loss. Tensors in,
+one number each out.
 
-The caller reduces, and names the denominator. Where TRL 1.16 has a loss of the same name, the value on the same
-log-probabilities is the same unless the docstring says why not (tests/benchmarks/peers_losses.py shows it).
+The caller reduces, and names the denominator. Where TRL 1.16 has a loss of the same name, the value
+on the same log-probabilities is the same unless the docstring says why not
+(tests/benchmarks/peers_losses.py shows it).
 
-Legend: B pairs, or B responses that are labelled one by one; nats summed over a response's tokens. y_w chosen, y_l
-rejected, |y| tokens; log-ratio: log pi - log pi_ref; reward: beta times it; h: chosen's reward minus rejected's.
+Legend: B pairs, or B responses that are labelled one by one; nats summed over a response's tokens.
+y_w chosen, y_l rejected, |y| tokens; log-ratio: log pi - log pi_ref; reward: beta times it; h:
+chosen's reward minus rejected's.
 """
 
 import math
@@ -15,7 +18,9 @@ import torch.nn.functional as F
 
 
 class Pairs(NamedTuple):
-    """What a step knows of B pairs: log-probabilities of both responses under the policy and the reference."""
+    """What a step knows of B pairs: log-probabilities of both responses under the policy and the
+    reference.
+    """
 
     chosen: torch.Tensor  # (B,) nats, log pi(y_w | x), with gradient
     rejected: torch.Tensor  # (B,) nats, log pi(y_l | x), with gradient
@@ -27,10 +32,19 @@ class Pairs(NamedTuple):
     @classmethod
     def of(cls, scores, ref_scores, lengths) -> "Pairs":
         """From the scores of a row of groups of two, (2B,) each: chosen and rejected in turn."""
-        return cls(scores[0::2], scores[1::2], ref_scores[0::2], ref_scores[1::2], lengths[0::2], lengths[1::2])
+        return cls(
+            scores[0::2],
+            scores[1::2],
+            ref_scores[0::2],
+            ref_scores[1::2],
+            lengths[0::2],
+            lengths[1::2],
+        )
 
     def rewards(self, beta: float):
-        """The implicit rewards beta * log(pi / pi_ref) of chosen and rejected, (B,) each (DPO, eq. 5 without Z)."""
+        """The implicit rewards beta * log(pi / pi_ref) of chosen and rejected, (B,) each (DPO, eq.
+        5 without Z).
+        """
         return beta * (self.chosen - self.ref_chosen), beta * (self.rejected - self.ref_rejected)
 
     def margin(self, beta: float) -> torch.Tensor:
@@ -43,7 +57,9 @@ class Pairs(NamedTuple):
         return chosen / self.chosen_len.clamp(min=1), rejected / self.rejected_len.clamp(min=1)
 
     def margin_per_token(self) -> torch.Tensor:
-        """(B,) nats a token: the difference of the two log-ratios, each a mean over its response's tokens."""
+        """(B,) nats a token: the difference of the two log-ratios, each a mean over its response's
+        tokens.
+        """
         chosen, rejected = self.per_token(*self.rewards(1.0))
         return chosen - rejected
 
@@ -52,15 +68,25 @@ class Pairs(NamedTuple):
         return -self.per_token(self.chosen, self.rejected)[0]
 
     def split(self) -> "Labelled":
-        """The 2B responses one by one, chosen and rejected in turn, as losses for unpaired rows take them."""
+        """The 2B responses one by one, chosen and rejected in turn, as losses for unpaired rows
+        take them.
+        """
         turn = lambda chosen, rejected: torch.stack([chosen, rejected], 1).flatten()
-        desired = turn(*(torch.full_like(self.chosen_len, label, dtype=torch.bool) for label in (True, False)))
-        return Labelled(turn(self.chosen, self.rejected), turn(self.ref_chosen, self.ref_rejected),
-                        turn(self.chosen_len, self.rejected_len), desired)  # fmt: skip
+        desired = turn(
+            *(torch.full_like(self.chosen_len, label, dtype=torch.bool) for label in (True, False))
+        )
+        return Labelled(
+            turn(self.chosen, self.rejected),
+            turn(self.ref_chosen, self.ref_rejected),
+            turn(self.chosen_len, self.rejected_len),
+            desired,
+        )
 
 
 class Labelled(NamedTuple):
-    """What a step knows of B responses, each of which is desirable or not on its own: rows of k = 1."""
+    """What a step knows of B responses, each of which is desirable or not on its own: rows of k =
+    1.
+    """
 
     logps: torch.Tensor  # (B,) nats, log pi(y | x), with gradient
     ref_logps: torch.Tensor  # (B,) nats, log pi_ref(y | x)
@@ -78,38 +104,44 @@ class Labelled(NamedTuple):
 def sigmoid(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
     """DPO, (B,): -log sigmoid(h), h = beta times the difference of the two log-ratios.
 
-    Rafailov et al. 2023 (arXiv 2305.18290), equation 7. With `label_smoothing` eps in [0, 0.5) it is cDPO (Mitchell
-    2023): -(1 - eps) log sigmoid(h) - eps log sigmoid(-h), for labels of which a share eps is flipped. TRL's sigmoid
-    does not read label_smoothing: the same at 0.
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 7. With `label_smoothing` eps in [0, 0.5) it
+    is cDPO (Mitchell 2023): -(1 - eps) log sigmoid(h) - eps log sigmoid(-h), for labels of which a
+    share eps is flipped. TRL's sigmoid does not read label_smoothing: the same at 0.
     """
     return _smoothed(pairs.margin(beta), label_smoothing)
 
 
 def robust(pairs: Pairs, beta: float, *, label_smoothing: float = 0.1) -> torch.Tensor:
-    """Robust DPO, (B,): (-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)) / (1 - 2 eps), a share eps of labels flipped.
+    """Robust DPO, (B,): (-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)) / (1 - 2 eps), a share
+    eps of labels flipped.
 
-    Chowdhury et al. 2024 (arXiv 2403.00409), section 3.1: unbiased under flips; in cDPO the second term has the other
-    sign. Not bounded below: far out it falls by eps / (1 - 2 eps) for each unit of h. TRL's default eps is 0.
+    Chowdhury et al. 2024 (arXiv 2403.00409), section 3.1: unbiased under flips; in cDPO the second
+    term has the other sign. Not bounded below: far out it falls by eps / (1 - 2 eps) for each unit
+    of h. TRL's default eps is 0.
     """
     _check_share(label_smoothing)
     h = pairs.margin(beta)
-    return (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (1 - 2 * label_smoothing)
+    return (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (
+        1 - 2 * label_smoothing
+    )
 
 
 def hinge(pairs: Pairs, beta: float) -> torch.Tensor:
     """SLiC, (B,): max(0, 1 - h).
 
-    Zhao et al. 2023 (arXiv 2305.10425), equation 1. Its log-probabilities become log-ratios to the reference, as in
-    RSO (Liu et al. 2023, arXiv 2309.06657) and in TRL, and the cross-entropy regulariser is left out (add `sft`).
+    Zhao et al. 2023 (arXiv 2305.10425), equation 1. Its log-probabilities become log-ratios to the
+    reference, as in RSO (Liu et al. 2023, arXiv 2309.06657) and in TRL, and the cross-entropy
+    regulariser is left out (add `sft`).
     """
     return torch.relu(1 - pairs.margin(beta))
 
 
 def ipo(pairs: Pairs, beta: float) -> torch.Tensor:
-    """IPO, (B,): (d - 1 / (2 beta))^2, d the difference of the log-ratios a token; beta is the paper's tau.
+    """IPO, (B,): (d - 1 / (2 beta))^2, d the difference of the log-ratios a token; beta is the
+    paper's tau.
 
-    Azar et al. 2023 (arXiv 2310.12036), equation 17. The paper sums over tokens; its authors' results, and TRL,
-    average, so that the target does not depend on the length.
+    Azar et al. 2023 (arXiv 2310.12036), equation 17. The paper sums over tokens; its authors'
+    results, and TRL, average, so that the target does not depend on the length.
     """
     return (pairs.margin_per_token() - 1 / (2 * beta)) ** 2
 
@@ -117,29 +149,35 @@ def ipo(pairs: Pairs, beta: float) -> torch.Tensor:
 def exo_pair(pairs: Pairs, beta: float, *, label_smoothing: float = 1e-3) -> torch.Tensor:
     """EXO of pairs, (B,): KL(p || q) with p = (sigmoid(h), sigmoid(-h)), q = (1 - eps, eps).
 
-    Ji et al. 2024 (arXiv 2402.00856), equation 16. Infinite at eps = 0, which is refused; eps lies in (0, 0.5).
+    Ji et al. 2024 (arXiv 2402.00856), equation 16. Infinite at eps = 0, which is refused; eps lies
+    in (0, 0.5).
     """
     if not label_smoothing > 0:
         raise ValueError(f"label_smoothing of exo_pair lies in (0, 0.5), not at {label_smoothing}")
     _check_share(label_smoothing)
     h, log_q = pairs.margin(beta), (math.log1p(-label_smoothing), math.log(label_smoothing))
-    return torch.sigmoid(h) * (F.logsigmoid(h) - log_q[0]) + torch.sigmoid(-h) * (F.logsigmoid(-h) - log_q[1])
+    return torch.sigmoid(h) * (F.logsigmoid(h) - log_q[0]) + torch.sigmoid(-h) * (
+        F.logsigmoid(-h) - log_q[1]
+    )
 
 
 def nca_pair(pairs: Pairs, beta: float) -> torch.Tensor:
-    """NCA of pairs, (B,): -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2, r the rewards.
+    """NCA of pairs, (B,): -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2, r the
+    rewards.
 
-    Chen et al. 2024 (arXiv 2402.05369), section 4.1: raises chosen's likelihood itself, not the margin only.
+    Chen et al. 2024 (arXiv 2402.05369), section 4.1: raises chosen's likelihood itself, not the
+    margin only.
     """
     chosen, rejected = pairs.rewards(beta)
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def sppo_hard(pairs: Pairs, beta: float) -> torch.Tensor:
-    """SPPO with certain labels, (B,): (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2, u the log-ratios.
+    """SPPO with certain labels, (B,): (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2, u the
+    log-ratios.
 
-    Wu et al. 2024 (arXiv 2405.00675), equation 4.7 with win probabilities of 1 and 0 for chosen and rejected; the
-    paper estimates them with a model of preferences. 1 / beta is the paper's eta.
+    Wu et al. 2024 (arXiv 2405.00675), equation 4.7 with win probabilities of 1 and 0 for chosen and
+    rejected; the paper estimates them with a model of preferences. 1 / beta is the paper's eta.
     """
     chosen, rejected = pairs.rewards(1.0)
     return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
@@ -148,7 +186,8 @@ def sppo_hard(pairs: Pairs, beta: float) -> torch.Tensor:
 def apo_zero(pairs: Pairs, beta: float) -> torch.Tensor:
     """APO zero, (B,): 1 - sigmoid(r_w) + sigmoid(r_l): chosen up, rejected down.
 
-    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7. 1 - sigmoid(x) is computed as sigmoid(-x).
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7. 1 - sigmoid(x) is computed as
+    sigmoid(-x).
     """
     chosen, rejected = pairs.rewards(beta)
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
@@ -165,8 +204,9 @@ def apo_down(pairs: Pairs, beta: float) -> torch.Tensor:
 def discopop(pairs: Pairs, beta: float, *, tau: float = 0.05) -> torch.Tensor:
     """DiscoPOP, (B,): (1 - m) * -log sigmoid(h) + m * exp(-h), m = sigmoid(h / tau).
 
-    Lu et al. 2024 (arXiv 2406.08414), equation 5; TRL calls tau discopop_tau. m exp(-h) is one exponential here: at
-    margins below about -80 TRL's factors are infinity and 0, and their product NaN.
+    Lu et al. 2024 (arXiv 2406.08414), equation 5; TRL calls tau discopop_tau. m exp(-h) is one
+    exponential here: at margins below about -80 TRL's factors are infinity and 0, and their product
+    NaN.
     """
     if not tau > 0:
         raise ValueError(f"tau of discopop is above 0, not {tau}")
@@ -175,34 +215,42 @@ def discopop(pairs: Pairs, beta: float, *, tau: float = 0.05) -> torch.Tensor:
 
 
 def sigmoid_norm(pairs: Pairs, beta: float) -> torch.Tensor:
-    """Length-normalised DPO, (B,): -log sigmoid(beta d), d the difference of the log-ratios a token.
+    """Length-normalised DPO, (B,): -log sigmoid(beta d), d the difference of the log-ratios a
+    token.
 
-    Lambert et al. 2024 (arXiv 2411.15124, Tulu 3), equation 6. beta is larger than DPO's by about a response's length.
+    Lambert et al. 2024 (arXiv 2411.15124, Tulu 3), equation 6. beta is larger than DPO's by about a
+    response's length.
     """
     return -F.logsigmoid(beta * pairs.margin_per_token())
 
 
 def dpop(pairs: Pairs, beta: float, *, penalty: float = 50.0) -> torch.Tensor:
-    """DPO-positive, (B,): -log sigmoid(h - beta lambda max(0, log pi_ref(y_w) - log pi(y_w))), lambda = `penalty`.
+    """DPO-positive, (B,): -log sigmoid(h - beta lambda max(0, log pi_ref(y_w) - log pi(y_w))),
+    lambda = `penalty`.
 
-    Pal et al. 2024 (arXiv 2402.13228, Smaug), equation 3: chosen may not become less likely than it was.
+    Pal et al. 2024 (arXiv 2402.13228, Smaug), equation 3: chosen may not become less likely than it
+    was.
     """
-    return -F.logsigmoid(pairs.margin(beta) - beta * penalty * torch.relu(pairs.ref_chosen - pairs.chosen))
+    return -F.logsigmoid(
+        pairs.margin(beta) - beta * penalty * torch.relu(pairs.ref_chosen - pairs.chosen)
+    )
 
 
 def rpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
     """RPO, (B,): DPO plus `nll_weight` times chosen's negative log-likelihood a token.
 
-    Pang et al. 2024 (arXiv 2404.19733), equation 1, whose alpha multiplies the DPO term instead and whose likelihood
-    is divided by the tokens of prompt and response.
+    Pang et al. 2024 (arXiv 2404.19733), equation 1, whose alpha multiplies the DPO term instead and
+    whose likelihood is divided by the tokens of prompt and response.
     """
     return -F.logsigmoid(pairs.margin(beta)) + nll_weight * pairs.nll()
 
 
 def rdpo(pairs: Pairs, beta: float, *, alpha: float = 0.01) -> torch.Tensor:
-    """R-DPO, (B,): -log sigmoid(h + alpha (|y_w| - |y_l|)): length pays part of the margin, so it is not learned.
+    """R-DPO, (B,): -log sigmoid(h + alpha (|y_w| - |y_l|)): length pays part of the margin, so it
+    is not learned.
 
-    Park et al. 2024 (arXiv 2403.19159), the equation of its length-regularised loss: rewards lose `alpha` a token.
+    Park et al. 2024 (arXiv 2403.19159), the equation of its length-regularised loss: rewards lose
+    `alpha` a token.
     """
     h = pairs.margin(beta)
     return -F.logsigmoid(h + alpha * (pairs.chosen_len - pairs.rejected_len).to(h.dtype))
@@ -214,8 +262,9 @@ def rdpo(pairs: Pairs, beta: float, *, alpha: float = 0.01) -> torch.Tensor:
 def sft(pairs: Pairs, beta: float) -> torch.Tensor:
     """Chosen's negative log-likelihood a token, (B,): supervised fine-tuning; beta is not used.
 
-    MPO's generation loss (Wang et al. 2024, arXiv 2411.10442, the equation of L_g). TRL divides the sum over a
-    micro-batch by its tokens, so that long answers weigh more and packing matters: the same where lengths are equal.
+    MPO's generation loss (Wang et al. 2024, arXiv 2411.10442, the equation of L_g). TRL divides the
+    sum over a micro-batch by its tokens, so that long answers weigh more and packing matters: the
+    same where lengths are equal.
     """
     return pairs.nll()
 
@@ -223,29 +272,36 @@ def sft(pairs: Pairs, beta: float) -> torch.Tensor:
 def simpo(pairs: Pairs, beta: float, *, gamma: float = 0.5) -> torch.Tensor:
     """SimPO, (B,): -log sigmoid(beta (a_w - a_l) - gamma), a the log-probabilities a token.
 
-    Meng et al. 2024 (arXiv 2405.14734), equation 6; beta is 2 to 10 there. TRL calls gamma simpo_gamma.
+    Meng et al. 2024 (arXiv 2405.14734), equation 6; beta is 2 to 10 there. TRL calls gamma
+    simpo_gamma.
     """
     a_w, a_l = pairs.per_token(pairs.chosen, pairs.rejected)
     return -F.logsigmoid(beta * (a_w - a_l) - gamma)
 
 
 def orpo(pairs: Pairs, beta: float) -> torch.Tensor:
-    """ORPO, (B,): -a_w - beta log sigmoid(log odds(y_w) - log odds(y_l)), odds p / (1 - p), p = exp(a).
+    """ORPO, (B,): -a_w - beta log sigmoid(log odds(y_w) - log odds(y_l)), odds p / (1 - p), p =
+    exp(a).
 
-    Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7, a the log-probabilities a token; beta is its lambda. TRL's
-    likelihood term is over prompts too and divided by a micro-batch's tokens; the odds term is the same.
+    Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7, a the log-probabilities a token; beta is
+    its lambda. TRL's likelihood term is over prompts too and divided by a micro-batch's tokens; the
+    odds term is the same.
     """
     a_w, a_l = pairs.per_token(pairs.chosen, pairs.rejected)
     # odds(y_l) / odds(y_w): unlike log odds it has a finite gradient where y_w is certain
-    ratio = torch.exp(a_l - a_w) * (0 - torch.expm1(a_w)) / (0 - torch.expm1(a_l))  # 0 - x is never -0
+    ratio = (
+        torch.exp(a_l - a_w) * (0 - torch.expm1(a_w)) / (0 - torch.expm1(a_l))
+    )  # 0 - x is never -0
     return -a_w + beta * torch.log1p(ratio)
 
 
 def cpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
-    """CPO, (B,): -log sigmoid(beta (log pi(y_w) - log pi(y_l))) plus `nll_weight` times chosen's NLL a token.
+    """CPO, (B,): -log sigmoid(beta (log pi(y_w) - log pi(y_l))) plus `nll_weight` times chosen's
+    NLL a token.
 
-    Xu et al. 2024 (arXiv 2401.08417), equation 3 and the sum below it, where the NLL is over the whole response. TRL
-    (cpo_alpha) divides a micro-batch's NLL by its tokens; the preference term is the same.
+    Xu et al. 2024 (arXiv 2401.08417), equation 3 and the sum below it, where the NLL is over the
+    whole response. TRL (cpo_alpha) divides a micro-batch's NLL by its tokens; the preference term
+    is the same.
     """
     return -F.logsigmoid(beta * (pairs.chosen - pairs.rejected)) + nll_weight * pairs.nll()
 
@@ -254,10 +310,12 @@ def cpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
 
 
 def bco(examples: Labelled, beta: float, baseline=0.0) -> torch.Tensor:
-    """BCO of labelled responses, (B,): -log sigmoid(r - delta) for a desired one, -log sigmoid(delta - r) for another.
+    """BCO of labelled responses, (B,): -log sigmoid(r - delta) for a desired one, -log
+    sigmoid(delta - r) for another.
 
-    Jung et al. 2024 (arXiv 2404.04656), section 4: a classifier whose logit is the reward, shifted by delta =
-    `baseline`, the running mean of rewards. Without the paper's weights for differing prompt distributions.
+    Jung et al. 2024 (arXiv 2404.04656), section 4: a classifier whose logit is the reward, shifted
+    by delta = `baseline`, the running mean of rewards. Without the paper's weights for differing
+    prompt distributions.
     """
     return -F.logsigmoid(_signed(examples, examples.rewards(beta) - baseline))
 
@@ -265,42 +323,57 @@ def bco(examples: Labelled, beta: float, baseline=0.0) -> torch.Tensor:
 def bco_pair(pairs: Pairs, beta: float, baseline=0.0) -> torch.Tensor:
     """BCO of pairs, (B,): -log sigmoid(r_w - delta) - log sigmoid(delta - r_l), delta = `baseline`.
 
-    Jung et al. 2024 (arXiv 2404.04656), section 4's equation, the sum of `bco` over both responses. In training delta
-    is the running mean of all rewards so far, this step's included; TRL 1.16's bco_pair leaves it at 0.
+    Jung et al. 2024 (arXiv 2404.04656), section 4's equation, the sum of `bco` over both responses.
+    In training delta is the running mean of all rewards so far, this step's included; TRL 1.16's
+    bco_pair leaves it at 0.
     """
     return bco(pairs.split(), beta, baseline).view(-1, 2).sum(1)
 
 
-def kto(examples: Labelled, beta: float, baseline=0.0, *, desirable_weight: float = 1.0,
-        undesirable_weight: float = 1.0) -> torch.Tensor:  # fmt: skip
-    """KTO, (B,): w_d (1 - sigmoid(beta (u - z))) for a desired response, w_u (1 - sigmoid(beta (z - u))) for another.
+def kto(
+    examples: Labelled,
+    beta: float,
+    baseline=0.0,
+    *,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> torch.Tensor:
+    """KTO, (B,): w_d (1 - sigmoid(beta (u - z))) for a desired response, w_u (1 - sigmoid(beta (z -
+    u))) for another.
 
-    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7: u the log-ratio, z = `baseline` the estimate of
-    KL(pi || pi_ref) in nats, without gradient. In training z is the mean log-ratio of the step's mismatched
-    responses, at least 0, where TRL takes each micro-batch's. A pair counts as two responses, and its number is the
-    mean of theirs.
+    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7: u the log-ratio, z = `baseline` the
+    estimate of KL(pi || pi_ref) in nats, without gradient. In training z is the mean log-ratio of
+    the step's mismatched responses, at least 0, where TRL takes each micro-batch's. A pair counts
+    as two responses, and its number is the mean of theirs.
     """
     losses = torch.sigmoid(-_signed(examples, examples.rewards(beta) - beta * baseline))
     return torch.where(examples.desired, desirable_weight * losses, undesirable_weight * losses)
 
 
 def aot(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
-    """AOT of pairs, (B,): the step's margins log pi(y_w) - log pi(y_l), sorted, against the reference's, sorted.
+    """AOT of pairs, (B,): the step's margins log pi(y_w) - log pi(y_l), sorted, against the
+    reference's, sorted.
 
-    Melnyk et al. 2024 (arXiv 2406.05882), section 3's equation for paired data with the logistic cost: the k-th
-    smallest minus the k-th smallest, times beta, as in DPO. A pair's number is that of its rank under the policy.
+    Melnyk et al. 2024 (arXiv 2406.05882), section 3's equation for paired data with the logistic
+    cost: the k-th smallest minus the k-th smallest, times beta, as in DPO. A pair's number is that
+    of its rank under the policy.
     """
-    own, ref = pairs.chosen - pairs.rejected, (pairs.ref_chosen - pairs.ref_rejected).sort(stable=True).values
+    own, ref = (
+        pairs.chosen - pairs.rejected,
+        (pairs.ref_chosen - pairs.ref_rejected).sort(stable=True).values,
+    )
     rank = own.detach().argsort(stable=True).argsort()
     return _smoothed(beta * (own - ref[rank]), label_smoothing)
 
 
 def aot_unpaired(examples: Labelled, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
-    """AOT of labelled responses, (B,): quantiles of the step's desired rewards against those of the others.
+    """AOT of labelled responses, (B,): quantiles of the step's desired rewards against those of the
+    others.
 
-    Melnyk et al. 2024 (arXiv 2406.05882), section 3's equation for unpaired data with the logistic cost: the integral
-    over t in (0, 1) of -log sigmoid(Q_desired(t) - Q_other(t)), exact for any two counts; with equal counts it is
-    TRL's mean over ranks. A response's number makes the mean over all B the integral. 0 where one sort is absent.
+    Melnyk et al. 2024 (arXiv 2406.05882), section 3's equation for unpaired data with the logistic
+    cost: the integral over t in (0, 1) of -log sigmoid(Q_desired(t) - Q_other(t)), exact for any
+    two counts; with equal counts it is TRL's mean over ranks. A response's number makes the mean
+    over all B the integral. 0 where one sort is absent.
     """
     _check_share(label_smoothing)
     rewards = examples.rewards(beta)
@@ -310,9 +383,14 @@ def aot_unpaired(examples: Labelled, beta: float, *, label_smoothing: float = 0.
     if not n or not m:
         return 0 * rewards
     steps = lambda count, size: torch.arange(1, count + 1, device=rewards.device) * size
-    ends = torch.cat([steps(n, m), steps(m, n)]).sort().values  # of the stretches of t, in units of 1 / (n m)
+    ends = (
+        torch.cat([steps(n, m), steps(m, n)]).sort().values
+    )  # of the stretches of t, in units of 1 / (n m)
     width = torch.diff(ends, prepend=ends.new_zeros(1)).to(rewards.dtype) / (n * m)
-    up, down = up[(ends - 1) // m], down[(ends - 1) // n]  # (n + m,) whose reward the quantile is there
+    up, down = (
+        up[(ends - 1) // m],
+        down[(ends - 1) // n],
+    )  # (n + m,) whose reward the quantile is there
     parts = width * _smoothed(rewards[up] - rewards[down], label_smoothing) * (n + m) / 2
     return torch.zeros_like(rewards).index_add(0, up, parts).index_add(0, down, parts)
 

@@ -1,8 +1,10 @@
-"""Token log-probabilities from hidden states and the head's weight, without the (tokens x vocabulary) tensor.
+"""Token log-probabilities from hidden states and the head's weight, without the (tokens x
+vocabulary) tensor.
 
-The head is worked off in chunks of tokens sized by a byte budget. The last chunk is kept for the backward pass, which
-overwrites it with its gradient; the others are computed a second time. The softmax, its logarithm and every sum run in
-fp32 (fp64 for fp64 weights), whatever the matrix product's type.
+The head is worked off in chunks of tokens sized by a byte budget. The last chunk is kept for the
+backward pass, which overwrites it with its gradient; the others are computed a second time. The
+softmax, its logarithm and every sum run in fp32 (fp64 for fp64 weights), whatever the matrix
+product's type.
 
 Legend: T scored tokens, V vocabulary, H hidden size, N responses.
 """
@@ -17,15 +19,18 @@ LOGITS_BYTES = 1 << 29  # at SmolLM's 49,152 tokens of vocabulary and fp32: 2,73
 
 
 def token_logps(hidden, weight, target, bias=None, budget=LOGITS_BYTES, log_p2=False):
-    """log softmax(hidden @ weight.T + bias)[target]: (T, H), (V, H), (T,) -> (T,) nats in fp32 or wider.
+    """log softmax(hidden @ weight.T + bias)[target]: (T, H), (V, H), (T,) -> (T,) nats in fp32 or
+    wider.
 
     Exact, with exact gradients for hidden, weight and bias. `budget`: bytes of a chunk's logits; on
-    CUDA two such are alive for a moment.
-    Under autocast the products run in the autocast type, like any linear layer's.
-    With `log_p2` a second (T,) comes out: log sum_v p_v^2 of each token's distribution, without gradient.
+    CUDA two such are alive for a moment. Under autocast the products run in the autocast type, like
+    any linear layer's. With `log_p2` a second (T,) comes out: log sum_v p_v^2 of each token's
+    distribution, without gradient.
     """
     device = hidden.device.type
-    product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    product = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    )
     with torch.autocast(device, enabled=False):
         logps, squares = _TokenLogps.apply(hidden, weight, target, bias, product, budget, log_p2)
     return (logps, squares) if log_p2 else logps
@@ -39,14 +44,21 @@ def _log_softmax(hidden, weight, bias):
         for into, rows in zip(logits.split(SLICE, dim=1), weight.split(SLICE), strict=True):
             into.copy_(times_transposed(hidden, rows))
     else:  # half-precision products, never rounded to half
-        logits = torch.mm(hidden, weight.t(), **({} if hidden.dtype == wide else {"out_dtype": wide}))
+        logits = torch.mm(
+            hidden, weight.t(), **({} if hidden.dtype == wide else {"out_dtype": wide})
+        )
     logits = logits if bias is None else logits.add_(bias)
-    # in place where that is known to be right: on a CPU each row is read twice and only then written
-    return torch.log_softmax(logits, dim=1, **({"out": logits} if logits.device.type == "cpu" else {}))
+    # in place where that is known to be right: on a CPU each row is read twice and only then
+    # written
+    return torch.log_softmax(
+        logits, dim=1, **({"out": logits} if logits.device.type == "cpu" else {})
+    )
 
 
 def _norm(rows):
-    """(t, V) -> (t,) 2-norms, in parts: on CPU torch adds up a whole row one by one, which costs fp32 two digits."""
+    """(t, V) -> (t,) 2-norms, in parts: on CPU torch adds up a whole row one by one, which costs
+    fp32 two digits.
+    """
     norm = torch.linalg.vector_norm
     return norm(norm(rows.unflatten(1, (-1, math.gcd(rows.shape[1], 64))), dim=2), dim=1)
 
@@ -65,7 +77,9 @@ class _TokenLogps(torch.autograd.Function):
             every = None  # one chunk at a time
             every = _log_softmax(h[start:end], w, bias)  # (t, V)
             logps[start:end] = every.gather(1, target[start:end, None]).squeeze(1)
-            if log_p2:  # the backward pass wants p as well: what is kept is p then, not its logarithm
+            if (
+                log_p2
+            ):  # the backward pass wants p as well: what is kept is p then, not its logarithm
                 squares[start:end] = 2 * _norm(every.exp_()).log()
         if ctx.spans and any(ctx.needs_input_grad):
             ctx.kept[ctx.spans[-1]] = every  # alive anyway: the backward pass starts with it
@@ -98,14 +112,17 @@ class _TokenLogps(torch.autograd.Function):
             grad_h[start:end] = times_transposed(p, w.t())
             if wants_weight:
                 part = weight_gradient(ctx.weight, p, h[start:end])  # (V, H)
-                grad_w = part if grad_w is None or part is None else grad_w.add_(part)  # None once it is elsewhere
+                grad_w = (
+                    part if grad_w is None or part is None else grad_w.add_(part)
+                )  # None once it is elsewhere
         grad_w = None if grad_w is None else grad_w.to(weight_type)
         grad_b = grad_b.to(bias.dtype) if wants_bias else None
         return grad_h.to(hidden_type), grad_w, None, grad_b, None, None, None
 
 
 def score(values, lengths):
-    """The sum of token values a response: (T,) values, response after response, (N,) lengths -> (N,) nats.
+    """The sum of token values a response: (T,) values, response after response, (N,) lengths ->
+    (N,) nats.
 
     One reduction a segment in a fixed order, so it is deterministic on CUDA as well.
     """
@@ -115,13 +132,17 @@ def score(values, lengths):
 
 
 def damped(values, lengths, alpha):
-    """LD-DPO's token values: past the shorter response of each pair they count `alpha` times. (T,), (2B,) -> (T,).
+    """LD-DPO's token values: past the shorter response of each pair they count `alpha` times. (T,),
+    (2B,) -> (T,).
 
-    Liu et al. 2024 (arXiv 2409.06411), the equation of its modified likelihood: log p of the first l_p tokens plus
-    alpha log p of the excess, l_p the pair's shorter length. For policy and reference alike, as in TRL.
+    Liu et al. 2024 (arXiv 2409.06411), the equation of its modified likelihood: log p of the first
+    l_p tokens plus alpha log p of the excess, l_p the pair's shorter length. For policy and
+    reference alike, as in TRL.
     """
     place = torch.arange(values.shape[0], device=values.device)
-    place = place - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # (T,) within its response
+    place = place - (lengths.cumsum(0) - lengths).repeat_interleave(
+        lengths
+    )  # (T,) within its response
     shared = lengths.view(-1, 2).amin(1).repeat_interleave(2).repeat_interleave(lengths)
     return torch.where(place < shared, values, alpha * values)
 
@@ -129,7 +150,8 @@ def damped(values, lengths, alpha):
 def weights(logps, log_p2, lengths):
     """WPO's weight of each response, without gradient: (T,) nats, (T,), (N,) lengths -> (N,).
 
-    Zhou et al. 2024 (arXiv 2406.11827), equation 2 with its sampled alignment: the mean over tokens of log p - log
-    sum_v p_v^2, exponentiated; 1 where tokens are as likely as the policy's own draws. A pair's weight is the product.
+    Zhou et al. 2024 (arXiv 2406.11827), equation 2 with its sampled alignment: the mean over tokens
+    of log p - log sum_v p_v^2, exponentiated; 1 where tokens are as likely as the policy's own
+    draws. A pair's weight is the product.
     """
     return torch.exp(score(logps.detach() - log_p2, lengths) / lengths.clamp(min=1))

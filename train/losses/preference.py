@@ -1,8 +1,9 @@
 """The table of losses, and how one or several of them become what a run minimises.
 
-    loss = choose("sigmoid:1.0,sft:0.2", beta, {"label_smoothing": 0.1, "f_divergence_type": "js_divergence"})
-    losses = loss(pairs)                                          # (B,), row by row
-    losses, gradient = loss.over_step(pairs, running, mismatched)      # where examples of a step are coupled
+    loss = choose("sigmoid:1.0,sft:0.2", beta, {"label_smoothing": 0.1, "f_divergence_type":
+    "js_divergence"}) losses = loss(pairs)                                          # (B,), row by
+    row losses, gradient = loss.over_step(pairs, running, mismatched)      # where examples of a
+    step are coupled
 
 Legend: B pairs, or B responses that are labelled one by one; M mismatched responses.
 """
@@ -30,7 +31,9 @@ def mean_reward(examples, beta: float, running, mismatched, update: bool):
 def mean_kl(examples, beta: float, running, mismatched, update: bool):
     """KTO's z: the mean log-ratio of the mismatched responses, at least 0, in nats."""
     if mismatched is None:
-        raise ValueError("kto needs the step's mismatched responses for its estimate of the KL divergence")
+        raise ValueError(
+            "kto needs the step's mismatched responses for its estimate of the KL divergence"
+        )
     return max(0.0, float(mismatched.double().mean())) if mismatched.numel() else 0.0
 
 
@@ -56,13 +59,17 @@ class Running:
 
 
 class Row(NamedTuple):
-    """A loss, and what a run must know of it. Its own parameters are the keyword-only arguments of `of`."""
+    """A loss, and what a run must know of it. Its own parameters are the keyword-only arguments of
+    `of`.
+    """
 
     of: Callable  # (Pairs, beta[, baseline], *, own parameters) -> (B,); of Labelled where it is `unpaired` too
     reference: bool = True  # it needs one
     divergence: bool = False  # made of differences of log-ratios, where an f-divergence's partition function cancels
     unpaired: Callable | None = None  # the same for Labelled, where it takes responses one by one
-    baseline: Callable | None = None  # what couples a step: a statistic that scores are measured against,
+    baseline: Callable | None = (
+        None  # what couples a step: a statistic that scores are measured against,
+    )
     sorts: bool = False  # or an order
 
     @property
@@ -96,18 +103,22 @@ LOSSES: dict[str, Row] = {
     "rdpo": Row(family.rdpo),
 }
 
-# f'(t) of a divergence, up to a constant, by the log-ratio u = log t and TRL's coefficient: what stands for u in a
-# loss (Wang et al. 2023, arXiv 2309.16240, table 1). The coefficient is 1 - alpha of that table.
+# f'(t) of a divergence, up to a constant, by the log-ratio u = log t and TRL's coefficient: what
+# stands for u in a loss (Wang et al. 2023, arXiv 2309.16240, table 1). The coefficient is 1 - alpha
+# of that table.
 DIVERGENCES: dict[str, Callable] = {
     "reverse_kl": lambda u, coef: u,
     "forward_kl": lambda u, coef: -_expm1(-u),
     "js_divergence": lambda u, coef: math.log(2) + F.logsigmoid(u),
-    "alpha_divergence": lambda u, coef: u if abs(coef - 1) < 1e-6 else _expm1((coef - 1) * u) / (coef - 1),
+    "alpha_divergence": lambda u, coef: (
+        u if abs(coef - 1) < 1e-6 else _expm1((coef - 1) * u) / (coef - 1)
+    ),
 }
 
 
 def _expm1(x):
-    # as TRL's alpha_divergence, and here forward_kl's too: cut before infinity, from where on the gradient is 0
+    # as TRL's alpha_divergence, and here forward_kl's too: cut before infinity, from where on the
+    # gradient is 0
     return torch.expm1(x.clamp(max=80.0 if x.dtype == torch.float32 else 700.0))
 
 
@@ -124,17 +135,24 @@ class Across(NamedTuple):
 
         def only(choices, what):
             if wrong := [name for name in rows if name not in choices]:
-                raise ValueError(f"{what} is not for {', '.join(wrong)}; it is for: {', '.join(choices)}")
+                raise ValueError(
+                    f"{what} is not for {', '.join(wrong)}; it is for: {', '.join(choices)}"
+                )
 
         if self.f_divergence_type not in DIVERGENCES:
-            raise ValueError(f"f_divergence_type {self.f_divergence_type!r} is none of: {', '.join(DIVERGENCES)}")
+            raise ValueError(
+                f"f_divergence_type {self.f_divergence_type!r} is none of: {', '.join(DIVERGENCES)}"
+            )
         if "f_alpha_divergence_coef" in given and self.f_divergence_type != "alpha_divergence":
             raise ValueError("f_alpha_divergence_coef is for f_divergence_type alpha_divergence")
         if not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha lies in [0, 1], not at {self.ld_alpha}")
         if self.f_divergence_type != "reverse_kl":
             # sft has no log-ratio to replace, and may go along
-            only([n for n, row in LOSSES.items() if row.divergence or n == "sft"], "f_divergence_type")
+            only(
+                [n for n, row in LOSSES.items() if row.divergence or n == "sft"],
+                "f_divergence_type",
+            )
         if self.ld_alpha < 1:
             only([n for n, row in LOSSES.items() if row.reference], "ld_alpha")
         if self.use_weighting:
@@ -176,8 +194,12 @@ class Loss(NamedTuple):
         """Whether each response needs a mismatched one beside it in the pass that scores the step."""
         return any(LOSSES[part.name].baseline is mean_kl for part in self.parts)
 
-    def __call__(self, examples: Pairs | Labelled, weights: torch.Tensor | None = None, baselines=None) -> torch.Tensor:
-        """(B,): one number an example, times WPO's weights (B,). `baselines`: by name, 0 where there is none."""
+    def __call__(
+        self, examples: Pairs | Labelled, weights: torch.Tensor | None = None, baselines=None
+    ) -> torch.Tensor:
+        """(B,): one number an example, times WPO's weights (B,). `baselines`: by name, 0 where
+        there is none.
+        """
         total = 0
         for part in self.parts:
             given = [(baselines or {}).get(part.name, 0.0)] if LOSSES[part.name].baseline else []
@@ -191,40 +213,61 @@ class Loss(NamedTuple):
         if row.unpaired is row.of:
             return row.of(examples.split(), self.beta, *baseline, **part.own).view(-1, 2).mean(1)
         if row.divergence:
-            examples = diverged(examples, self.across.f_divergence_type, self.across.f_alpha_divergence_coef)
+            examples = diverged(
+                examples, self.across.f_divergence_type, self.across.f_alpha_divergence_coef
+            )
         return row.of(examples, self.beta, *baseline, **part.own)
 
-    def over_step(self, examples: Pairs | Labelled, running: Running, mismatched: torch.Tensor | None = None,
-                  weights: torch.Tensor | None = None, update: bool = True):  # fmt: skip
+    def over_step(
+        self,
+        examples: Pairs | Labelled,
+        running: Running,
+        mismatched: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        update: bool = True,
+    ):
         """The losses (B,) of a whole step's scores, and the gradient of their sum by these scores.
 
-        `mismatched`: (M,) nats, log-ratios of mismatched responses. `update`: take the step into `running`, as training
-        does. The gradient's order is that of a row's scores: (2B,) chosen and rejected in turn, (B,) for Labelled.
+        `mismatched`: (M,) nats, log-ratios of mismatched responses. `update`: take the step into
+        `running`, as training does. The gradient's order is that of a row's scores: (2B,) chosen
+        and rejected in turn, (B,) for Labelled.
         """
         examples = type(examples)(*(x.detach() for x in examples))
-        baselines = {part.name: baseline(examples, self.beta, running, mismatched, update)
-                     for part in self.parts if (baseline := LOSSES[part.name].baseline)}  # fmt: skip
+        baselines = {
+            part.name: baseline(examples, self.beta, running, mismatched, update)
+            for part in self.parts
+            if (baseline := LOSSES[part.name].baseline)
+        }
         sides = ["logps"] if isinstance(examples, Labelled) else ["chosen", "rejected"]
         with torch.enable_grad():
             leaves = {side: getattr(examples, side).clone().requires_grad_() for side in sides}
             losses = self(examples._replace(**leaves), weights, baselines)
-            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True,
-                                            materialize_grads=True)  # fmt: skip
+            gradients = torch.autograd.grad(
+                losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
         return losses.detach(), torch.stack(gradients, 1).flatten()
 
 
 def diverged(pairs: Pairs, kind: str, coef: float) -> Pairs:
-    """The same pairs with f' of a divergence's ratio in place of the log-ratios; `reverse_kl` leaves them alone."""
+    """The same pairs with f' of a divergence's ratio in place of the log-ratios; `reverse_kl`
+    leaves them alone.
+    """
     if kind == "reverse_kl":
         return pairs
     score, zeros = DIVERGENCES[kind], torch.zeros_like(pairs.ref_chosen)
     chosen, rejected = pairs.rewards(1.0)
-    return pairs._replace(chosen=score(chosen, coef), rejected=score(rejected, coef), ref_chosen=zeros,
-                          ref_rejected=zeros)  # fmt: skip
+    return pairs._replace(
+        chosen=score(chosen, coef),
+        rejected=score(rejected, coef),
+        ref_chosen=zeros,
+        ref_rejected=zeros,
+    )
 
 
 def parse(spec: str) -> dict[str, float]:
-    """ "sigmoid:1.0,sft:0.2" -> weights by name, 1 where none is given. ValueError with the choices."""
+    """ "sigmoid:1.0,sft:0.2" -> weights by name, 1 where none is given. ValueError with the
+    choices.
+    """
     weights = {}
     for part in spec.split(","):
         name, colon, weight = map(str.strip, part.partition(":"))
@@ -237,25 +280,36 @@ def parse(spec: str) -> dict[str, float]:
         except ValueError:
             weights[name] = math.nan
         if not 0 < weights[name] < math.inf:
-            raise ValueError(f"the weight of loss {name!r} is a number above 0, not {weight!r}: sigmoid:1.0,sft:0.2")
+            raise ValueError(
+                f"the weight of loss {name!r} is a number above 0, not {weight!r}: sigmoid:1.0,sft:0.2"
+            )
     return weights
 
 
 def choose(spec: str, beta: float, args: dict) -> Loss:
     """The losses of `spec` (a name, or name:weight,name:weight) with beta and parameters bound.
 
-    A key of `args` goes to the one loss that takes it; where several do, it is written name.key. Keys of Across go
-    with all. ValueError with the choices where a loss or a key does not exist, or a value is out of range.
+    A key of `args` goes to the one loss that takes it; where several do, it is written name.key.
+    Keys of Across go with all. ValueError with the choices where a loss or a key does not exist, or
+    a value is out of range.
     """
     weights = parse(spec)
-    own = {name: {p.name: p.default for p in inspect.signature(LOSSES[name].of).parameters.values()
-                  if p.kind is p.KEYWORD_ONLY} for name in weights}  # fmt: skip
+    own = {
+        name: {
+            p.name: p.default
+            for p in inspect.signature(LOSSES[name].of).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        }
+        for name in weights
+    }
     bound, shared, unknown = {name: {} for name in weights}, {}, []
     for key, value in args.items():
         name, _, short = key.rpartition(".")
         takers = [loss for loss in own if short in own[loss] and name in ("", loss)]
         if len(takers) > 1:
-            raise ValueError(f"{' and '.join(takers)} take {key}: write {' or '.join(f'{t}.{key}' for t in takers)}")
+            raise ValueError(
+                f"{' and '.join(takers)} take {key}: write {' or '.join(f'{t}.{key}' for t in takers)}"
+            )
         if takers:
             bound[takers[0]][short] = _of_type(key, value, own[takers[0]][short])
         elif key in Across._fields:
@@ -264,12 +318,18 @@ def choose(spec: str, beta: float, args: dict) -> Loss:
             unknown.append(key)
     if unknown:
         known = ", ".join(short for each in own.values() for short in each) or "none"
-        raise ValueError(f"loss {spec!r} takes no {', '.join(unknown)}; its parameters are: {known}; those across "
-                         f"losses: {', '.join(Across._fields)}")  # fmt: skip
+        raise ValueError(
+            f"loss {spec!r} takes no {', '.join(unknown)}; its parameters are: {known}; those across "
+            f"losses: {', '.join(Across._fields)}"
+        )
     across = Across(**shared)
     across.check({name: LOSSES[name] for name in weights}, shared)
-    loss = Loss(tuple(Part(name, weight, bound[name]) for name, weight in weights.items()), beta, across)
-    loss(Pairs(*torch.zeros(6, 1)))  # parameters out of range are refused here, before a model is loaded
+    loss = Loss(
+        tuple(Part(name, weight, bound[name]) for name, weight in weights.items()), beta, across
+    )
+    loss(
+        Pairs(*torch.zeros(6, 1))
+    )  # parameters out of range are refused here, before a model is loaded
     return loss
 
 

@@ -1,4 +1,5 @@
-"""A causal language model as one module: a packed row in, the token log-probabilities of its responses out.
+"""A causal language model as one module: a packed row in, the token log-probabilities of its
+responses out.
 
 Body and head are called inside this module's forward, so that ZeRO-3's hooks see both.
 """
@@ -17,7 +18,8 @@ from train.models import attention, layers
 
 LAYOUTS = ("packed", "padded")
 
-# Configuration fields that change logits or attention in a way that the packed path does not compute.
+# Configuration fields that change logits or attention in a way that the packed path does not
+# compute.
 UNSUPPORTED = {
     "attn_logit_softcapping": "soft-capped attention",
     "final_logit_softcapping": "soft-capped logits",
@@ -34,12 +36,16 @@ NO_PICKLE = "a pickle can run its author's code; convert it to safetensors, or p
 
 
 class Backbone(nn.Module):
-    """Wraps a causal LM of transformers. `layout`: "packed" (shared prompts, no padding) or "padded" (plain)."""
+    """Wraps a causal LM of transformers. `layout`: "packed" (shared prompts, no padding) or
+    "padded" (plain).
+    """
 
     def __init__(self, lm, layout="packed", logits_bytes=LOGITS_BYTES, autocast=None):
-        """`autocast`: a dtype that the forward pass computes in over the module's own weights, or None.
+        """`autocast`: a dtype that the forward pass computes in over the module's own weights, or
+        None.
 
-        Raises ValueError where the model cannot be trained packed, with the reason and the flag that helps.
+        Raises ValueError where the model cannot be trained packed, with the reason and the flag
+        that helps.
         """
         super().__init__()
         if layout not in LAYOUTS:
@@ -65,11 +71,14 @@ class Backbone(nn.Module):
     def forward(self, row, log_p2=False):
         """Log-probabilities of the row's scored tokens, (T,) nats in fp32 (fp64 for fp64 weights).
 
-        With `log_p2` a second (T,) beside them, without gradient: log sum_v p_v^2 of each token's distribution.
+        With `log_p2` a second (T,) beside them, without gradient: log sum_v p_v^2 of each token's
+        distribution.
         """
         kind = row.input_ids.device.type
         with torch.autocast(kind, self.autocast) if self.autocast else contextlib.nullcontext():
-            return self._packed(row, log_p2) if self.layout == "packed" else self._padded(row, log_p2)
+            return (
+                self._packed(row, log_p2) if self.layout == "packed" else self._padded(row, log_p2)
+            )
 
     def _packed(self, row, log_p2):
         hidden = self.body(
@@ -80,7 +89,9 @@ class Backbone(nn.Module):
         ).last_hidden_state[0]  # (L, H)
         head = self.lm.get_output_embeddings()
         scored = hidden.index_select(0, row.hidden_index)  # (T, H): prompts never reach the head
-        return token_logps(scored, head.weight, row.target, getattr(head, "bias", None), self.logits_bytes, log_p2)
+        return token_logps(
+            scored, head.weight, row.target, getattr(head, "bias", None), self.logits_bytes, log_p2
+        )
 
     def _padded(self, row, log_p2):
         """One padded sequence a response, all logits: what the other layout is measured against."""
@@ -94,14 +105,20 @@ class Backbone(nn.Module):
             mask[i, : len(sequence)] = 1
             scored[i, first : len(sequence)] = True
         logits = self.lm(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (N, P+R, V)
-        logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        logps = torch.log_softmax(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1
+        )
         found = logps[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)[scored[:, 1:]]
-        return (found, logps[:, :-1][scored[:, 1:]].detach().mul(2).logsumexp(1)) if log_p2 else found
+        return (
+            (found, logps[:, :-1][scored[:, 1:]].detach().mul(2).logsumexp(1)) if log_p2 else found
+        )
 
 
 @contextlib.contextmanager
 def plain(backbone):
-    """The same weights the plain way: transformers' own layers, one padded sequence a response. For checks."""
+    """The same weights the plain way: transformers' own layers, one padded sequence a response. For
+    checks.
+    """
     layout, backbone.layout = backbone.layout, "padded"
     layers.swap_back(backbone.lm)
     name = backbone.lm.config._attn_implementation
@@ -115,7 +132,9 @@ def plain(backbone):
 
 
 def no_dropout(model):
-    """Set every dropout probability to 0: policy and reference must agree, whatever mode the module is in."""
+    """Set every dropout probability to 0: policy and reference must agree, whatever mode the module
+    is in.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -125,12 +144,16 @@ def no_dropout(model):
 
 
 def refuse(lm):
-    """Raise ValueError for a model that the packed path would compute wrongly; see also the check at a run's start."""
+    """Raise ValueError for a model that the packed path would compute wrongly; see also the check
+    at a run's start.
+    """
     config = lm.config.get_text_config()
     kind = type(lm).__name__
 
     def no(reason):
-        raise ValueError(f"{kind} has {reason}, which packed rows do not support: pass --layout padded")
+        raise ValueError(
+            f"{kind} has {reason}, which packed rows do not support: pass --layout padded"
+        )
 
     for field, reason in UNSUPPORTED.items():
         value = getattr(config, field, None)
@@ -148,30 +171,43 @@ def refuse(lm):
 
 
 def load(path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False):
-    """A causal LM from a directory or hub name: safetensors only, unless `allow_pickle`, which prefers them still.
+    """A causal LM from a directory or hub name: safetensors only, unless `allow_pickle`, which
+    prefers them still.
 
-    Raises ValueError that names the path where the model is not there, is damaged, or lacks weights, which
-    transformers would draw at random.
+    Raises ValueError that names the path where the model is not there, is damaged, or lacks
+    weights, which transformers would draw at random.
     """
-    # Without it, transformers asks a service to convert a repository that has pickles only, in the user's name.
+    # Without it, transformers asks a service to convert a repository that has pickles only, in the
+    # user's name.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
-        if (Path(path) / "adapter_config.json").is_file():  # with peft, transformers loads the model that this names
+        if (
+            Path(path) / "adapter_config.json"
+        ).is_file():  # with peft, transformers loads the model that this names
             raise ValueError(ADAPTER)
         if not allow_pickle:
             _refuse_pickle(path)
         lm, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=None if allow_pickle else True, trust_remote_code=trust_remote_code,
+            path,
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
-        )  # fmt: skip
+        )
         if getattr(lm, "_hf_peft_config_loaded", False):
             raise ValueError(ADAPTER)
-    except Exception as error:  # configuration, code and weights raise a dozen types, and the cure is the same
+    except (
+        Exception
+    ) as error:  # configuration, code and weights raise a dozen types, and the cure is the same
         advice = "" if allow_pickle or "use_safetensors" not in str(error) else f"; {NO_PICKLE}"
         found = " ".join(str(error).split())
-        raise ValueError(f"cannot load a causal language model from {path}: {found}{advice}") from error
+        raise ValueError(
+            f"cannot load a causal language model from {path}: {found}{advice}"
+        ) from error
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{path} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
+        raise ValueError(
+            f"{path} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        )
     return lm
 
 
@@ -184,7 +220,10 @@ def _refuse_pickle(path):
     if (index := folder / "model.safetensors.index.json").is_file():
         named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     if (config := folder / "config.json").is_file():
-        named |= {json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") or "model.safetensors"}
+        named |= {
+            json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+            or "model.safetensors"
+        }
     if not any(folder.glob("*.safetensors")):
         named |= {file.name for file in folder.iterdir() if file.suffix in PICKLES}
     if pickled := sorted(name for name in named if Path(name).suffix in PICKLES):

@@ -1,7 +1,9 @@
-"""Floating-point operations of a packed row, counted from the model's own matrices and the row's own segments.
+"""Floating-point operations of a packed row, counted from the model's own matrices and the row's
+own segments.
 
-Multiplications and additions of matrix products only, as is usual for model FLOPs utilisation (PaLM, arXiv
-2204.02311, appendix B): a backward pass costs two forwards, and what is computed a second time does not count.
+Multiplications and additions of matrix products only, as is usual for model FLOPs utilisation
+(PaLM, arXiv 2204.02311, appendix B): a backward pass costs two forwards, and what is computed a
+second time does not count.
 """
 
 from torch import nn
@@ -16,7 +18,9 @@ class Counter:
         config = backbone.lm.config.get_text_config()
         self.head = _numel(head.weight)  # V * H
         self.body = sum(
-            _numel(m.weight) for m in backbone.lm.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head
+            _numel(m.weight)
+            for m in backbone.lm.modules()
+            if isinstance(m, nn.Linear | Conv1D) and m is not head
         )
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -24,7 +28,9 @@ class Counter:
         self.attention = [(heads * size, window) for window in windows]
 
     def forward(self, row) -> int:
-        """Operations of one forward pass over `row`, with the mask's share of attention and the scored tokens' head."""
+        """Operations of one forward pass over `row`, with the mask's share of attention and the
+        scored tokens' head.
+        """
         total = 2 * self.body * row.input_ids.shape[0] + 2 * self.head * row.target.shape[0]
         seen = {window: _visible(row.shape, window) for _, window in set(self.attention)}
         return total + sum(2 * 2 * width * seen[window] for width, window in self.attention)

@@ -1,5 +1,5 @@
-"""Layers in the place of a model's own, faster on a CPU: the products of train/losses/products.py, gradients in few
-passes over memory.
+"""Layers in the place of a model's own, faster on a CPU: the products of train/losses/products.py,
+gradients in few passes over memory.
 """
 
 import functools
@@ -11,15 +11,27 @@ from train.losses.products import gathered, rounded, times_transposed, weight_gr
 
 
 class Linear(nn.Linear):
-    """nn.Linear with products through oneDNN, and gradients of the weight that need no temporary copy."""
+    """nn.Linear with products through oneDNN, and gradients of the weight that need no temporary
+    copy.
+    """
 
     def forward(self, x, up=None):
-        """With `up`, shaped like x, the product of silu(x) * up, which is not kept for the backward pass."""
+        """With `up`, shaped like x, the product of silu(x) * up, which is not kept for the backward
+        pass.
+        """
         if x.device.type != "cpu":
             return super().forward(x if up is None else nn.functional.silu(x) * up)
-        product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        flat, second = (each.reshape(-1, x.shape[-1]) for each in (x, rounded(x, product) if up is None else up))
-        rows = (_Product if up is None else _Gated).apply(flat, second, self.weight, self.bias, product)
+        product = (
+            torch.get_autocast_dtype("cpu")
+            if torch.is_autocast_enabled("cpu")
+            else self.weight.dtype
+        )
+        flat, second = (
+            each.reshape(-1, x.shape[-1]) for each in (x, rounded(x, product) if up is None else up)
+        )
+        rows = (_Product if up is None else _Gated).apply(
+            flat, second, self.weight, self.bias, product
+        )
         return rows.view(*x.shape[:-1], self.out_features)
 
 
@@ -39,9 +51,14 @@ class _Product(torch.autograd.Function):
 
 
 def _gradients(ctx, grad, x):
-    """Of the weight and the bias, the third and fourth inputs; None for what is not wanted or is gathered already."""
+    """Of the weight and the bias, the third and fourth inputs; None for what is not wanted or is
+    gathered already.
+    """
     _, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
-    both = weight_gradient(ctx.weight, grad, x) if wants_weight else None, grad.sum(0) if wants_bias else None
+    both = (
+        weight_gradient(ctx.weight, grad, x) if wants_weight else None,
+        grad.sum(0) if wants_bias else None,
+    )
     return [None if each is None else each.to(ctx.weight.dtype) for each in both]
 
 
@@ -58,8 +75,15 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up, w = ctx.saved_tensors
         opened, grad_x = nn.functional.silu(gate), times_transposed(grad, w.t()).to(up.dtype)
-        by_weight = _gradients(ctx, grad, (opened * up).to(grad.dtype) if ctx.needs_input_grad[2] else None)
-        return torch.ops.aten.silu_backward(grad_x * up, gate), opened.mul_(grad_x), *by_weight, None
+        by_weight = _gradients(
+            ctx, grad, (opened * up).to(grad.dtype) if ctx.needs_input_grad[2] else None
+        )
+        return (
+            torch.ops.aten.silu_backward(grad_x * up, gate),
+            opened.mul_(grad_x),
+            *by_weight,
+            None,
+        )
 
 
 class Embedding(nn.Embedding):
@@ -85,7 +109,9 @@ class _Lookup(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return None, None, None
         ids, grad = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
-        if ctx.padding is not None:  # as torch has it: the padding token's vector is not trained by its use
+        if (
+            ctx.padding is not None
+        ):  # as torch has it: the padding token's vector is not trained by its use
             grad = grad.masked_fill((ids == ctx.padding)[:, None], 0)
         into, first = gathered(ctx.weight)
         total = torch.zeros_like(ctx.weight) if into is None else into.zero_() if first else into
@@ -94,7 +120,8 @@ class _Lookup(torch.autograd.Function):
 
 
 class RMSNorm:
-    """Goes before the norm of a model (RMS_NORMS): the same in fp32, with a gradient in half as many passes.
+    """Goes before the norm of a model (RMS_NORMS): the same in fp32, with a gradient in half as
+    many passes.
 
     Zhang and Sennrich 2019, arXiv 1910.07467, equation 4: x / sqrt(mean(x^2) + eps) * weight.
     """
@@ -125,13 +152,18 @@ class _Normed(torch.autograd.Function):
 
 
 class GatedMLP:
-    """Goes before the MLP of a model (GATED_MLPS): the same, keeping two wide tensors less for the backward pass.
+    """Goes before the MLP of a model (GATED_MLPS): the same, keeping two wide tensors less for the
+    backward pass.
 
     Shazeer 2020, arXiv 2002.05202, equation 6: SwiGLU.
     """
 
     def forward(self, x):
-        gate, up, plain = self.gate_proj(x), self.up_proj(x), type(self.down_proj) is not Linear  # adapters, say
+        gate, up, plain = (
+            self.gate_proj(x),
+            self.up_proj(x),
+            type(self.down_proj) is not Linear,
+        )  # adapters, say
         return self.down_proj(self.act_fn(gate) * up) if plain else self.down_proj(gate, up)
 
 
@@ -142,7 +174,9 @@ FASTER = {nn.Linear: Linear, nn.Embedding: Embedding}
 
 
 def swap(model):
-    """Make each layer of `model` that has a faster twin here that twin. Weights stay where they are."""
+    """Make each layer of `model` that has a faster twin here that twin. Weights stay where they
+    are.
+    """
     for module in model.modules():
         if (twin := _twin(type(module))) and not _special(module):
             module.__class__ = twin
@@ -160,7 +194,9 @@ def swap_back(model):
 def _twin(kind):
     if kind in FASTER or not kind.__module__.startswith("transformers."):
         return FASTER.get(kind)
-    ours = RMSNorm if kind.__name__ in RMS_NORMS else GatedMLP if kind.__name__ in GATED_MLPS else None
+    ours = (
+        RMSNorm if kind.__name__ in RMS_NORMS else GatedMLP if kind.__name__ in GATED_MLPS else None
+    )
     return ours and type(ours.__name__, (ours, kind), {})
 
 
@@ -168,4 +204,7 @@ def _special(module):
     if isinstance(module, nn.Embedding):
         return module.max_norm or module.scale_grad_by_freq or module.sparse
     # an activation of transformers' or torch's, by its name
-    return hasattr(module, "gate_proj") and type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation")
+    return hasattr(module, "gate_proj") and type(module.act_fn).__name__ not in (
+        "SiLU",
+        "SiLUActivation",
+    )
