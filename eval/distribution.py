@@ -13,8 +13,7 @@ import numpy as np
 import scipy.stats
 import torch
 
-from eval import intervals
-from train.losses import measures
+from eval import intervals, statistics
 
 MOST_BINS = 80
 WIDTHS = tuple(
@@ -123,13 +122,13 @@ def separation(inside, outside, inside_units, outside_units, edges) -> dict:
     a, b, bins = (torch.from_numpy(np.ascontiguousarray(x)) for x in (inside, outside, edges))
 
     def compare(a_weights, b_weights):
-        shared = measures.overlap(
-            measures.histogram(a, bins, a_weights), measures.histogram(b, bins, b_weights)
+        shared = statistics.overlap(
+            statistics.histogram(a, bins, a_weights), statistics.histogram(b, bins, b_weights)
         )
         return (
             shared,
-            measures.auroc(a, b, a_weights, b_weights),
-            measures.wasserstein(a, b, a_weights, b_weights),
+            statistics.auroc(a, b, a_weights, b_weights),
+            statistics.wasserstein(a, b, a_weights, b_weights),
         )
 
     resamples = int(np.clip(RESAMPLED_VALUES // (len(a) + len(b)), 100, 500))
@@ -141,7 +140,7 @@ def separation(inside, outside, inside_units, outside_units, edges) -> dict:
         what=(len(a), len(b)),
         resamples=resamples,
     )
-    counts = [measures.histogram(x, bins).tolist() for x in (a, b)]
+    counts = [statistics.histogram(x, bins).tolist() for x in (a, b)]
     found["if_alike"] = alike(a, b, bins) if len(a) + len(b) <= MOST_SHUFFLED else None
     return {
         **found,
@@ -158,10 +157,10 @@ def alike(a, b, bins) -> dict:
         np.tile(np.arange(len(pooled)), (SHUFFLES, 1)), axis=1
     )  # (S, n + m)
     first = torch.from_numpy((order < n).astype(np.float64))
-    histogram = lambda weights: measures.histogram(pooled, bins, weights)
+    histogram = lambda weights: statistics.histogram(pooled, bins, weights)
     found = {
-        "overlap": measures.overlap(histogram(first), histogram(1 - first)),
-        "wasserstein": measures.wasserstein(pooled, pooled, first, 1 - first),
+        "overlap": statistics.overlap(histogram(first), histogram(1 - first)),
+        "wasserstein": statistics.wasserstein(pooled, pooled, first, 1 - first),
     }
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return {name: torch.quantile(values, ends).tolist() for name, values in found.items()}

@@ -1,10 +1,11 @@
 """What a model makes of preference pairs, of other text and of prompts; better or worse than its
 reference, or neither.
 
-    deepspeed eval/evaluate.py --model runs/dpo/model --reference DIR                      #
-    built-in pairs and passages deepspeed eval/evaluate.py --model DIR --reference DIR --data
-    pairs.jsonl --ood wikitext --output runs/eval torchrun --nproc_per_node 2 eval/evaluate.py
-    --model DIR --max_rows 200 --output runs/eval
+    deepspeed eval/evaluate.py --model runs/dpo/model --reference DIR     # built-in pairs and
+    passages deepspeed eval/evaluate.py --model DIR --reference DIR --data pairs.jsonl --ood
+    wikitext \
+        --output runs/eval
+    torchrun --nproc_per_node 2 eval/evaluate.py --model DIR --max_rows 200 --output runs/eval
 
 Scores every row exactly once, with training's own rows, packing and forward pass (eval/scores.py),
 and writes report.json, report.md, figures/, pairs.parquet, texts.parquet, generations.parquet and
@@ -22,7 +23,10 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import config, flags  # noqa: E402
+from train import (
+    config,
+    settings,  # noqa: E402
+)
 
 SHARDED = (
     "--ds_config shards the models over the ranks, and decoding needs whole ones; leave it out where a model's "
@@ -69,7 +73,7 @@ class Settings:
     else 0.1.
     """
     loss: str | None = None
-    """The loss, a row of train/losses/preference.py's LOSSES."""
+    """The loss, a row of train/losses/composition.py's LOSSES."""
     loss_args: dict | None = None
     """The loss's own parameters."""
     max_length: int | None = None
@@ -123,7 +127,7 @@ class Settings:
             "max_length": 2,
             "max_prompt_length": 1,
         }
-        flags.within(self, at_least, shares=("max_dropped",), positive=("beta",))
+        settings.check_bounds(self, at_least, shares=("max_dropped",), positive=("beta",))
         if self.reward_model and not self.prompts:
             raise ValueError(
                 "--reward_model scores what the models write, and with --prompts 0 they write nothing"
@@ -132,23 +136,24 @@ class Settings:
 
 def main():
     settings = config.parse(Settings)
-    from train.engine import quiet
+    from train import quiet
 
     quiet.now()  # before the libraries that it quiets
     from eval import scores
-    from train.engine import dist, memory, run
-    from train.losses import preference
+    from train.engine import dist, memory
+    from train.losses import composition
+    from train.run import folder, session
 
-    device, began = dist.start(), time.time()
-    with run.at_the_door():
-        folder = run.Run(settings.output, config.as_dict(settings))
+    device, began = dist.init(), time.time()
+    with session.at_the_door():
+        folder = folder.Run(settings.output, config.as_dict(settings))
         if folder.finished:
             folder.say(
                 f"{folder.path} holds this evaluation, finished; another --output repeats it"
             )
-            return dist.stop()
+            return dist.shutdown()
         inputs = open_inputs(settings, folder)
-        loss_of = preference.choose(
+        loss_of = composition.choose(
             inputs.recipe["loss"], inputs.recipe["beta"], inputs.recipe["loss_args"]
         )
         with memory.room_for("loading and checking the models", f"({scores.LESS})"):
@@ -161,12 +166,12 @@ def main():
     of_texts = scores.score_all(inputs.texts, judged, models.budget, device, "texts")
     seconds = time.time() - began
     written = generate(settings, inputs, models, device)
-    if dist.first():
+    if dist.is_main():
         scored = of_pairs, of_texts, written
         content, tables = measure(settings, inputs, models, loss_of, scored, seconds)
         write(settings, folder, inputs, models, content, tables, scored)
     dist.barrier()
-    dist.stop()
+    dist.shutdown()
 
 
 def open_inputs(settings, folder):
@@ -174,14 +179,16 @@ def open_inputs(settings, folder):
     this.
     """
     from eval import generations, inputs
-    from train.engine import dist, run
+    from train.engine import dist
+    from train.models import pretrained
+    from train.run import folder
 
     record, where = inputs.training_record(settings.model)
     recipe = inputs.recipe(settings, record, where)
     path = folder.model_path(settings.model)
-    tokenizer = run.load_tokenizer(path, settings.trust_remote_code)
+    tokenizer = pretrained.load_tokenizer(path, settings.trust_remote_code)
     folder.note(model=path, reference_model=settings.reference, recipe=recipe)
-    with dist.one_at_a_time():  # rank 0 tokenises, the others find it in the cache
+    with dist.main_process_first():  # rank 0 tokenises, the others find it in the cache
         pairs, pair_sources = inputs.read_pairs(settings, recipe, tokenizer)
         texts, text_sources = inputs.read_texts(settings, recipe, tokenizer, folder.path / "texts")
     folder.dropped({"data": pairs.dropped, "ood": texts.dropped})
@@ -189,8 +196,8 @@ def open_inputs(settings, folder):
     if settings.reference:
         inputs.same_tokens(tokenizer, settings.reference, answers[0], settings.trust_remote_code)
     described = {
-        "data": run.describe(pairs, pair_sources),
-        "ood": run.describe(texts, text_sources),
+        "data": folder.describe(pairs, pair_sources),
+        "ood": folder.describe(texts, text_sources),
     }
     folder.note(**described)
     prompts = (
@@ -203,23 +210,28 @@ def open_models(settings, folder, opened, device):
     """The frozen model and reference, checked on the first pairs, and the reward model. Every rank
     calls this.
     """
-    from eval import generations, inputs
+    from eval import inputs
     from train.data import chat
-    from train.engine import checks, generate, memory, run, zero
-    from train.engine.reference import Live
+    from train.engine import checks, ds_config, loading, memory
+    from train.methods import rewards
+    from train.methods.reference import Live
+    from train.models import generate
+    from train.run import folder
 
     recipe = opened.recipe
-    precision = zero.precision_of(recipe["precision"], device)
-    policy = zero.resolve(
+    precision = ds_config.resolve_precision(recipe["precision"], device)
+    policy = ds_config.resolve(
         {"zero_optimization": {"stage": recipe["stage"]}}, precision
     )  # as the model was trained
-    ds = zero.frozen(zero.read_config(settings.ds_config) if settings.ds_config else {}, policy)
-    sharded = zero.stage_of(ds) == 3
+    ds = ds_config.resolve_frozen(
+        ds_config.read_config(settings.ds_config) if settings.ds_config else {}, policy
+    )
+    sharded = ds_config.zero_stage(ds) == 3
     if sharded and settings.reward_model:
         raise ValueError(f"--reward_model scores what the models write; {SHARDED}")
 
     def load(path):
-        module = zero.load_backbone(
+        module = loading.load_backbone(
             path,
             ds,
             precision,
@@ -240,7 +252,7 @@ def open_models(settings, folder, opened, device):
     )
     judge = None
     if settings.reward_model:
-        judge = generations.RewardModel(
+        judge = rewards.RewardModel(
             settings.reward_model, device, model.module.autocast, settings.trust_remote_code
         )
         judge.check(opened.prompts, settings.max_new_tokens)
@@ -254,8 +266,8 @@ def open_models(settings, folder, opened, device):
     facts = {
         "precision": precision,
         "row_tokens": budget,
-        "hardware": run.hardware(device),
-        "versions": run.versions(),
+        "hardware": folder.hardware(device),
+        "versions": folder.versions(),
     }
     folder.note(**facts)
     return inputs.Models(model, reference, judge, sharded, budget, facts)
@@ -290,8 +302,8 @@ def measure(settings, opened, models, loss_of, scored, seconds):
     """The report, and the per-row tables by name. Rank 0 alone calls this."""
     from eval import baselines, distribution, inputs, preferences
     from eval import report as reporting
-    from train.engine import card
     from train.models import builtin
+    from train.run import card
 
     of_pairs, of_texts, written = scored
     preferred, columns = preferences.measure(of_pairs, opened.recipe["beta"], loss_of)
@@ -328,10 +340,10 @@ def measure(settings, opened, models, loss_of, scored, seconds):
 
 def write(settings, folder, opened, models, content, tables, scored):
     """Everything in --output and the model's card, then where it lies. Rank 0 alone calls this."""
-    from eval import board, figures
+    from eval import figures, tensorboard
     from eval import report as reporting
-    from train.engine import card
-    from train.engine.export import write_json
+    from train.files import write_json
+    from train.run import card
 
     of_pairs, of_texts, written = scored
     drawn = figures.draw(folder.path / "figures", content, tables["pairs"])
@@ -340,7 +352,7 @@ def write(settings, folder, opened, models, content, tables, scored):
     (folder.path / "report.md").write_text(page, encoding="utf-8")
     for name, columns in tables.items():
         reporting.parquet(folder.path / f"{name}.parquet", columns)
-    values = board.histograms(tables["pairs"], of_pairs, of_texts, list(models.by_name))
+    values = tensorboard.histograms(tables["pairs"], of_pairs, of_texts, list(models.by_name))
     pages = {
         "report": reporting.markdown(content, [])
     }  # the figures stand among TensorBoard's images
@@ -354,7 +366,7 @@ def write(settings, folder, opened, models, content, tables, scored):
             )
             for mode in ("greedy", "sampled")
         }
-    board.write(
+    tensorboard.write(
         folder.path / "tensorboard", content, pages, values, drawn, opened.record.get("steps", 0)
     )
     carded = settings.card and opened.recipe["from"] is not None

@@ -2,7 +2,7 @@
 model).
 
 Each prompt is answered once greedily and once sampled, in batches that are planned for the whole
-job and dealt to the ranks. The noise is the same for both models (train/engine/generate.py), so
+job and dealt to the ranks. The noise is the same for both models (train/models/generate.py), so
 that a completion changes only where a distribution did. Every number is a mean over prompts, or a
 count over all answers, made in fp64 in the data's order.
 
@@ -16,18 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
 from eval.intervals import point, ratio
 from eval.scores import score_all
 from train.data.chat import Chat
+from train.data.dataset import Tokenised
 from train.data.rows import PAIR_COLUMNS, check_pair
-from train.data.tokens import Tokenised, check_rows
-from train.engine import card, dist, memory
-from train.engine.generate import Completion, batches, generate
-from train.engine.run import load_tokenizer
-from train.losses.measures import wilson, wins
+from train.data.tokens import check_rows
+from train.engine import dist, memory
+from train.losses.metrics import wilson, wins
+from train.methods.rewards import Prompt
+from train.models.generate import Completion, batches, generate
 
 MODES = ("greedy", "sampled")
 EXAMPLES = 3  # rows that the report itself holds, for the model card
@@ -38,14 +38,6 @@ COMPARED = (
     "reward",
 )  # measures of an answer, compared prompt by prompt
 REPEATED = 4  # tokens of an n-gram that counts as a repetition (seq-rep-4)
-
-
-class Prompt(NamedTuple):
-    """A prompt to be answered."""
-
-    row: int  # number of the first data row that has it
-    ids: tuple[int, ...]  # as training sees it, the assistant's header included
-    messages: list  # [{"role": ..., "content": ...}], ends with a user's turn
 
 
 class Generated(NamedTuple):
@@ -84,7 +76,7 @@ def compare(
     batch_size: int = 32,
     reward_model=None,
 ) -> Generated:
-    """Let `model` and `reference` (train.engine.reference.Live, or None) answer every prompt. Every
+    """Let `model` and `reference` (train.methods.reference.Live, or None) answer every prompt. Every
     rank calls this.
 
     `budget`: tokens a packed row for the KL to the reference. `reward_model`: a RewardModel or
@@ -156,13 +148,13 @@ def write(
 ) -> list[Completion]:
     """The completion of every prompt, in order, on every rank. Every rank calls this."""
     plan = batches([len(prompt.ids) for prompt in prompts], batch_size)
-    mine = plan[dist.rank() :: dist.world()]
+    mine = plan[dist.rank() :: dist.world_size()]
     done = []
     with tqdm(
         total=sum(map(len, mine)),
         desc=title,
         unit="answer",
-        disable=not dist.first(),
+        disable=not dist.is_main(),
         dynamic_ncols=True,
     ) as bar:
         for places in mine:
@@ -182,7 +174,7 @@ def write(
                 )
             done += zip(places, answers, strict=True)
     everyone = sorted(
-        (item for part in dist.gather(done) for item in part), key=lambda item: item[0]
+        (item for part in dist.all_gather(done) for item in part), key=lambda item: item[0]
     )
     assert [place for place, _ in everyone] == list(range(len(prompts))), (
         "a prompt was answered twice or never"
@@ -338,89 +330,3 @@ def distinct(answers: Sequence[Sequence[int]], n: int) -> dict:
         (len(left) - 1) / len(left) * float(((left - left.mean()) ** 2).sum())
     )
     return point(value, (len(answers),), method, [max(value - half, 0.0), min(value + half, 1.0)])
-
-
-class RewardModel:
-    """A directory that AutoModelForSequenceClassification loads, with one output, and its own
-    tokenizer and template.
-
-    The class reads its score off the rightmost token that is not pad. `description` names that
-    token: where a model's pad is its end token, it is the one before the end token, and was so when
-    the model was trained with the class.
-    """
-
-    def __init__(
-        self,
-        path,
-        device: torch.device,
-        autocast: torch.dtype | None = None,
-        trust_remote_code: bool = False,
-    ):
-        """ValueError: not loadable, no head in it, more than one output, no chat template."""
-        try:
-            self.model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-                path,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load a reward model from {path}: {error}") from error
-        if loading["missing_keys"]:
-            raise ValueError(
-                f"{path} is no reward model: it has no {', '.join(sorted(loading['missing_keys']))}"
-            )
-        if self.model.config.num_labels != 1:
-            raise ValueError(
-                f"{path} is no reward model: it has {self.model.config.num_labels} outputs, not 1"
-            )
-        self.tokenizer = load_tokenizer(path, trust_remote_code)
-        self.chat = Chat(self.tokenizer, True)
-        self.model.to(device).eval()
-        self.autocast, self.path = autocast, path
-
-    def check(self, prompts: Sequence[Prompt], max_new_tokens: int):
-        """ValueError where a conversation may outrun the model's positions."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
-        if positions and longest + max_new_tokens > positions:
-            found = f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} positions of"
-            raise ValueError(
-                f"{found} --reward_model {self.path}: lower --max_new_tokens or --prompts"
-            )
-
-    @property
-    def description(self) -> dict:
-        """The model's name, and the token off which a finished answer's score is read."""
-        ids = self.ids([{"role": "user", "content": "question"}], "answer", True)
-        pad = self.model.config.get_text_config().pad_token_id
-        pooled = next(token for token in reversed(ids) if token != pad)
-        return {
-            "name": card.shown(self.path),
-            "reads": self.tokenizer.convert_ids_to_tokens(pooled),
-        }
-
-    def ids(self, messages, text: str, ended: bool) -> list[int]:
-        """The conversation's token ids as training makes them; an answer that was cut gets no end
-        token.
-        """
-        answer = self.chat.response_ids(messages, text) if text.strip() else [self.chat.end_id]
-        return self.chat.prompt_ids(messages) + (
-            answer if ended or len(answer) == 1 else answer[:-1]
-        )
-
-    @torch.no_grad()
-    def score(
-        self, conversations: Sequence[list], texts: Sequence[str], ended: Sequence[bool]
-    ) -> np.ndarray:
-        """(N,) scores, one conversation at a time, so that none depends on its neighbours. Every
-        rank calls this.
-        """
-        mine, device = [], self.model.device
-        for i in range(dist.rank(), len(texts), dist.world()):
-            ids = torch.tensor([self.ids(conversations[i], texts[i], ended[i])], device=device)
-            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                mine.append((i, float(self.model(input_ids=ids, use_cache=False).logits[0, 0])))
-        everyone = sorted(item for part in dist.gather(mine) for item in part)
-        return np.array([score for _, score in everyone])

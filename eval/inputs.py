@@ -12,7 +12,9 @@ import numpy as np
 from train import config
 from train.data import tokens
 from train.data.rows import PAIR_COLUMNS, DataError, Dropped, check_pair
-from train.engine import card, dist, run
+from train.engine import dist
+from train.models import pretrained
+from train.run import card
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "train/data/builtin/held_out.jsonl"
@@ -50,7 +52,7 @@ class Inputs(NamedTuple):
 
 
 class Models(NamedTuple):
-    """The models under evaluation: train.engine.reference.Live each."""
+    """The models under evaluation: train.methods.reference.Live each."""
 
     model: Any
     reference: Any  # None where there is none
@@ -202,7 +204,7 @@ def _as_rows(source: str, folder: Path) -> str:
     if not paragraphs:
         raise DataError(f"{source}: no text in it")
     path = folder / f"{Path(source).stem}.jsonl"
-    if dist.first():
+    if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(
             "".join(json.dumps({"text": part}) + "\n" for part in paragraphs), encoding="utf-8"
@@ -227,7 +229,7 @@ def same_tokens(tokenizer, path: str, texts: list[str], trust_remote_code: bool)
     """ValueError where the model at `path` reads other token ids than `tokenizer`: the two would
     not compare.
     """
-    other = run.load_tokenizer(path, trust_remote_code)
+    other = pretrained.load_tokenizer(path, trust_remote_code)
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     problem = None
     if ours != theirs:

@@ -4,7 +4,7 @@
 Prompts repeat, and the rows of one prompt are alike: what is resampled is the prompt with all its
 rows. A mean or a ratio of sums gets scipy's bootstrap, bias-corrected and accelerated (BCa) up to
 1,000 prompts and percentile beyond, where the correction, of order 1/n, no longer shows and its
-jackknife costs n squared. Other measures are weighted measures (train/losses/measures.py) whose
+jackknife costs n squared. Other measures are weighted measures (train/losses/metrics.py) whose
 weights are resampled: see `resampled`. All seeds are fixed.
 
 Legend: N rows, U units (prompts or texts), R resamples.
@@ -17,7 +17,7 @@ import numpy as np
 import scipy.stats
 import torch
 
-from train.losses.measures import wilson
+from train.losses.metrics import wilson
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000

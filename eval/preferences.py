@@ -13,9 +13,9 @@ import numpy as np
 import scipy.stats
 import torch
 
-from eval import intervals
-from train.losses import measures
-from train.losses.preference import Pairs
+from eval import intervals, statistics
+from train.losses import metrics
+from train.losses.composition import Pairs
 
 # Chosen's length against rejected's, (chosen - rejected) / the longer of the two.
 LENGTH_EDGES = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
@@ -61,7 +61,7 @@ def measure(scores, beta: float, loss_of) -> tuple[dict, dict]:
         "chosen_logp": scores.sums[0, :, 0],
         "rejected_logp": scores.sums[0, :, 1],
         "margin": margins.numpy(),
-        "correct": measures.wins(margins).double().numpy(),
+        "correct": metrics.wins(margins).double().numpy(),
     }
     if compared:
         rewarded, more = rewards(pairs, units, beta, loss_of)
@@ -81,7 +81,7 @@ def rewards(pairs: Pairs, units, beta: float, loss_of) -> tuple[dict, dict]:
     margin = chosen - rejected
     losses = loss_of(pairs).numpy()
     fell = (pairs.chosen < pairs.ref_chosen).double().numpy()
-    correct = measures.wins(torch.from_numpy(margin)).double().numpy()
+    correct = metrics.wins(torch.from_numpy(margin)).double().numpy()
     found = {
         "rewards/accuracies": intervals.ratio(correct, units, share=True),
         "rewards/margins": intervals.ratio(margin, units),
@@ -113,7 +113,7 @@ def likelihoods(pairs: Pairs, units) -> dict:
     """
     chosen, rejected = pairs.chosen.numpy(), pairs.rejected.numpy()
     chosen_len, rejected_len = pairs.chosen_len.numpy(), pairs.rejected_len.numpy()
-    wins = lambda difference: measures.wins(torch.from_numpy(difference)).double().numpy()
+    wins = lambda difference: metrics.wins(torch.from_numpy(difference)).double().numpy()
     per_token = chosen / chosen_len - rejected / rejected_len
     return {
         "logps/chosen": intervals.ratio(chosen, units),
@@ -137,9 +137,9 @@ def calibration(margins: torch.Tensor, units) -> dict:
     """
     probability = torch.sigmoid(margins)
     confidence = torch.maximum(probability, 1 - probability)
-    correct = measures.wins(margins).double()
+    correct = metrics.wins(margins).double()
     edges = torch.tensor(CONFIDENCE_EDGES, dtype=torch.float64)
-    table, _ = measures.calibration(confidence, correct, edges)
+    table, _ = statistics.calibration(confidence, correct, edges)
     rows = [
         {
             "from": low,
@@ -147,17 +147,17 @@ def calibration(margins: torch.Tensor, units) -> dict:
             "n": int(n),
             "confidence": sure if n else None,
             "accuracy": right if n else None,
-            "interval": list(measures.wilson(right, n)) if n else None,
+            "interval": list(metrics.wilson(right, n)) if n else None,
         }
         for low, high, (n, sure, right) in zip(
             CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:], table.tolist(), strict=False
         )
     ]
-    error = lambda weights: (measures.calibration(confidence, correct, edges, weights)[1],)
+    error = lambda weights: (statistics.calibration(confidence, correct, edges, weights)[1],)
     found = intervals.resampled(error, units, measures={"ece": (0, 1)}, what=(len(margins),))
     draws = torch.from_numpy(np.random.default_rng(0).random((SIMULATIONS, len(margins))))  # (S, N)
     simulated = [
-        measures.calibration(confidence, (draw < confidence).double(), edges)[1] for draw in draws
+        statistics.calibration(confidence, (draw < confidence).double(), edges)[1] for draw in draws
     ]
     chance = torch.quantile(
         torch.stack(simulated), torch.tensor([0.025, 0.975], dtype=torch.float64)
@@ -174,7 +174,7 @@ def by_length(margins: torch.Tensor, pairs: Pairs, units) -> list[dict]:
     """Accuracy where chosen is shorter, as long, and longer, by the relative difference in tokens."""
     difference = relative_length(pairs)
     group = np.clip(np.digitize(difference, LENGTH_EDGES[1:-1]), 0, len(LENGTH_EDGES) - 2)
-    correct = measures.wins(margins).double().numpy()
+    correct = metrics.wins(margins).double().numpy()
     return [
         {
             "from": low,

@@ -1,7 +1,7 @@
 """The evaluation's one forward pass: every response of a data set scored by every model, on all
 ranks.
 
-Rows are planned once for the whole job (train/data/order.py) and dealt to the ranks, so that each
+Rows are planned once for the whole job (train/data/steps.py) and dealt to the ranks, so that each
 holds the same groups whatever the world size. Ranks hand over values of single responses, never
 sums: rank 0 puts them into the data's order and adds them up in fp64 there, so the world size
 cannot change a digit.
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from train.data.order import passes
+from train.data.steps import plan_pass
 from train.engine import dist, memory
-from train.engine.scoring import ahead
+from train.engine.prefetch import ahead
 from train.losses.logprobs import score
 
 LESS = (
@@ -47,10 +47,15 @@ def score_all(
     """Score every group of `data` (Tokenised) once, in rows of at most `budget` tokens. Every rank
     calls this.
     """
-    plan = passes(data.lengths.sum(1), budget, rank=dist.rank(), world=dist.world())
+    plan = plan_pass(data.lengths.sum(1), budget, rank=dist.rank(), world=dist.world_size())
     rows = ahead(plan, data, device, rows_of=lambda groups: [groups])
     watched = tqdm(
-        rows, total=len(plan), desc=title, unit="row", disable=not dist.first(), dynamic_ncols=True
+        rows,
+        total=len(plan),
+        desc=title,
+        unit="row",
+        disable=not dist.is_main(),
+        dynamic_ncols=True,
     )
     mine = []  # (index of the group, (k,) lengths, (M, k) sums, k token arrays (M, .)) of each
     for groups, (row,) in watched:
@@ -78,7 +83,7 @@ def score_all(
                 )
             )
     everyone = sorted(
-        (item for part in dist.gather(mine) for item in part), key=lambda item: item[0]
+        (item for part in dist.all_gather(mine) for item in part), key=lambda item: item[0]
     )
     assert [item[0] for item in everyone] == list(range(len(data))), (
         "a group was scored twice or never"

@@ -15,7 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train.config import Exit, fail  # noqa: E402
+from train.config import (
+    Exit,
+    fail,  # noqa: E402
+)
 
 
 def main():
@@ -37,14 +40,15 @@ def main():
         "--allow_pickle", action="store_true", help="read the base from a pickle where it is one"
     )
     args = parser.parse_args()
-    from train.engine import export, files
+    from train import files
+    from train.run import checkpoint_files
 
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         fail(f"{args.folder} exists and is not empty; nothing was overwritten", Exit.FLAGS)
     try:
-        told = files.manifest(args.checkpoint)
-        files.check(args.checkpoint, told["files"], told)
-    except files.Damaged as error:
+        told = checkpoint_files.read_manifest(args.checkpoint)
+        checkpoint_files.verify(args.checkpoint, told["files"], told)
+    except checkpoint_files.Damaged as error:
         fail(str(error), Exit.CHECKPOINT)
     beside = args.folder.with_name(args.folder.name + ".tmp")
     if args.model and not told["flags"].get("lora_rank"):
@@ -56,7 +60,7 @@ def main():
         fail(str(error), Exit.FLAGS)
     if args.folder.exists():
         args.folder.rmdir()
-    export.replace(beside, args.folder)
+    files.replace_directory(beside, args.folder)
     print(
         f"{args.folder}: the model after step {told['step']}, {count:,} parameters in {args.export_dtype}"
     )
@@ -70,20 +74,23 @@ def write(checkpoint, told, folder, args) -> int:
     import transformers
     from safetensors.torch import load_file
 
-    from train.engine import export, files, state, zero
-    from train.engine.checkpoint import rank_file
+    from train.engine import sharded_state
+    from train.run import checkpoint_files, export
+    from train.run.checkpoint import rank_file
 
-    read, kept = files.Reader(checkpoint, told), load_file(checkpoint / rank_file(0))
+    read, kept = checkpoint_files.Reader(checkpoint, told), load_file(checkpoint / rank_file(0))
     names = [
-        key.removesuffix(f"/{state.WEIGHT}")
+        key.removesuffix(f"/{sharded_state.WEIGHT}")
         for key in read.shapes()
-        if key.endswith(f"/{state.WEIGHT}")
+        if key.endswith(f"/{sharded_state.WEIGHT}")
     ]
-    weights = {name.removeprefix("lm."): read(f"{name}/{state.WEIGHT}") for name in names}
+    weights = {name.removeprefix("lm."): read(f"{name}/{sharded_state.WEIGHT}") for name in names}
     if told["flags"].get("lora_rank"):
         lm = adapted(told, weights, kept, args)
         weights = (
-            {name: p.detach() for name, p in lm.named_parameters()} | zero.buffers(lm) | weights
+            {name: p.detach() for name, p in lm.named_parameters()}
+            | sharded_state.buffers(lm)
+            | weights
         )
     else:
         config = transformers.AutoConfig.from_pretrained(
@@ -115,7 +122,9 @@ def write(checkpoint, told, folder, args) -> int:
     same = lambda name: (
         name in written and torch.equal(written[name].to(here[name].dtype), here[name])
     )
-    if wrong := [name for name in written | parameters | zero.buffers(loaded) if not same(name)]:
+    if wrong := [
+        name for name in written | parameters | sharded_state.buffers(loaded) if not same(name)
+    ]:
         fail(f"{folder}: {wrong[0]} is not what was written")
     return sum(p.numel() for p in parameters.values())
 
@@ -126,19 +135,21 @@ def adapted(told, trained, kept, args):
     """
     import torch
 
-    from train.engine import state, zero
-    from train.models import adapters, backbone, builtin
+    from train.engine import ds_config, sharded_state
+    from train.models import builtin, lora, pretrained
 
-    flags, held = told["flags"], zero.weights_of(told["stage"], told["precision"])
+    flags, held = told["flags"], ds_config.weight_dtype(told["stage"], told["precision"])
     try:
         path = args.model or flags["model"] or builtin.fetch(say=print)
-        lm = backbone.load(path, held, args.trust_remote_code, args.allow_pickle).float()
+        lm = pretrained.load_causal_lm(
+            path, held, args.trust_remote_code, args.allow_pickle
+        ).float()
     except (ValueError, builtin.ModelUnavailable) as error:
         raise ValueError(f"{error}; --model names the model that the run started from") from error
-    adapters.add(lm, flags["lora_rank"], flags["lora_alpha"], flags["lora_targets"])
+    lora.add(lm, flags["lora_rank"], flags["lora_alpha"], flags["lora_targets"])
     shapes, here = (
         {name: p.shape for name, p in lm.named_parameters() if p.requires_grad},
-        state.still(lm),
+        sharded_state.unchanged_state(lm),
     )
     same = lambda key, value: (
         key in here and torch.equal(here[key][: len(value)], value[: len(here[key])])

@@ -24,20 +24,23 @@ from typing import Literal, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import config, flags  # noqa: E402
-from train.engine import preempt  # noqa: E402
+from train import (
+    config,
+    settings,  # noqa: E402
+)
+from train.engine import preemption  # noqa: E402
 
 CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
 
 
 @dataclasses.dataclass
-class Settings(flags.Training):
+class Settings(settings.Training):
     """Train a causal language model on preference pairs with DPO."""
 
     output: str = "runs/dpo"
     """Folder for the model, TensorBoard, logs and run.json."""
     loss: str = "sigmoid"
-    """The loss, a row of train/losses/preference.py's LOSSES, or a weighted sum:
+    """The loss, a row of train/losses/composition.py's LOSSES, or a weighted sum:
     sigmoid:0.8,sft:0.2.
     """
     beta: float = 0.1
@@ -71,40 +74,31 @@ class Settings(flags.Training):
 
     def __post_init__(self):
         super().__post_init__()
-        flags.within(self, {"reference_every": 0, "lora_rank": 0}, positive=("beta",))
+        settings.check_bounds(self, {"reference_every": 0, "lora_rank": 0}, positive=("beta",))
 
 
 def main():
-    preempt.install()  # before anything that takes its time
+    preemption.install_handlers()  # before anything that takes its time
     settings = config.parse(Settings)
-    from train.engine import quiet
+    from train import quiet
 
     quiet.now()  # before the libraries that it quiets
-    from train.data import order
-    from train.engine import (
-        checkpoint,
-        checks,
-        dist,
-        export,
-        memory,
-        objective,
-        report,
-        run,
-        scoring,
-        zero,
-    )
-    from train.losses import preference
+    from train.data import steps
+    from train.engine import checks, dist, ds_config, memory, prefetch
+    from train.losses import composition
+    from train.methods import preference, preference_report
+    from train.run import checkpoint, export, folder, session
 
-    device = dist.start()
-    preempt.start()
-    with run.at_the_door():
-        folder = run.Run(settings.output, config.as_dict(settings))
+    device = dist.init()
+    preemption.start_watch()
+    with session.at_the_door():
+        folder = folder.Run(settings.output, config.as_dict(settings))
         if folder.finished:
             folder.say(f"{folder.path} holds this run, finished; another --output repeats it")
-            return dist.stop()
-        loss_of = preference.choose(settings.loss, settings.beta, settings.loss_args)
+            return dist.shutdown()
+        loss_of = composition.choose(settings.loss, settings.beta, settings.loss_args)
         refuse(settings, loss_of)
-        ds = zero.read_config(settings.ds_config)
+        ds = ds_config.read_config(settings.ds_config)
         tokenizer, data, held_out = open_data(settings, folder, loss_of)
         policy, reference, plan = open_models(
             settings, ds, folder, tokenizer, data, held_out, device
@@ -116,19 +110,19 @@ def main():
         saves = checkpoint.Saves(folder, settings, policy, tokenizer, data, moving)
         plan = saves.resume(plan)
     folder.start()
-    running = preference.Running()  # statistics that some losses keep
+    running = composition.RunningMean()  # statistics that some losses keep
     evaluation = (
-        objective.HeldOut(held_out, plan.row_tokens, device, loss_of, settings.max_length)
+        preference.HeldOut(held_out, plan.row_tokens, device, loss_of, settings.max_length)
         if held_out
         else None
     )
-    board = report.Training(folder, settings, policy, device, plan, reference.forwards)
+    board = preference_report.Training(folder, settings, policy, device, plan, reference.forwards)
     saves.attach(board, running=running)
     evaluate = lambda number: board.evaluate(number, evaluation, policy, reference, running)
     with saves.guard():
         if due(settings, plan.begun) or saves.foreign:
             evaluate(plan.begun)
-        steps = order.steps(
+        steps = steps.plan_steps(
             data.lengths.sum(1),
             settings.batch_size,
             plan.row_tokens,
@@ -136,15 +130,15 @@ def main():
             start=plan.begun,
             total=plan.steps,
             rank=dist.rank(),
-            world=dist.world(),
+            world=dist.world_size(),
         )
-        for step, rows in scoring.ahead(steps, data, device):
+        for step, rows in prefetch.ahead(steps, data, device):
             shares, before = [None] * len(rows), running.state_dict()
             if (
                 loss_of.couples
             ):  # an example's loss depends on the others of its step: score them all first
-                with memory.explained(rows[0], plan.row_tokens):
-                    shares = objective.whole_step(
+                with memory.room_for_batch(rows[0], plan.row_tokens):
+                    shares = preference.whole_step(
                         policy,
                         reference,
                         data,
@@ -158,13 +152,13 @@ def main():
             for row, share in zip(
                 rows, shares, strict=True
             ):  # as many on every rank; the last ones may be empty
-                with memory.explained(row, plan.row_tokens):
-                    examples, losses, total = objective.of_row(
+                with memory.room_for_batch(row, plan.row_tokens):
+                    examples, losses, total = preference.of_row(
                         policy, reference, row, loss_of, share
                     )
                     # the engine averages over ranks; the mean wanted is over all examples of the
                     # step
-                    policy.backward(total * dist.world() / len(step.groups))
+                    policy.backward(total * dist.world_size() / len(step.groups))
                 board.add(row, examples, losses)
             update = policy.step()
             if not update.applied:
@@ -177,7 +171,7 @@ def main():
                 evaluate(step.number + 1)
             saves.settle(step)
         evaluate(plan.steps)
-        preempt.check()
+        preemption.raise_if_preempted()
         gap = export.model_directory(
             policy.module,
             tokenizer,
@@ -188,8 +182,8 @@ def main():
             trust_remote_code=settings.trust_remote_code,
         )
     board.finish(gap)
-    preempt.stop()
-    dist.stop()
+    preemption.stop_watch()
+    dist.shutdown()
 
 
 def due(settings, number: int) -> bool:
@@ -233,18 +227,22 @@ def open_data(settings, folder, loss_of):
     """The tokenizer, the training pairs and the held-out pairs (None where there are none),
     tokenised.
     """
-    from train.data import tokens
-    from train.engine import dist, run
+    from train.data import dataset, tokens
+    from train.engine import dist
+    from train.models import pretrained
+    from train.run import folder
 
-    sources, eval_sources = flags.sources(settings)
-    tokenizer = run.load_tokenizer(folder.model_path(settings.model), settings.trust_remote_code)
+    sources, eval_sources = settings.sources(settings)
+    tokenizer = pretrained.load_tokenizer(
+        folder.model_path(settings.model), settings.trust_remote_code
+    )
     options = dict(
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         allow_control_tokens=settings.allow_control_tokens,
         max_dropped=settings.max_dropped,
     )
-    with dist.one_at_a_time():  # rank 0 tokenises, the others find it in the cache
+    with dist.main_process_first():  # rank 0 tokenises, the others find it in the cache
         options |= {"kind": tokens.kind_of(sources)}  # the held-out data are of the same kind
         data = tokens.prepare(sources, tokenizer, **options)
         held_out = tokens.prepare(eval_sources, tokenizer, **options) if eval_sources else None
@@ -255,31 +253,34 @@ def open_data(settings, folder, loss_of):
         )
     folder.dropped({"train": data.dropped, "eval": held_out.dropped if held_out else []})
     if not eval_sources and settings.eval_split:
-        data, held_out = tokens.split_by_prompt(data, settings.eval_split, settings.data_split_seed)
+        data, held_out = dataset.split_by_prompt(
+            data, settings.eval_split, settings.data_split_seed
+        )
     folder.note(
-        data=run.describe(data, sources),
-        eval_data=held_out and run.describe(held_out, eval_sources or sources),
+        data=folder.describe(data, sources),
+        eval_data=held_out and folder.describe(held_out, eval_sources or sources),
     )
     return tokenizer, data, held_out
 
 
 def open_models(settings, ds, folder, tokenizer, data, held_out, device):
     """The policy under DeepSpeed, the reference, and the Plan."""
-    from train.data import chat, order
-    from train.engine import memory, run, zero
-    from train.engine.reference import Base
-    from train.models import adapters
+    from train.data import chat, steps
+    from train.engine import ds_config, loading, memory, trained
+    from train.methods.reference import AdaptersOff
+    from train.models import lora
+    from train.run import folder
 
-    precision = zero.precision_of(settings.precision, device)
-    ds = zero.resolve(ds, precision, settings.grad_clip)
-    stage = zero.stage_of(ds)
+    precision = ds_config.resolve_precision(settings.precision, device)
+    ds = ds_config.resolve(ds, precision, settings.grad_clip)
+    stage = ds_config.zero_stage(ds)
     most = settings.max_steps or (CPU_STEPS if not settings.data and device.type == "cpu" else 0)
-    steps = order.num_steps(len(data), settings.batch_size, settings.epochs, most)
+    steps = steps.num_steps(len(data), settings.batch_size, settings.epochs, most)
     path, ref_path = (
         folder.model_path(settings.model),
         folder.model_path(settings.reference_model or settings.model),
     )
-    load = lambda source, mode, change=None: zero.load_backbone(
+    load = lambda source, mode, change=None: loading.load_backbone(
         source,
         mode,
         precision,
@@ -290,12 +291,10 @@ def open_models(settings, ds, folder, tokenizer, data, held_out, device):
         settings.allow_pickle,
         change,
     )
-    adapt = lambda lm: adapters.add(
-        lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets
-    )
+    adapt = lambda lm: lora.add(lm, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     budget = lambda module: (
         settings.micro_tokens
-        or memory.row_tokens(
+        or memory.default_batch_tokens(
             module, device, stage, settings.gradient_checkpointing, settings.max_length
         )
     )
@@ -312,7 +311,7 @@ def open_models(settings, ds, folder, tokenizer, data, held_out, device):
     chat.check_fit(module.lm.config, tokenizer, settings.max_length)
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
-    policy = zero.Policy(
+    policy = trained.TrainedModel(
         module,
         ds,
         lr=settings.lr,
@@ -323,7 +322,7 @@ def open_models(settings, ds, folder, tokenizer, data, held_out, device):
         total_steps=steps,
     )
     if settings.lora_rank and settings.reference == "live" and path == ref_path:
-        ref_ds, reference = None, Base(policy)
+        ref_ds, reference = None, AdaptersOff(policy)
     elif not looked_up:
         ref_ds, reference = open_reference(settings, ds, ref_path, load, budget, sets, folder)
     plan = Plan(precision, budget(module), steps, path == ref_path and settings.reference != "none")
@@ -333,24 +332,24 @@ def open_models(settings, ds, folder, tokenizer, data, held_out, device):
         deepspeed=ds,
         reference_deepspeed=ref_ds,
         **plan._asdict(),
-        hardware=run.hardware(device),
-        versions=run.versions(),
+        hardware=folder.hardware(device),
+        versions=folder.versions(),
     )
     return policy, reference, plan
 
 
 def open_reference(settings, ds, path, load, budget, sets, folder):
     """The DeepSpeed configuration of the reference, and who gives its log-probabilities."""
-    from train.engine import zero
-    from train.engine.reference import Absent, Cached, Live
+    from train.engine import ds_config
+    from train.methods.reference import Cached, Live, NoReference
 
     if settings.reference == "none":
-        return None, Absent()
+        return None, NoReference()
     frozen = settings.reference_ds_config
-    if frozen is None and zero.stage_of(ds) == 3:
+    if frozen is None and ds_config.zero_stage(ds) == 3:
         frozen = str(ROOT / "ds_configs/frozen_zero3.json")
-    config = zero.frozen(zero.read_config(frozen) if frozen else {}, ds)
-    if zero.stage_of(config) in (1, 2):
+    config = ds_config.resolve_frozen(ds_config.read_config(frozen) if frozen else {}, ds)
+    if ds_config.zero_stage(config) in (1, 2):
         raise ValueError(
             f"{frozen}: stages 1 and 2 shard gradients, which a reference has not; take stage 0 or 3"
         )
@@ -361,7 +360,7 @@ def open_reference(settings, ds, path, load, budget, sets, folder):
         live,
         sets,
         2 * budget(live.module),
-        zero.precision_of(settings.precision, live.device),
+        ds_config.resolve_precision(settings.precision, live.device),
         folder.say,
     )
 

@@ -22,13 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import config, flags  # noqa: E402
+from train import (
+    config,
+    settings,  # noqa: E402
+)
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
 
 @dataclasses.dataclass
-class Settings(flags.Data):
+class Settings(settings.Data):
     """Check a model and preference pairs for training; writes a JSON report to stdout."""
 
     output: str | None = None
@@ -37,14 +40,14 @@ class Settings(flags.Data):
 
 def main():
     settings = config.parse(Settings)
-    from train.engine import quiet
+    from train import quiet
 
     quiet.now()
-    from train.engine import run
     from train.models import builtin
+    from train.run import session
 
     report = {"verdict": "refused", "reason": None, "flags": config.as_dict(settings)}
-    with run.at_the_door():
+    with session.at_the_door():
         try:
             examine(settings, report)
             report["verdict"] = "usable"
@@ -62,14 +65,13 @@ def examine(settings, report):
     """Add what is found to `report`, as far as one gets. Raises ValueError for flags and model,
     DataError for data.
     """
-    from train.data import chat, tokens
-    from train.engine import run
-    from train.models import builtin
+    from train.data import chat, dataset, tokens
+    from train.models import builtin, pretrained
 
     path = settings.model or str(builtin.fetch(say=lambda line: print(line, file=sys.stderr)))
-    tokenizer = run.load_tokenizer(path, settings.trust_remote_code)
+    tokenizer = pretrained.load_tokenizer(path, settings.trust_remote_code)
     chat.check_fit(model_config(path, settings.trust_remote_code), tokenizer, settings.max_length)
-    sources, eval_sources = flags.sources(settings)
+    sources, eval_sources = settings.sources(settings)
     parts = {}
     for name, named in {"data": sources, "eval_data": eval_sources}.items():
         if named:
@@ -85,7 +87,7 @@ def examine(settings, report):
     for part in parts.values():
         tokens.refuse_too_many(part, settings.max_dropped)
     if settings.eval_split and not eval_sources:
-        parts["data"], parts["eval_data"] = tokens.split_by_prompt(
+        parts["data"], parts["eval_data"] = dataset.split_by_prompt(
             parts["data"], settings.eval_split, settings.data_split_seed
         )
         report["split"] = {"train": len(parts["data"]), "held_out": len(parts["eval_data"])}

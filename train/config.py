@@ -3,8 +3,7 @@
 The class's docstring is the description, the docstring under each field, its own or inherited, the
 help:
 
-    settings = config.parse(Settings)                # --name value, --config recipe.yaml,
-    --print_config, --help
+    settings = config.parse(Settings)   # --name value, --config recipe.yaml, --print_config, --help
 
 Flags given on the command line override the YAML, wherever `--config` stands. Lists take several
 values (`--data a.jsonl b.jsonl`), booleans true or false or nothing (`--deterministic`),

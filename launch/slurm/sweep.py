@@ -1,8 +1,8 @@
 """The combinations of values that a sweep runs.
 
     python launch/slurm/sweep.py count values.yaml launch/train_dpo.py --config recipe.yaml    # 6
-    python launch/slurm/sweep.py 4 values.yaml launch/train_dpo.py --config recipe.yaml        # the
-    flags of number 4
+    python launch/slurm/sweep.py 4 values.yaml launch/train_dpo.py --config recipe.yaml   # number
+    4's flags
 
 values.yaml maps flags to lists of values, of which all combinations are made, the last flag
 changing fastest; or it is a list of mappings from flags to a value. Flags end in a NUL, so that a

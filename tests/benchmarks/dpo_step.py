@@ -1,8 +1,9 @@
 """What one DPO step costs, ours against others': seconds, pairs a second and peak memory on the
 same pairs.
 
-    python tests/benchmarks/dpo_step.py --data PAIRS.jsonl python tests/benchmarks/dpo_step.py
-    --data PAIRS.jsonl --pairs 16 --rounds 1 --contenders ours trl --json OUT.json
+    python tests/benchmarks/dpo_step.py --data PAIRS.jsonl
+    python tests/benchmarks/dpo_step.py --data PAIRS.jsonl --pairs 16 --rounds 1 \
+        --contenders ours trl --json OUT.json
 
 (TRL comes with the extra: pip install -e '.[peers]'.) A step is policy forward, reference forward,
 backward, clipping and AdamW update. Contenders, with the name's number the pairs of a micro-batch:
@@ -50,13 +51,30 @@ import transformers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from train.data import order, tokens  # noqa: E402
+from train import quiet
+from train.data import (
+    steps,
+    tokens,  # noqa: E402
+)
 from train.data.packing import pack  # noqa: E402
-from train.engine import board, checks, dist, memory, objective, quiet, report, run, scoring, zero  # noqa: E402
-from train.engine.reference import Live  # noqa: E402
-from train.losses import preference  # noqa: E402
-from train.models import builtin  # noqa: E402
+from train.engine import (
+    checks,
+    dist,
+    ds_config,
+    loading,
+    memory,
+    prefetch,
+    trained,  # noqa: E402
+)
+from train.losses import composition  # noqa: E402
+from train.methods import preference, preference_report
+from train.methods.reference import Live  # noqa: E402
+from train.models import (
+    builtin,  # noqa: E402
+    pretrained,
+)
 from train.models.flops import Counter  # noqa: E402
+from train.run import folder, meter
 
 # The reference workload's, but beta: at its 1.0 the second loss of these few pairs is 0 for all,
 # and shows nothing.
@@ -91,7 +109,7 @@ def open_pairs(job):
     """The tokenizer and the first pairs that survive tokenisation, through the training code's own
     cache.
     """
-    tokenizer = run.load_tokenizer(job["model"])
+    tokenizer = pretrained.load_tokenizer(job["model"])
     options = dict(max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT, max_dropped=1.0)
     data = tokens.prepare([job["data"]], tokenizer, **options)
     if len(data) < job["pairs"]:
@@ -127,7 +145,7 @@ def machine(job, _) -> dict:
 def in_house(job, micro) -> dict:
     """The loop of launch/train_dpo.py: packed rows, or with `micro` padded ones of that many pairs."""
     quiet.now()
-    device = dist.start()
+    device = dist.init()
     _, data = open_pairs(job)
     policy, reference, loss_of, budget, training = _open_models(
         job, data, device, "padded" if micro else "packed"
@@ -138,11 +156,11 @@ def in_house(job, micro) -> dict:
     )
     useful, own = _operations(policy.module, data, rows, bool(micro))
     training.board.close()
-    dist.stop()
+    dist.shutdown()
     return {
         "seconds": seconds,
         "losses": losses,
-        "peak_gb": board.peak_memory(device),
+        "peak_gb": meter.peak_memory(device),
         "useful_flops": useful,
         "own_flops": own,
         "rows": [row.input_ids.shape[0] for row in rows],
@@ -155,11 +173,11 @@ def _open_models(job, data, device, layout):
     its start check.
     """
     precision, steps = job["precision"], 1 + job["steps"]
-    ds = zero.resolve(zero.read_config(ROOT / "ds_configs/zero0.json"), precision, CLIP)
+    ds = ds_config.resolve(ds_config.read_config(ROOT / "ds_configs/zero0.json"), precision, CLIP)
     module, frozen = (
-        zero.load_backbone(job["model"], ds, precision, 0, device, layout) for _ in range(2)
+        loading.load_backbone(job["model"], ds, precision, 0, device, layout) for _ in range(2)
     )
-    policy = zero.Policy(
+    policy = trained.TrainedModel(
         module,
         ds,
         lr=LR,
@@ -169,36 +187,38 @@ def _open_models(job, data, device, layout):
         warmup_ratio=0.0,
         total_steps=steps,
     )
-    reference = Live(frozen, zero.frozen({}, ds))
-    budget = job["micro_tokens"] or memory.row_tokens(module, device, 0, False, MAX_LENGTH)
+    reference = Live(frozen, ds_config.resolve_frozen({}, ds))
+    budget = job["micro_tokens"] or memory.default_batch_tokens(
+        module, device, 0, False, MAX_LENGTH
+    )
     if layout == "packed":
         checks.start(policy, reference, data, device, precision, True)
     plan = SimpleNamespace(
         precision=precision, steps=steps, same_weights=True, begun=0, beta=BETA, log_every=1
     )
-    training = report.Training(run.Run(job["folder"], {}), plan, policy, device, plan)
-    return policy, reference, preference.choose("sigmoid", BETA, {}), budget, training
+    training = preference_report.Training(folder.Run(job["folder"], {}), plan, policy, device, plan)
+    return policy, reference, composition.choose("sigmoid", BETA, {}), budget, training
 
 
 def _steps(job, micro, data, budget):
     if not micro:
-        return order.steps(
+        return steps.plan_steps(
             data.lengths.sum(1), job["pairs"], budget, seed=0, total=1 + job["steps"]
         )
     groups = tuple(range(job["pairs"]))
     rows = tuple(groups[i : i + micro] for i in groups[::micro])
-    return [order.Step(number, number, groups, rows) for number in range(1 + job["steps"])]
+    return [steps.PlannedStep(number, number, groups, rows) for number in range(1 + job["steps"])]
 
 
 def _train(plans, data, device, policy, reference, loss_of, budget, training):
     """Seconds and mean loss of each step, and the last step's rows."""
     seconds, means, last = [], [], _now(device)
-    for step, rows in scoring.ahead(plans, data, device):
+    for step, rows in prefetch.ahead(plans, data, device):
         mean = 0.0
         for row in rows:
-            with memory.explained(row, budget):
-                pairs, losses, total = objective.of_row(policy, reference, row, loss_of)
-                policy.backward(total * dist.world() / len(step.groups))
+            with memory.room_for_batch(row, budget):
+                pairs, losses, total = preference.of_row(policy, reference, row, loss_of)
+                policy.backward(total * dist.world_size() / len(step.groups))
             training.add(row, pairs, losses)
             mean = mean + losses.detach().sum() / len(step.groups)
         training.stepped(step, policy.step())
@@ -286,7 +306,7 @@ def trl(job, micro) -> dict:
         callbacks=[clock],
     )
     trainer.train()
-    return {"seconds": clock.seconds, "losses": clock.losses, "peak_gb": board.peak_memory(device)}
+    return {"seconds": clock.seconds, "losses": clock.losses, "peak_gb": meter.peak_memory(device)}
 
 
 # In the first process, which loads no model: a child's ru_maxrss begins at its parent's.

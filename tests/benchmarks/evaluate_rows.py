@@ -1,7 +1,7 @@
 """Pairs a second of the evaluation's forward pass against the plain padded way, interleaved.
 
-    python tests/benchmarks/evaluate_rows.py --data pairs.jsonl [--pairs 32] [--rounds 3] [--batch 1
-    2 4]
+    python tests/benchmarks/evaluate_rows.py --data pairs.jsonl \
+        [--pairs 32] [--rounds 3] [--batch 1 2 4]
 
 Packed: rows planned over all pairs, as evaluation does. Padded: pairs in the data's order, a batch
 of them at a time, each answer with its prompt, padded to the batch's longest, all logits,
@@ -23,11 +23,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from train.data import tokens  # noqa: E402
-from train.data.order import passes  # noqa: E402
 from train.data.packing import pack  # noqa: E402
-from train.engine import memory, run  # noqa: E402
+from train.data.steps import plan_pass  # noqa: E402
+from train.engine import memory
 from train.losses.logprobs import score  # noqa: E402
-from train.models import backbone, builtin  # noqa: E402
+from train.models import (
+    backbone,
+    builtin,  # noqa: E402
+    pretrained,  # noqa: E402
+)
 
 PACKED = "packed"
 
@@ -43,11 +47,11 @@ def main():
     args = parser.parse_args()
     path = args.model or str(builtin.fetch())
     data = tokens.prepare(
-        [args.data], run.load_tokenizer(path), max_length=1024, max_prompt_length=256
+        [args.data], pretrained.load_tokenizer(path), max_length=1024, max_prompt_length=256
     )
     data = data.select(range(min(args.pairs, len(data))))
-    module, whole = backbone.Backbone(backbone.load(path)), range(len(data))
-    plans = {PACKED: passes(data.lengths.sum(1), memory.CPU_TOKENS)}
+    module, whole = backbone.Backbone(pretrained.load_causal_lm(path)), range(len(data))
+    plans = {PACKED: plan_pass(data.lengths.sum(1), memory.CPU_TOKENS)}
     plans |= {
         f"padded, {n} at a time": [tuple(whole[i : i + n]) for i in whole[::n]] for n in args.batch
     }
@@ -82,7 +86,7 @@ def main():
 def once(module, data, plan, padded):
     """(seconds, (N, 2) nats of every pair's answers, in the data's order)."""
     found = {}
-    with backbone.plain(module) if padded else contextlib.nullcontext():
+    with backbone.plain_forward(module) if padded else contextlib.nullcontext():
         began = time.perf_counter()
         for groups in plan:
             row = pack([data.group(i) for i in groups])

@@ -20,9 +20,18 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
-from train.losses.family import Labelled, Pairs, kto, orpo  # noqa: E402
-from train.losses.logprobs import damped, score, weights  # noqa: E402
-from train.losses.preference import choose  # noqa: E402
+from train.losses.composition import choose  # noqa: E402
+from train.losses.logprobs import (
+    damped,
+    score,
+    weights,  # noqa: E402
+)
+from train.losses.preference import (
+    Labelled,
+    Pairs,
+    kto,
+    orpo,  # noqa: E402
+)
 
 BETA = 0.3
 PAIRS = 9

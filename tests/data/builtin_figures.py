@@ -1,7 +1,7 @@
 """Figures of the built-in preference pairs, for the data's README and its test.
 
-    python tests/data/builtin_figures.py                # lengths in words python
-    tests/data/builtin_figures.py MODEL_DIR      # lengths in tokens of that directory's tokenizer
+    python tests/data/builtin_figures.py                # lengths in words
+    python tests/data/builtin_figures.py MODEL_DIR   # lengths in its tokenizer's tokens
 
 The pairs are worth training on only if the preference lies in the stance of the answers. So what a
 model could learn instead is measured here: a template, a length, a give-away word.

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.order import num_steps, passes, shuffled, steps
-from train.data.packing import Group, deal, digest, pack
+from train.data.packing import Group, digest, pack, plan_batches
+from train.data.steps import num_steps, plan_pass, plan_steps, shuffled
 
 
 def test_row_by_hand():
@@ -68,19 +68,19 @@ def test_empty_response_is_refused_with_its_row():
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(50, 900), st.integers(1, 5))
 def test_deal_keeps_every_group_once_and_rows_even(tokens, budget, world):
-    plan = deal(tokens, budget, world)
+    plan = plan_batches(tokens, budget, world)
     assert len(plan) == world
     assert len({len(rows) for rows in plan}) == 1 and len(plan[0]) >= 1
     assert sorted(i for rows in plan for row in rows for i in row) == list(range(len(tokens)))
     for rows in plan:
         for row in rows:
             assert sum(tokens[i] for i in row) <= budget or len(row) == 1
-    assert plan == deal(tokens, budget, world)
+    assert plan == plan_batches(tokens, budget, world)
 
 
 def test_deal_balances_what_ranks_run_at_the_same_time():
     # 16 groups of 100 and 300 tokens, 2 ranks, rows of 1,000: 3,200 tokens need 4 rows, of 800 each
-    plan = deal([100, 300] * 8, 1000, 2)
+    plan = plan_batches([100, 300] * 8, 1000, 2)
     loads = [[sum([100, 300][i % 2] for i in row) for row in rows] for rows in plan]
     assert loads == [[800, 800], [800, 800]]
 
@@ -90,7 +90,7 @@ def test_steps_are_the_same_groups_for_any_ranks_and_budget():
 
     def groups(world, budget):
         ranks = [
-            list(steps(tokens, 5, budget, seed=3, total=10, rank=r, world=world))
+            list(plan_steps(tokens, 5, budget, seed=3, total=10, rank=r, world=world))
             for r in range(world)
         ]
         dealt = [
@@ -110,8 +110,8 @@ def test_steps_are_the_same_groups_for_any_ranks_and_budget():
 
 def test_steps_continue_anywhere():
     tokens = [10] * 23
-    whole = list(steps(tokens, 5, 40, seed=3, total=12))
-    assert list(steps(tokens, 5, 40, seed=3, total=12, start=7)) == whole[7:]
+    whole = list(plan_steps(tokens, 5, 40, seed=3, total=12))
+    assert list(plan_steps(tokens, 5, 40, seed=3, total=12, start=7)) == whole[7:]
 
 
 def test_order_is_pinned():
@@ -137,9 +137,9 @@ def test_num_steps(count, batch, epochs, most, expected):
 
 def test_passes_plan_rows_whatever_the_ranks():
     tokens = [30, 10, 20, 40, 50, 10, 20]
-    alone = passes(tokens, 60)
+    alone = plan_pass(tokens, 60)
     for world in (2, 3, 4):
-        dealt = [passes(tokens, 60, rank=r, world=world) for r in range(world)]
+        dealt = [plan_pass(tokens, 60, rank=r, world=world) for r in range(world)]
         assert len({len(rows) for rows in dealt}) == 1
         together = [row for rows in zip(*dealt, strict=True) for row in rows]
         assert [row for row in together if row] == [row for row in alone if row]

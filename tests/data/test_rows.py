@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.rows import DataError, MissingColumn, RowError, check_pair, check_text, read_rows
+from train.data.rows import DataError, MissingColumn, RowError, check_pair, check_text
+from train.data.sources import read_rows
 
 ROW = {"prompt": "Hi", "chosen": "Hey there!", "rejected": "Greetings."}
 HI = [{"role": "user", "content": "Hi"}]

@@ -14,9 +14,10 @@ from tests import tiny
 from tests.data.alone import Pair, encode
 from train.data import tokens
 from train.data.chat import Chat
+from train.data.dataset import split_by_prompt
 from train.data.packing import Group
 from train.data.rows import DataError, Dropped
-from train.data.tokens import prepare, split_by_prompt
+from train.data.tokens import prepare
 
 LENGTHS = dict(max_length=120, max_prompt_length=90)
 ROWS = [

@@ -13,24 +13,37 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
-from tests.engine.made_pairs import BETA, BUDGETS, CLIP, made_pairs  # noqa: E402
-from train.data import order  # noqa: E402
-from train.engine import dist, objective, quiet, scoring, zero  # noqa: E402
-from train.engine.reference import Live  # noqa: E402
-from train.losses import preference  # noqa: E402
+from tests.engine.made_pairs import (
+    BETA,
+    BUDGETS,
+    CLIP,
+    made_pairs,  # noqa: E402
+)
+from train import quiet
+from train.data import steps  # noqa: E402
+from train.engine import (
+    dist,
+    ds_config,
+    loading,
+    prefetch,
+    trained,  # noqa: E402
+)
+from train.losses import composition  # noqa: E402
+from train.methods import preference
+from train.methods.reference import Live  # noqa: E402
 
 
 def one_step(model, data, device, stage, budget):
     """The step's gradient as AdamW saw it, by parameter: after one update exp_avg is (1 - beta1)
     times it.
     """
-    config = zero.read_config(ROOT / f"ds_configs/zero{stage}.json")
+    config = ds_config.read_config(ROOT / f"ds_configs/zero{stage}.json")
     config["zero_optimization"]["stage3_param_persistence_threshold"] = (
         0  # else a model this small stays whole
     )
-    resolved = zero.resolve(config, "fp32", CLIP)
-    policy = zero.Policy(
-        zero.load_backbone(model, resolved, "fp32", stage, device),
+    resolved = ds_config.resolve(config, "fp32", CLIP)
+    policy = trained.TrainedModel(
+        loading.load_backbone(model, resolved, "fp32", stage, device),
         resolved,
         lr=1e-3,
         weight_decay=0.0,
@@ -39,24 +52,24 @@ def one_step(model, data, device, stage, budget):
         warmup_ratio=0.0,
         total_steps=1,
     )
-    frozen = zero.frozen(
-        zero.read_config(ROOT / "ds_configs/frozen_zero3.json") if stage == 3 else {}, resolved
+    frozen = ds_config.resolve_frozen(
+        ds_config.read_config(ROOT / "ds_configs/frozen_zero3.json") if stage == 3 else {}, resolved
     )
-    reference = Live(zero.load_backbone(f"{model}-ref", frozen, "fp32", stage, device), frozen)
-    loss_of = preference.choose("sigmoid", BETA, {})
-    steps = order.steps(
+    reference = Live(loading.load_backbone(f"{model}-ref", frozen, "fp32", stage, device), frozen)
+    loss_of = composition.choose("sigmoid", BETA, {})
+    planned = steps.plan_steps(
         data.lengths.sum(1),
         len(data),
         budget,
         seed=0,
         total=1,
         rank=dist.rank(),
-        world=dist.world(),
+        world=dist.world_size(),
     )
-    for step, rows in scoring.ahead(steps, data, device):
+    for step, rows in prefetch.ahead(planned, data, device):
         for row in rows:
-            *_, total = objective.of_row(policy, reference, row, loss_of)
-            policy.backward(total * dist.world() / len(step.groups))
+            *_, total = preference.of_row(policy, reference, row, loss_of)
+            policy.backward(total * dist.world_size() / len(step.groups))
     update = policy.step()
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -74,7 +87,7 @@ def one_step(model, data, device, stage, budget):
 def main():
     model, out, *stages = sys.argv[1:]
     quiet.now()
-    device = dist.start()
+    device = dist.init()
     data = made_pairs()
     results, norms = {}, {}
     for stage in map(int, stages or "0123"):
@@ -82,10 +95,10 @@ def main():
             results[stage, budget], norms[f"{stage},{budget}"] = one_step(
                 model, data, device, stage, budget
             )
-    if dist.first():
+    if dist.is_main():
         torch.save(results, out)
         Path(out).with_suffix(".json").write_text(json.dumps(norms))
-    dist.stop()
+    dist.shutdown()
 
 
 main()

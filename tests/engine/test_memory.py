@@ -25,12 +25,12 @@ def test_default_rows_shrink_with_memory_and_stay_large_enough(monkeypatch):
 
 def _rows(monkeypatch, backbone, device, free, max_length=1024, checkpointing=False):
     monkeypatch.setattr(memory, "free", lambda device: free)
-    return memory.row_tokens(backbone, device, 0, checkpointing, max_length)
+    return memory.default_batch_tokens(backbone, device, 0, checkpointing, max_length)
 
 
 def test_out_of_memory_names_the_row_and_a_smaller_budget(capsys):
     row = pack([Group(tuple(range(500)), ((1,) * 500, (2,) * 500))])
-    with pytest.raises(SystemExit) as ended, memory.explained(row, 2048):
+    with pytest.raises(SystemExit) as ended, memory.room_for_batch(row, 2048):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert ended.value.code == 1
     said = capsys.readouterr().err
@@ -57,5 +57,5 @@ def test_the_check_at_the_start_has_advice_too(capsys):
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="shape"), memory.explained(pack([]), 2048):
+    with pytest.raises(RuntimeError, match="shape"), memory.room_for_batch(pack([]), 2048):
         raise RuntimeError("shape mismatch")

@@ -14,9 +14,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 import torch  # noqa: E402
 
-from eval import generations  # noqa: E402
+from eval import generations
 from train.engine import dist  # noqa: E402
-from train.engine.reference import Live  # noqa: E402
+from train.methods import rewards  # noqa: E402
+from train.methods.reference import Live  # noqa: E402
 from train.models.backbone import Backbone  # noqa: E402
 
 
@@ -34,20 +35,20 @@ def prompts(count=9):
     random = torch.Generator().manual_seed(0)
     ids = lambda n: tuple(torch.randint(3, 1000, (n,), generator=random).tolist())
     say = lambda i: [{"role": "user", "content": f"question {i}"}]
-    return [generations.Prompt(10 * i, ids(3 + 5 * (i % 4)), say(i)) for i in range(count)]
+    return [rewards.Prompt(10 * i, ids(3 + 5 * (i % 4)), say(i)) for i in range(count)]
 
 
 def main():
     torch.set_num_threads(1)
-    device = dist.start()
+    device = dist.init()
     tokenizer = tiny.save_tokenizer(f"{sys.argv[1]}.tokenizer-{dist.rank()}")
     found = generations.compare(
         *models(), prompts(), tokenizer, device, budget=128, max_new_tokens=12, batch_size=4
     )
-    if dist.first():
+    if dist.is_main():
         Path(sys.argv[1]).write_text(json.dumps([found.report, found.rows]), encoding="utf-8")
     dist.barrier()
-    dist.stop()
+    dist.shutdown()
 
 
 if __name__ == "__main__":

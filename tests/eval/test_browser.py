@@ -11,10 +11,10 @@ import urllib.request
 import numpy as np
 import pytest
 
-from eval import baselines, board, distribution, figures, generations, preferences, report
+from eval import baselines, distribution, figures, generations, preferences, report, tensorboard
 from eval.scores import Scores
 from tests.launch.commands import free_port
-from train.losses import preference
+from train.losses import composition
 
 DRIVER = shutil.which("chromedriver")  # it speaks WebDriver: plain HTTP
 # A page of TensorBoard, and what stands on it of ours.
@@ -42,7 +42,7 @@ return text(document.body);
 def logs(tmp_path_factory):
     """The folder of a training run, and of an evaluation in it, of made-up numbers."""
     folder, rng, n = tmp_path_factory.mktemp("logs"), np.random.default_rng(0), 40
-    training = board.Board(folder / "tensorboard", total=0, quiet=True)
+    training = tensorboard.Board(folder / "tensorboard", total=0, quiet=True)
     for step in range(6):
         training.scalars(
             {"rewards/margins": 0.1 * step, "rewards/accuracies": 0.5 + 0.05 * step}, step, "train/"
@@ -61,7 +61,7 @@ def logs(tmp_path_factory):
         return Scores(np.arange(n), np.arange(n), lengths, sums.reshape(2, n, k), tokens)
 
     pairs, texts = scores(2, 3), scores(1, 4)
-    preferred, columns = preferences.measure(pairs, 0.1, preference.choose("sigmoid", 0.1, {}))
+    preferred, columns = preferences.measure(pairs, 0.1, composition.choose("sigmoid", 0.1, {}))
     said = [[f"warm kitchen {i}" for i in range(n)], [f"office form {i}" for i in range(n)]]
     trivial, _ = baselines.measure(*said, columns["prompt"], columns["correct"])
     apart, _ = distribution.measure(pairs, texts, ["model", "reference"])
@@ -106,8 +106,8 @@ def logs(tmp_path_factory):
         "report": report.markdown(content, []),
         "generations/greedy": "\n".join(report.samples([row], "greedy", 1)),
     }
-    values = board.histograms(columns, pairs, texts, ["model", "reference"])
-    board.write(folder / "eval/tensorboard", content, pages, values, drawn, 6)
+    values = tensorboard.histograms(columns, pairs, texts, ["model", "reference"])
+    tensorboard.write(folder / "eval/tensorboard", content, pages, values, drawn, 6)
     return folder
 
 

@@ -8,11 +8,11 @@ import scipy.stats
 import sklearn.metrics
 import torch
 
-from eval import baselines, board, distribution, generations, preferences, report
+from eval import baselines, distribution, generations, preferences, report, tensorboard
 from eval.scores import Scores, score_all
-from train.losses import preference
+from train.losses import composition
 
-LOSS = preference.choose("sigmoid", 0.5, {})
+LOSS = composition.choose("sigmoid", 0.5, {})
 
 
 def scores(model, lengths, reference=None, prompts=None, tokens=None):
@@ -67,7 +67,7 @@ def test_rewards_by_hand():
 
 
 def test_a_loss_that_looks_at_a_whole_step_is_told_from_others():
-    told = lambda name, **args: preferences.by_pair(preference.choose(name, 0.1, args))
+    told = lambda name, **args: preferences.by_pair(composition.choose(name, 0.1, args))
     assert told("sigmoid") and told("ipo") and told("sigmoid:0.5,sft:1.0")
     assert not told("kto") and not told("aot") and not told("sigmoid:0.5,bco_pair:0.5")
     assert not told("sigmoid", use_weighting=True) and not told("sigmoid", ld_alpha=0.5)
@@ -359,7 +359,7 @@ def test_curves_rank_the_values_wherever_they_lie():
         "model/logp_per_token_in": np.array([-9.1, -9.2]),
         "model/logp_per_token_out": np.array([-9.3, -9.15]),
     }
-    found = board.curves({}, values)
+    found = tensorboard.curves({}, values)
     labels, chances = found["in_or_out/model"]
     assert labels.tolist() == [1, 1, 0, 0] and chances.tolist() == [1, 0.5, 0.25, 0.75]
     labels, chances = found["chosen_or_rejected"]

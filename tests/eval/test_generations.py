@@ -16,20 +16,11 @@ import torch
 import transformers
 
 from eval import generations
-from eval.generations import (
-    Prompt,
-    RewardModel,
-    compare,
-    distinct,
-    kl,
-    prompts_of,
-    repetition,
-    win_rate,
-    write,
-)
+from eval.generations import compare, distinct, kl, prompts_of, repetition, win_rate, write
 from tests.eval.generations_worker import models, prompts
 from train.data.tokens import prepare
-from train.engine.generate import Completion, generate
+from train.methods.rewards import Prompt, RewardModel
+from train.models.generate import Completion, generate
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -7,8 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from eval import intervals
-from train.losses import measures
+from eval import intervals, statistics
 
 
 def clusters(rng, prompts, rows=4):
@@ -107,7 +106,7 @@ def test_auroc_and_distance_intervals_cover_the_truth():
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         a, b = torch.from_numpy(rng.normal(1, 1, 60)), torch.from_numpy(rng.normal(0, 1, 60))
-        compare = lambda u, v: (measures.auroc(a, b, u, v), measures.wasserstein(a, b, u, v))
+        compare = lambda u, v: (statistics.auroc(a, b, u, v), statistics.wasserstein(a, b, u, v))
         names = {"auroc": None, "wasserstein": (0, math.inf)}
         found = intervals.resampled(
             compare, np.arange(60), np.arange(60), measures=names, what=(60, 60), resamples=300
@@ -117,7 +116,7 @@ def test_auroc_and_distance_intervals_cover_the_truth():
             torch.from_numpy((rng.random(60) < 0.6) * 1.0),
         )
         edges = torch.linspace(0.5, 1, 11, dtype=torch.float64)
-        gap = lambda u: (measures.calibration(sure, right, edges, u)[1],)
+        gap = lambda u: (statistics.calibration(sure, right, edges, u)[1],)
         found |= intervals.resampled(
             gap, np.arange(60), measures={"ece": (0, 1)}, what=(60,), resamples=300
         )

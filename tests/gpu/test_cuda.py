@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from train.data.packing import Group, pack
-from train.losses.logprobs import token_logps
 from train.models.backbone import Backbone
+from train.models.lm_head import token_logps
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]

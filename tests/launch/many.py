@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from train.engine import dist  # noqa: E402
 
-dist.stop = lambda: None  # DeepSpeed cannot join a second process group in one process
+dist.shutdown = lambda: None  # DeepSpeed cannot join a second process group in one process
 script, lines = sys.argv[1], json.loads(sys.argv[2])
 for arguments in lines:
     sys.argv = [script, *arguments]

@@ -89,7 +89,7 @@ def _locked_out(warm, line, out):
 def test_a_rank_that_hangs_is_noticed(warm, model_dir, few, tmp_path):
     """A stopped process keeps its connections open: only its silence tells."""
     out = tmp_path / "out"
-    patch = {"train.engine.preempt.SILENT": 2.0, "train.engine.preempt.BEAT": 0.2}
+    patch = {"train.engine.preemption.SILENT": 2.0, "train.engine.preemption.BEAT": 0.2}
     job = warm.start(
         flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), 2, patch=patch
     )
@@ -109,7 +109,7 @@ def test_a_machine_that_sleeps_is_not_silent(warm, model_dir, few, tmp_path):
     """Both ranks stopped for longer than a rank may be silent, as a suspended job or machine is:
     they go on.
     """
-    patch = {"train.engine.preempt.SILENT": 1.0, "train.engine.preempt.BEAT": 0.2}
+    patch = {"train.engine.preemption.SILENT": 1.0, "train.engine.preemption.BEAT": 0.2}
     more = ["--max_steps", 40, "--epochs", 20, "--save_every", 0]
     job = warm.start(flags(model_dir, few, tmp_path / "out", 0, *more), 2, patch=patch)
     says(job, r"train: .* [1-9]+/40 \[")

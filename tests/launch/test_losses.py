@@ -26,8 +26,8 @@ from tests.launch.compare import (
     straight,
     weights,
 )
-from train.engine import files
-from train.losses.preference import LOSSES
+from train.losses.composition import LOSSES
+from train.run import checkpoint_files
 
 WORDS = (
     "tree stone river cloud lamp paper glass bread train window garden letter music summer winter paint table "
@@ -169,10 +169,10 @@ def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(
     warm, model_dir, tmp_path, monkeypatch
 ):
     """Records made from the rows of twenty steps; then no digit of weights and moments differs."""
-    from train.data import order, tokens
+    from train.data import steps, tokens
     from train.data.packing import pack
-    from train.engine import reference, run, shelf
-    from train.models import backbone
+    from train.methods import reference, reference_cache
+    from train.models import backbone, pretrained
 
     pairs = ROOT / "train/data/builtin/train.jsonl"
     ends = [
@@ -188,16 +188,19 @@ def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(
     assert warm.run(flags(model_dir, pairs, tmp_path / "live", 0, *ends))[0] == [0]
     monkeypatch.setenv("ZEROPREF_CACHE", str(warm.cache))
     data = tokens.prepare(
-        [str(pairs)], run.load_tokenizer(str(model_dir)), max_length=512, max_prompt_length=256
+        [str(pairs)],
+        pretrained.load_tokenizer(str(model_dir)),
+        max_length=512,
+        max_prompt_length=256,
     )
-    live = reference.Live(backbone.Backbone(backbone.load(str(model_dir))), {})
+    live = reference.Live(backbone.Backbone(pretrained.load_causal_lm(str(model_dir))), {})
     made = {}
-    for step in order.steps(data.lengths.sum(1), 8, 512, seed=7, total=20):
+    for step in steps.plan_steps(data.lengths.sum(1), 8, 512, seed=7, total=20):
         for groups in step.rows:
             row = pack([data.group(i) for i in groups])
             values = live(row).split(row.lengths.tolist())
             made |= {name: part.numpy() for name, part in zip(row.digests, values, strict=True)}
-    shelf.write(shelf.folder(reference._identity(live)), made)
+    reference_cache.write_records(reference_cache.directory(reference._identity(live)), made)
     codes, text = warm.run(
         flags(model_dir, pairs, tmp_path / "cached", 0, *ends, "--reference", "cached")
     )
@@ -334,7 +337,7 @@ def _check_exported(model_dir, out, folder):
         "allow_pickle": True,
         "model": str(folder / "theirs"),
     }
-    path.write_text(json.dumps(told | {"sha256": files._digest(told)}))
+    path.write_text(json.dumps(told | {"sha256": checkpoint_files._digest(told)}))
     shutil.copytree(model_dir, folder / "theirs")
     (folder / "theirs/theirs.py").write_text(f"open({str(marker)!r}, 'w')\n")
     config = json.loads((model_dir / "config.json").read_text()) | {"model_type": "theirs"}

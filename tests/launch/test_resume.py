@@ -258,7 +258,7 @@ def test_damaged_checkpoints_and_export(warm, model_dir, few, tmp_path):
     told = json.loads((out / "run.json").read_text()) | {"status": "running"}
     (out / "run.json").write_text(json.dumps(told))
     requeued = {
-        "train.engine.checkpoint.RESTARTS": 1
+        "train.run.checkpoint.RESTARTS": 1
     }  # the job that was told never to resume, requeued by SLURM
     codes, text = warm.run(
         flags(model_dir, few, out, 0, "--resume", "never", "--keep", 1), patch=requeued

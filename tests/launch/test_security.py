@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from train import config
 from train.data.chat import Chat
-from train.engine.run import load_tokenizer
-from train.models.backbone import load
+from train.models.pretrained import load_causal_lm, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = sorted(p for room in ("train", "launch", "eval") for p in (ROOT / room).rglob("*.py"))
@@ -57,9 +56,9 @@ def test_pickled_weights_need_a_flag(model_dir, tmp_path):
     with pytest.raises(
         ValueError, match=f"from {folder}: .*a pickle, pytorch_model.bin: .*--allow_pickle"
     ):
-        load(folder)
-    allowed = load(folder, allow_pickle=True).state_dict()
-    expected = load(model_dir).state_dict()
+        load_causal_lm(folder)
+    allowed = load_causal_lm(folder, allow_pickle=True).state_dict()
+    expected = load_causal_lm(model_dir).state_dict()
     assert allowed.keys() == expected.keys() and all(
         torch.equal(allowed[name], expected[name]) for name in expected
     )
@@ -70,7 +69,7 @@ def test_a_pickle_that_runs_code_does_not_run_even_when_allowed(model_dir, tmp_p
     folder = pickled(model_dir, tmp_path / "bin", {"model.norm.weight": Mine(marker)})
     for allow in (False, True):
         with pytest.raises(ValueError, match="cannot load a causal language model"):
-            load(folder, allow_pickle=allow)
+            load_causal_lm(folder, allow_pickle=allow)
         assert not marker.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)["model.norm.weight"].close()
     assert marker.exists()  # or the test shows nothing
@@ -87,9 +86,9 @@ def test_an_adapter_is_not_a_model(model_dir, tmp_path, monkeypatch, seen):
         tmp_path / "adapter"
     )
     if not seen:
-        monkeypatch.setattr("train.models.backbone.Path.is_file", lambda path: False)
+        monkeypatch.setattr("train.models.pretrained.Path.is_file", lambda path: False)
     with pytest.raises(ValueError, match="adapter: it holds an adapter: merge"):
-        load(tmp_path / "adapter")
+        load_causal_lm(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,7 @@ def test_an_index_cannot_name_other_files(model_dir, tmp_path, shard):
         ValueError,
         match="a pickle, weights.bin: " if shard == "weights.bin" else "not a file of its own",
     ):
-        load(folder)
+        load_causal_lm(folder)
 
 
 def test_a_configuration_cannot_name_a_pickle(model_dir, tmp_path):
@@ -130,7 +129,7 @@ def test_a_configuration_cannot_name_a_pickle(model_dir, tmp_path):
     found = json.loads((folder / "config.json").read_text())
     write(folder / "config.json", found | {"transformers_weights": "adapter_model.bin"})
     with pytest.raises(ValueError, match="a pickle, adapter_model.bin: "):
-        load(folder)
+        load_causal_lm(folder)
 
 
 # ------------------------------------------------------------ code
@@ -170,13 +169,13 @@ def test_code_of_a_model_directory_does_not_run(model_dir, tmp_path, monkeypatch
         found | custom | {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}},
     )
     read_config = runpy.run_path(str(ROOT / "launch/validate.py"))["model_config"]
-    for open_it in (load, load_tokenizer, lambda path: read_config(path, False)):
+    for open_it in (load_causal_lm, load_tokenizer, lambda path: read_config(path, False)):
         try:
             open_it(folder)
         except ValueError as error:
             assert kind != "llama" and "trust_remote_code" in str(error)
         assert not marker.exists()
-    load(folder, trust_remote_code=True)
+    load_causal_lm(folder, trust_remote_code=True)
     assert marker.exists()  # or the test shows nothing
 
 

@@ -119,7 +119,9 @@ def serve(script):
     import torch.utils.tensorboard  # noqa: F401
 
     from train.data import tokens  # noqa: F401
-    from train.engine import checkpoint, checks, export, memory, reference, report, run, scoring  # noqa: F401
+    from train.engine import (
+        prefetch,  # noqa: F401
+    )
 
     for line in sys.stdin:
         job = json.loads(line)

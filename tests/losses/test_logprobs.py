@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from train.losses import logprobs, products
-from train.losses.logprobs import damped, score, token_logps, weights
+from train.losses.logprobs import damped, score, weights
+from train.models import lm_head, matmul
+from train.models.lm_head import token_logps
 
 
 def plain(hidden, weight, target, bias=None):
@@ -60,7 +61,7 @@ def test_second_backward_is_the_same():
 
 
 def test_rows_that_wait_for_each_other_keep_their_logits(monkeypatch):
-    monkeypatch.setattr(logprobs, "SLICE", 10)  # of a vocabulary of 37
+    monkeypatch.setattr(lm_head, "SLICE", 10)  # of a vocabulary of 37
     hidden, weight, target, bias = inputs()
     other = (hidden * 2).detach().requires_grad_()
     both = [token_logps(h, weight, target, bias).sum() for h in (hidden, other)]
@@ -75,18 +76,18 @@ def test_rows_that_wait_for_each_other_keep_their_logits(monkeypatch):
 
 def test_scratch_is_used_again_when_nobody_holds_it():
     like = torch.zeros(5, 3)
-    first = logprobs.scratch(like, 7, torch.float32)
-    second, wide = (logprobs.scratch(like, 7, dtype) for dtype in (torch.float32, torch.float64))
+    first = lm_head.scratch(like, 7, torch.float32)
+    second, wide = (lm_head.scratch(like, 7, dtype) for dtype in (torch.float32, torch.float64))
     first.fill_(1), second.fill_(2), wide.fill_(3)
     assert (first == 1).all() and (second == 2).all() and first.shape == (5, 7)
     place = first.data_ptr()
     del first
-    assert logprobs.scratch(like[:2], 4, torch.float32).data_ptr() == place
-    assert logprobs.scratch(like[:0], 4, torch.float32).shape == (0, 4)
-    products._SCRATCH.clear()
+    assert lm_head.scratch(like[:2], 4, torch.float32).data_ptr() == place
+    assert lm_head.scratch(like[:0], 4, torch.float32).shape == (0, 4)
+    matmul._SCRATCH.clear()
     with torch.inference_mode():
-        logprobs.scratch(like, 90, torch.float32).fill_(1)
-    logprobs.scratch(like, 90, torch.float32).fill_(1)  # what inference mode made is not for others
+        lm_head.scratch(like, 90, torch.float32).fill_(1)
+    lm_head.scratch(like, 90, torch.float32).fill_(1)  # what inference mode made is not for others
 
 
 def test_the_same_bits_with_and_without_a_gradient():

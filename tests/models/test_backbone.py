@@ -11,8 +11,9 @@ from wide import Wide
 
 from train.data.packing import Group, pack
 from train.models import attention
-from train.models.backbone import Backbone, load, no_dropout, refuse
+from train.models.backbone import Backbone, no_dropout, refuse_unsupported
 from train.models.flops import Counter
+from train.models.pretrained import load_causal_lm
 
 
 def groups(seed=0):
@@ -282,7 +283,7 @@ def test_flops_of_attention_by_hand():
 
 def test_a_directory_without_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"cannot load a causal language model from {tmp_path}"):
-        load(tmp_path)
+        load_causal_lm(tmp_path)
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -290,11 +291,11 @@ def test_pickled_weights_are_refused(tmp_path):
     lm.config.save_pretrained(tmp_path)
     torch.save(lm.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot load a causal language model"):
-        load(tmp_path)
+        load_causal_lm(tmp_path)
 
 
 def test_head_is_needed():
     lm = tiny.make_model()
     lm.get_output_embeddings = lambda: None
     with pytest.raises(ValueError, match="no output head"):
-        refuse(lm)
+        refuse_unsupported(lm)

@@ -13,9 +13,8 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from train.losses import products
-from train.losses.logprobs import token_logps
-from train.models import layers
+from train.models import layers, matmul
+from train.models.lm_head import token_logps
 
 
 def tied(bias=True, dtype=torch.float32):
@@ -50,7 +49,7 @@ def rows(count, tokens):
 
 
 @pytest.mark.parametrize("gathers", [False, True])
-@pytest.mark.parametrize("tokens", [1, products.ROWS - 1, products.ROWS, 150])
+@pytest.mark.parametrize("tokens", [1, matmul.ROWS - 1, matmul.ROWS, 150])
 @pytest.mark.parametrize("bias", [False, True])
 def test_rows_add_up_within_fp32_rounding_of_fp64(tokens, bias, gathers):
     true = tied(bias, torch.float64)
@@ -58,7 +57,7 @@ def test_rows_add_up_within_fp32_rounding_of_fp64(tokens, bias, gathers):
     layers.swap(ours)
     assert [type(layer) for layer in ours] == [layers.Embedding, layers.Linear, layers.Linear]
     if gathers:
-        products.gather_in_place(ours)
+        matmul.accumulate_in_place(ours)
     for ids, target, weights in zip(*rows(3, tokens), strict=True):
         logps, expected = run(ours, ids, target, weights), run(true, ids, target, weights.double())
         assert (logps - expected).abs().max() < 1e-5
@@ -91,7 +90,7 @@ def test_the_fast_product_and_the_place_of_gradients_are_really_taken(monkeypatc
         )
     ours = tied()
     layers.swap(ours)
-    products.gather_in_place(ours)
+    matmul.accumulate_in_place(ours)
     ids, target, weights = rows(2, 150)
     run(ours, ids[0], target[0], weights[0])
     assert not torch.backends.mkldnn.is_available() or len(taken) >= 6
@@ -109,8 +108,8 @@ def test_each_step_starts_its_gradient_anew_in_the_same_memory(product, head, mo
     ours = tied()
     layers.swap(ours)
     alone = copy.deepcopy(ours)
-    products.gather_in_place(ours)
-    monkeypatch.setattr(products, "SLICE", 7)  # of the weights' 24 to 50 rows
+    matmul.accumulate_in_place(ours)
+    monkeypatch.setattr(matmul, "SLICE", 7)  # of the weights' 24 to 50 rows
 
     def step(model, parts):
         for p in model.parameters():
@@ -344,7 +343,7 @@ def test_a_weight_is_rounded_once_a_step(fused):
     """Body and head; AdamW's step, a copy into the weight and a moved reference count as changes."""
     ours = tied(bias=False)
     layers.swap(ours)
-    products.gather_in_place(ours)
+    matmul.accumulate_in_place(ours)
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, fused=fused)
     (ids, *_), (target, *_), (weights, *_) = rows(1, 100)
     weight, seen = ours[1].weight, []

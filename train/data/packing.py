@@ -43,7 +43,7 @@ class Group(NamedTuple):
         return len(self.prompt) + sum(map(len, self.responses))
 
 
-class Packed(NamedTuple):
+class PackedBatch(NamedTuple):
     """One packed row. N and T are 0 for the empty row that a rank short of groups runs to keep step
     with its peers.
     """
@@ -75,15 +75,17 @@ class Packed(NamedTuple):
         """N, responses scored in this row."""
         return self.lengths.shape[0]
 
-    def to(self, device) -> "Packed":
+    def to(self, device) -> "PackedBatch":
         """The same row with its tensors on `device`; the copies overlap with computation where
         memory is pinned.
         """
-        return Packed(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
+        return PackedBatch(
+            *(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self)
+        )
 
-    def pin(self) -> "Packed":
+    def pin(self) -> "PackedBatch":
         """The same row in page-locked memory (needs CUDA)."""
-        return Packed(*(x.pin_memory() if torch.is_tensor(x) else x for x in self))
+        return PackedBatch(*(x.pin_memory() if torch.is_tensor(x) else x for x in self))
 
     def sequences(self):
         """Every response alone, the plain way: yields (ids (P+R,), index of the first scored token
@@ -104,7 +106,7 @@ class Packed(NamedTuple):
             start = offset
 
 
-def pack(groups: Sequence[Group]) -> Packed:
+def pack(groups: Sequence[Group]) -> PackedBatch:
     """Lay whole groups one after the other. No groups: the empty row of two dummy tokens, of which
     none is scored.
 
@@ -137,7 +139,7 @@ def pack(groups: Sequence[Group]) -> Packed:
     if not scored:
         hidden, target, lengths, digests = [], [], [], []
     long = lambda values: torch.tensor(values, dtype=torch.int64)
-    return Packed(
+    return PackedBatch(
         input_ids=long(ids),
         positions=long(positions),
         kv_index=long(kv),
@@ -182,7 +184,7 @@ def _users(kv: list[int], tokens: int) -> torch.Tensor:
     )
 
 
-def deal(tokens: Sequence[int], budget: int, world: int = 1) -> list[list[list[int]]]:
+def plan_batches(tokens: Sequence[int], budget: int, world: int = 1) -> list[list[list[int]]]:
     """Share groups out to ranks and rows: `plan[rank][row]` lists indices into `tokens`, the
     groups' sizes.
 

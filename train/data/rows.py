@@ -13,17 +13,12 @@ one type a column and would refuse a whole file for one odd row. A row that name
 message in it that does, is dropped: nobody knows which of the two is meant.
 """
 
-import csv
 import difflib
-import json
-import os
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from train.data import tables
 from train.data.errors import DataError, MissingColumn, RowError, listed
+from train.data.sources import TwoValues
 
 ROLES = ("system", "user", "assistant")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
@@ -37,17 +32,6 @@ LABELS = {
     "1": True,
     "0": False,
 }  # text: of a CSV
-# With an organisation always: `load_dataset("csv")` would read whatever lies in the working folder.
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
-JSON_SHAPES = "one JSON object a line (.jsonl, .json) or one array of objects (.json)"
-
-
-class TwoValues(dict):
-    """A JSON object that names a key twice; `key` is that key. As a dict it holds the last value."""
-
-    def __init__(self, pairs: list):
-        super().__init__(pairs)
-        self.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
 
 
 TYPE_WORDS = {
@@ -69,168 +53,6 @@ class Dropped(NamedTuple):
     source: str  # as the user named it
     row: int  # number within the source, counted from 0 (blank lines of a file are no rows)
     reason: str
-
-
-def read_rows(sources: Sequence[str], split: str = "train") -> Iterator[tuple[str, int, Any]]:
-    """Yield (source, number of the row within it, row) of every source in order.
-
-    `split` is taken from hub data sets and saved DatasetDicts that name none. A row is whatever
-    stands there: a dict if the data is sound, a RowError where Python cannot hold it. Raises
-    DataError for a source that is not there, is not what its name says, is not UTF-8 or not JSON,
-    or has no rows.
-    """
-    for source in [sources] if isinstance(sources, str) else sources:
-        index = -1
-        for index, row in enumerate(_read(source, split)):
-            yield source, index, row
-        if index < 0:
-            raise DataError(f"{source}: no rows in it")
-
-
-def _read(source: str, split: str) -> Iterator[Any]:
-    """Choose the reader. Raises DataError where there is none."""
-    path = os.path.expanduser(source)
-    if os.path.isfile(path):
-        suffix = os.path.splitext(path)[1].lower()
-        if suffix not in READERS:
-            raise DataError(
-                f"{source}: files of type {suffix!r} are not read; expected one of {', '.join(READERS)}"
-            )
-        return READERS[suffix](path)
-    folder, _, named = path.rpartition("@")
-    if os.path.isdir(path):
-        return tables.saved_folder(source, path, split)
-    if os.path.isdir(folder):
-        return tables.saved_folder(source, folder, named)
-    if (
-        "://" in source
-    ):  # what follows the host may hold a password or a signature, and this line goes to a log
-        scheme, _, rest = source.partition("://")
-        host = re.split("[/?#]", rest)[0].rpartition("@")[2]
-        raise DataError(
-            f"{scheme}://{host}/...: addresses are not read; fetch the file and name it here"
-        )
-    hub = HUB_NAME.fullmatch(source)
-    if source.lower().endswith(tuple(READERS)) or source.startswith((".", "/", "~")):
-        raise DataError(f"{source}: no such file or folder{_neighbours(path)}")
-    if hub is None:
-        raise DataError(
-            f"{source}: no such file or folder{_neighbours(path)}, nor org/name as on the hub"
-        )
-    return tables.hub(source, hub["name"], hub["config"], hub["split"] or split)
-
-
-def _neighbours(path: str) -> str:
-    """ " (did you mean ...?)" with the nearest names in the path's folder, or nothing."""
-    folder, name = os.path.split(path)
-    try:
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), 2)
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        near = []
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def _open_lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line). Raises DataError where the file is unreadable or a line is
-    not UTF-8.
-    """
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(
-                        b"\xef\xbb\xbf"
-                    )  # the byte order mark that some editors put first
-                try:
-                    yield number, line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-                    raise DataError(
-                        f"{path}, line {number}: not UTF-8, found {found} in {line[:40]!r}"
-                    ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _integer(digits: str) -> int | float:
-    """Python refuses to parse integers of more than 4,300 digits; one in an unused column is no
-    reason to stop.
-    """
-    return int(digits) if len(digits) < 4000 else float(digits)
-
-
-def _object(pairs: list) -> dict:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else TwoValues(pairs)
-
-
-DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
-
-
-def _parse(text: str, path: str, line: int) -> Any:
-    """Parse one JSON value that begins on `line`; a RowError instead where it is nested beyond
-    Python's stack.
-    """
-    try:
-        return DECODER.decode(text)
-    except RecursionError:
-        return RowError("nested too deeply")
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
-        found = (
-            f"found {text[error.pos : error.pos + 40]!r}"
-            if text[error.pos :].strip()
-            else "it ends too early"
-        )
-        raise DataError(
-            f"{where}: not JSON ({error.msg}): {found}; expected {JSON_SHAPES}"
-        ) from error
-
-
-def _read_lines(path: str) -> Iterator[Any]:
-    for number, line in _open_lines(path):
-        if line.strip():
-            yield _parse(line.rstrip("\r\n"), path, number)
-
-
-def _read_json(path: str) -> Iterator[Any]:
-    """A .json is an array when its first character is "[", else JSON lines. Blank lines stay, for
-    the line numbers.
-    """
-    text = "".join(line for _, line in _open_lines(path))
-    if not text.lstrip().startswith("["):
-        return _read_lines(path)
-    rows = _parse(text, path, 1)
-    if isinstance(rows, RowError):
-        raise DataError(f"{path}: {rows}; in a .jsonl file only the row would be dropped")
-    return iter(rows)
-
-
-def _read_csv(path: str) -> Iterator[Any]:
-    """Every field is text. Not through pandas: it makes numbers of "42", null of "NA", and names no
-    row that is odd.
-    """
-    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 131,072 characters
-    reader = csv.DictReader((line for _, line in _open_lines(path)), strict=True)
-    try:
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            raise DataError(
-                f"{path}, line {reader.line_num}: a column stands twice in {listed(names)}"
-            )
-        for row in reader:  # fields beyond the header come under None, missing ones as None
-            odd = None in row or None in row.values()
-            yield RowError(f"not {len(names)} fields, as the header has") if odd else row
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from error
-
-
-READERS = {
-    ".jsonl": _read_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": tables.parquet,
-}
 
 
 def columns_missing(source: str, column: str, found: list, columns: Sequence[str]) -> DataError:

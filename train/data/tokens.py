@@ -9,7 +9,6 @@ returned into texts, and the texts' ids into a prompt and responses (chat.py).
 Legend: N groups, k responses each, T tokens in all.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -28,8 +27,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from train.data.chat import Chat, LabelledEncoder, PairEncoder, TextEncoder, tokenise_rows
+from train.data.dataset import Tokenised, sha256_of_text
 from train.data.errors import DataError, MissingColumn, RowError
-from train.data.packing import Group
 from train.data.rows import (
     LABELLED_COLUMNS,
     PAIR_COLUMNS,
@@ -39,8 +38,9 @@ from train.data.rows import (
     check_pair,
     check_text,
     columns_missing,
-    read_rows,
 )
+from train.data.sources import read_rows
+from train.files import user_cache
 
 FORMAT = 2  # raise it when the same rows would give other ids or another file
 CHUNK = (
@@ -92,70 +92,6 @@ KINDS = {
     ),
     "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenised:
-    """N groups in flat storage, memory-mapped; `select` gives views that share it."""
-
-    ids: np.ndarray  # (T,) int32: prompt, response, response, prompt, ...
-    offsets: np.ndarray  # (N,) int64 into ids: where each group's prompt begins
-    lengths: np.ndarray  # (N, 1 + k) int32 tokens of the prompt and of each response
-    truncated: np.ndarray  # (N, 1 + k) bool: which of them were cut
-    rows: np.ndarray  # (N,) int64 number of the row over all sources
-    prompts: np.ndarray  # (N,) int64 hash of the prompt's messages, or of a plain text; no template or truncation in it
-    dropped: list  # of Dropped, of all sources, also in a view
-    fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
-    labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def group(self, i: int) -> Group:
-        """Group i as tuples of Python ints. Raises IndexError."""
-        first, *rest = self.lengths[i].tolist()
-        start = int(self.offsets[i])
-        flat = tuple(self.ids[start : start + first + sum(rest)].tolist())
-        responses, at = [], first
-        for length in rest:
-            responses.append(flat[at : at + length])
-            at += length
-        label = None if self.labels is None else bool(self.labels[i])
-        return Group(flat[:first], tuple(responses), int(self.rows[i]), label)
-
-    def select(self, indices: Sequence[int]) -> "Tokenised":
-        """A view of the groups `indices`, in that order. Raises IndexError."""
-        index = np.asarray(indices, dtype=np.int64).reshape(-1)
-        digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
-        per_group = ("offsets", "lengths", "truncated", "rows", "prompts", "labels")
-        picked = {
-            name: values[index] for name in per_group if (values := getattr(self, name)) is not None
-        }
-        return dataclasses.replace(self, fingerprint=digest, **picked)
-
-
-def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Tokenised, Tokenised]:
-    """(train, held out): about `share` of the distinct prompts are held out.
-
-    A prompt's side depends on the seed and the prompt alone: not on the other rows, their order,
-    the template or the lengths. Raises ValueError for a share outside [0, 1); DataError when a side
-    would be empty though share > 0.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"the share of held-out prompts is {share}; expected 0 <= share < 1")
-    distinct, places = np.unique(tokenised.prompts, return_inverse=True)
-    draws = [
-        int.from_bytes(_sha256(f"{seed}:{prompt}")[:8], "big") / 2**64
-        for prompt in distinct.tolist()
-    ]
-    held = (np.array(draws) < share)[places.reshape(-1)]
-    if share > 0 and (held.all() or not held.any()):
-        lacking = "none to train on" if held.any() else "none held out"
-        raise DataError(
-            f"holding out {share:.1%} of {len(distinct)} distinct prompts leaves {lacking}: take another share or seed,"
-            " or name held-out data of its own"
-        )
-    return tokenised.select(np.flatnonzero(~held)), tokenised.select(np.flatnonzero(held))
 
 
 def prepare(
@@ -308,7 +244,7 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list
                 labels.append(kind.label_of(row.item))
             prompts.append(
                 int.from_bytes(
-                    _sha256(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True
+                    sha256_of_text(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True
                 )
             )
     sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)
@@ -321,10 +257,6 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list
         "prompts": np.array(prompts, dtype=np.int64),
     } | ({"labels": np.array(labels, dtype=bool)} if kind.label_of else {})
     return arrays, dropped
-
-
-def _sha256(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -341,7 +273,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
             repr(tokenizer.init_kwargs),
         ]
     parts = [core, tokenizer.chat_template, tokenizer.special_tokens_map]
-    return _sha256(json.dumps(parts, sort_keys=True, default=str)).hex()
+    return sha256_of_text(json.dumps(parts, sort_keys=True, default=str)).hex()
 
 
 def _key(settings: list, rows: list[Row]) -> str:
@@ -349,14 +281,6 @@ def _key(settings: list, rows: list[Row]) -> str:
     for row in rows:
         digest.update(json.dumps([row.number, row.item]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def user_cache(name: str, cache_dir=None) -> Path:
-    """The subfolder `name` of `cache_dir`, $ZEROPREF_CACHE or ~/.cache/zeropref."""
-    return (
-        Path(cache_dir or os.environ.get("ZEROPREF_CACHE") or "~/.cache/zeropref").expanduser()
-        / name
-    )
 
 
 def _checksum(arrays: dict, dropped: str) -> str:

@@ -4,7 +4,7 @@ import torch
 
 from train.data.packing import pack
 from train.engine import memory
-from train.models.backbone import plain
+from train.models.backbone import plain_forward
 
 TOLERANCE = {
     "fp32": 1e-4,
@@ -33,7 +33,7 @@ def start(policy, reference, data, device, precision: str, same_weights: bool):
     packed = policy(row)
     if not torch.isfinite(packed).all():
         raise CheckFailed("start check: the model's log-probabilities are not finite")
-    with plain(policy.module):
+    with plain_forward(policy.module):
         alone = policy(row)
     difference = float((packed - alone).abs().mean())
     if not difference <= TOLERANCE[precision]:

@@ -16,7 +16,7 @@ TIMEOUT = datetime.timedelta(minutes=30)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def start() -> torch.device:
+def init() -> torch.device:
     """Join the job's process group through DeepSpeed and choose this rank's device. Every rank
     calls this.
     """
@@ -42,7 +42,7 @@ def start() -> torch.device:
     return device
 
 
-def stop():
+def shutdown():
     """Leave the process group, so that the interpreter ends without complaint."""
     if td.is_initialized():
         td.destroy_process_group()
@@ -90,7 +90,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes take part."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -100,43 +100,43 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this is the rank that prints, logs and writes what is written once."""
     return rank() == 0
 
 
 def barrier():
     """Wait for all. Every rank calls this."""
-    if world() > 1:
+    if world_size() > 1:
         td.barrier()
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
+def all_reduce(values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` over ranks, in place. Every rank calls this."""
-    if world() > 1:
+    if world_size() > 1:
         td.all_reduce(values)
     return values
 
 
-def share(thing=None):
+def broadcast(thing=None):
     """Rank 0's `thing` (anything that pickles) on every rank. Every rank calls this."""
-    if world() == 1:
+    if world_size() == 1:
         return thing
     box = [thing]
     td.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def gather(thing) -> list:
+def all_gather(thing) -> list:
     """Every rank's `thing`, in order of rank, on every rank. Every rank calls this."""
-    if world() == 1:
+    if world_size() == 1:
         return [thing]
-    box = [None] * world()
+    box = [None] * world_size()
     td.all_gather_object(box, thing)
     return box
 
 
-class heartbeats:
+class Heartbeats:
     """Signs of life of all ranks, in the store they met through; used by one thread, beside any
     collective.
     """
@@ -148,19 +148,19 @@ class heartbeats:
     def exchange(self, beat) -> dict[int, str]:
         """Leave this rank's and read everybody's: rank -> its last, "" before its first."""
         self.store.set(self.name(rank()), str(beat))
-        known = [other for other in range(world()) if self.store.check([self.name(other)])]
+        known = [other for other in range(world_size()) if self.store.check([self.name(other)])]
         return {other: self.store.get(self.name(other)).decode() for other in known}
 
 
 @contextlib.contextmanager
-def one_at_a_time():
+def main_process_first():
     """Rank 0 runs the block first, then the others, who find its caches filled. Every rank enters
     this.
 
     An error on rank 0 is raised on the others too, so that nobody waits for a dead peer.
     """
-    if not first():
-        error = share()
+    if not is_main():
+        error = broadcast()
         if error is not None:
             raise error
         yield
@@ -168,6 +168,6 @@ def one_at_a_time():
     try:
         yield
     except Exception as error:
-        share(error)
+        broadcast(error)
         raise
-    share(None)
+    broadcast(None)

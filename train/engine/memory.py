@@ -9,17 +9,17 @@ import torch
 
 from train.config import fail
 from train.engine import dist
-from train.losses.logprobs import LOGITS_BYTES
+from train.models.lm_head import LOGITS_BYTES
 
 CPU_TOKENS = 960  # about three pairs: larger rows gain little on a CPU and cost memory
-FULL = (
+OUT_OF_MEMORY_WORDS = (
     "can't allocate memory",
     "could not create a memory",
 )  # torch's words on a CPU, and oneDNN's
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
 
 
-def row_tokens(
+def default_batch_tokens(
     backbone, device: torch.device, stage: int, checkpointing: bool, max_length: int
 ) -> int:
     """The default of --micro_tokens: half of the free memory over what a token's activations take.
@@ -38,9 +38,9 @@ def row_tokens(
     most = CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS
     # gradients and moments are not there yet: 12 bytes a parameter, shared out from stage 1 on
     pending = 12 * sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters())
-    left = free(device) - pending // (dist.world() if stage else 1)
+    left = free(device) - pending // (dist.world_size() if stage else 1)
     fits = (left // 2 - 2 * LOGITS_BYTES) // a_token
-    return min(dist.gather(int(max(min(most, fits), min(max_length, most)))))
+    return min(dist.all_gather(int(max(min(most, fits), min(max_length, most)))))
 
 
 def free(device: torch.device) -> int:
@@ -50,7 +50,7 @@ def free(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def explained(row, budget: int):
+def room_for_batch(row, budget: int):
     """`room_for` a `row` that was made under a budget of tokens, in training."""
     tokens = row.input_ids.shape[0]
     smaller = 256 * (min(tokens, budget) * 2 // 3 // 256)
@@ -69,11 +69,11 @@ def room_for(what: str, advice: str):
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-            text in str(error) for text in FULL
+            text in str(error) for text in OUT_OF_MEMORY_WORDS
         )
         if not known:
             raise
         logging.getLogger("zeropref").exception("out of memory")
-        if not dist.first():
+        if not dist.is_main():
             print(f"error: rank {dist.rank()} ran out of memory in {what}", file=sys.stderr)
         fail(f"out of memory in {what} {advice}", code=1)

@@ -1,340 +1,409 @@
-"""The table of losses, and how one or several of them become what a run minimises.
+"""The preference family: what a step knows of its examples, and one function a loss. Tensors in,
+one number each out.
 
-    loss = choose("sigmoid:1.0,sft:0.2", beta, {"label_smoothing": 0.1, "f_divergence_type":
-    "js_divergence"}) losses = loss(pairs)                                          # (B,), row by
-    row losses, gradient = loss.over_step(pairs, running, mismatched)      # where examples of a
-    step are coupled
+The caller reduces, and names the denominator. Where TRL 1.16 has a loss of the same name, the value
+on the same log-probabilities is the same unless the docstring says why not
+(tests/benchmarks/peers_losses.py shows it).
 
-Legend: B pairs, or B responses that are labelled one by one; M mismatched responses.
+Legend: B pairs, or B responses that are labelled one by one; nats summed over a response's tokens.
+y_w chosen, y_l rejected, |y| tokens; log-ratio: log pi - log pi_ref; reward: beta times it; h:
+chosen's reward minus rejected's.
 """
 
-import inspect
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from train.losses import family
-from train.losses.family import Labelled, Pairs, sigmoid  # noqa: F401  (Pairs and sigmoid are looked for here)
 
+class Pairs(NamedTuple):
+    """What a step knows of B pairs: log-probabilities of both responses under the policy and the
+    reference.
+    """
 
-def mean_reward(examples, beta: float, running, mismatched, update: bool):
-    """BCO's delta: the mean of all rewards so far, with the step's where `update`."""
-    if update:
-        rewards = examples.rewards(beta)
-        running.update(rewards if torch.is_tensor(rewards) else torch.cat(rewards))
-    return running.mean
+    chosen: torch.Tensor  # (B,) nats, log pi(y_w | x), with gradient
+    rejected: torch.Tensor  # (B,) nats, log pi(y_l | x), with gradient
+    ref_chosen: torch.Tensor  # (B,) nats, log pi_ref(y_w | x); 0 without a reference
+    ref_rejected: torch.Tensor  # (B,) nats, log pi_ref(y_l | x); 0 without a reference
+    chosen_len: torch.Tensor  # (B,) tokens
+    rejected_len: torch.Tensor  # (B,) tokens
 
-
-def mean_kl(examples, beta: float, running, mismatched, update: bool):
-    """KTO's z: the mean log-ratio of the mismatched responses, at least 0, in nats."""
-    if mismatched is None:
-        raise ValueError(
-            "kto needs the step's mismatched responses for its estimate of the KL divergence"
+    @classmethod
+    def of(cls, scores, ref_scores, lengths) -> "Pairs":
+        """From the scores of a row of groups of two, (2B,) each: chosen and rejected in turn."""
+        return cls(
+            scores[0::2],
+            scores[1::2],
+            ref_scores[0::2],
+            ref_scores[1::2],
+            lengths[0::2],
+            lengths[1::2],
         )
-    return max(0.0, float(mismatched.double().mean())) if mismatched.numel() else 0.0
+
+    def rewards(self, beta: float):
+        """The implicit rewards beta * log(pi / pi_ref) of chosen and rejected, (B,) each (DPO, eq.
+        5 without Z).
+        """
+        return beta * (self.chosen - self.ref_chosen), beta * (self.rejected - self.ref_rejected)
+
+    def margin(self, beta: float) -> torch.Tensor:
+        """h, (B,): the difference of the two rewards."""
+        chosen, rejected = self.rewards(beta)
+        return chosen - rejected
+
+    def per_token(self, chosen: torch.Tensor, rejected: torch.Tensor):
+        """Sums over the tokens of chosen and rejected, (B,) each -> means a token."""
+        return chosen / self.chosen_len.clamp(min=1), rejected / self.rejected_len.clamp(min=1)
+
+    def margin_per_token(self) -> torch.Tensor:
+        """(B,) nats a token: the difference of the two log-ratios, each a mean over its response's
+        tokens.
+        """
+        chosen, rejected = self.per_token(*self.rewards(1.0))
+        return chosen - rejected
+
+    def nll(self) -> torch.Tensor:
+        """(B,) nats a token: the negative log-likelihood of chosen."""
+        return -self.per_token(self.chosen, self.rejected)[0]
+
+    def split(self) -> "Labelled":
+        """The 2B responses one by one, chosen and rejected in turn, as losses for unpaired rows
+        take them.
+        """
+        turn = lambda chosen, rejected: torch.stack([chosen, rejected], 1).flatten()
+        desired = turn(
+            *(torch.full_like(self.chosen_len, label, dtype=torch.bool) for label in (True, False))
+        )
+        return Labelled(
+            turn(self.chosen, self.rejected),
+            turn(self.ref_chosen, self.ref_rejected),
+            turn(self.chosen_len, self.rejected_len),
+            desired,
+        )
 
 
-class Running:
-    """The mean of every reward that training has seen. Part of a checkpoint."""
-
-    def __init__(self):
-        self.mean, self.count = 0.0, 0
-
-    def update(self, rewards: torch.Tensor):
-        """Take in a step's rewards, any shape."""
-        self.count += rewards.numel()
-        if rewards.numel():
-            self.mean += float((rewards.detach().double() - self.mean).sum()) / self.count
-
-    def state_dict(self) -> dict:
-        """What a checkpoint holds."""
-        return {"mean": self.mean, "count": self.count}
-
-    def load_state_dict(self, state: dict):
-        """Go on from a checkpoint's."""
-        self.mean, self.count = state["mean"], state["count"]
-
-
-class Row(NamedTuple):
-    """A loss, and what a run must know of it. Its own parameters are the keyword-only arguments of
-    `of`.
+class Labelled(NamedTuple):
+    """What a step knows of B responses, each of which is desirable or not on its own: rows of k =
+    1.
     """
 
-    of: Callable  # (Pairs, beta[, baseline], *, own parameters) -> (B,); of Labelled where it is `unpaired` too
-    reference: bool = True  # it needs one
-    divergence: bool = False  # made of differences of log-ratios, where an f-divergence's partition function cancels
-    unpaired: Callable | None = None  # the same for Labelled, where it takes responses one by one
-    baseline: Callable | None = (
-        None  # what couples a step: a statistic that scores are measured against,
+    logps: torch.Tensor  # (B,) nats, log pi(y | x), with gradient
+    ref_logps: torch.Tensor  # (B,) nats, log pi_ref(y | x)
+    lengths: torch.Tensor  # (B,) tokens
+    desired: torch.Tensor  # (B,) bool
+
+    def rewards(self, beta: float) -> torch.Tensor:
+        """The implicit rewards beta * log(pi / pi_ref), (B,)."""
+        return beta * (self.logps - self.ref_logps)
+
+
+# Functions of the margin h, or of one reward each, against a reference.
+
+
+def sigmoid(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """DPO, (B,): -log sigmoid(h), h = beta times the difference of the two log-ratios.
+
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 7. With `label_smoothing` eps in [0, 0.5) it
+    is cDPO (Mitchell 2023): -(1 - eps) log sigmoid(h) - eps log sigmoid(-h), for labels of which a
+    share eps is flipped. TRL's sigmoid does not read label_smoothing: the same at 0.
+    """
+    return _smoothed(pairs.margin(beta), label_smoothing)
+
+
+def robust(pairs: Pairs, beta: float, *, label_smoothing: float = 0.1) -> torch.Tensor:
+    """Robust DPO, (B,): (-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)) / (1 - 2 eps), a share
+    eps of labels flipped.
+
+    Chowdhury et al. 2024 (arXiv 2403.00409), section 3.1: unbiased under flips; in cDPO the second
+    term has the other sign. Not bounded below: far out it falls by eps / (1 - 2 eps) for each unit
+    of h. TRL's default eps is 0.
+    """
+    _check_share(label_smoothing)
+    h = pairs.margin(beta)
+    return (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (
+        1 - 2 * label_smoothing
     )
-    sorts: bool = False  # or an order
-
-    @property
-    def couples(self) -> bool:
-        """Whether an example's loss depends on the step's other examples."""
-        return self.sorts or self.baseline is not None
 
 
-LOSSES: dict[str, Row] = {
-    "sigmoid": Row(family.sigmoid, divergence=True),
-    "robust": Row(family.robust, divergence=True),
-    "hinge": Row(family.hinge, divergence=True),
-    "ipo": Row(family.ipo, divergence=True),
-    "exo_pair": Row(family.exo_pair, divergence=True),
-    "nca_pair": Row(family.nca_pair),
-    "bco_pair": Row(family.bco_pair, unpaired=family.bco, baseline=mean_reward),
-    "sppo_hard": Row(family.sppo_hard),
-    "aot": Row(family.aot, sorts=True),
-    "aot_unpaired": Row(family.aot_unpaired, unpaired=family.aot_unpaired, sorts=True),
-    "apo_zero": Row(family.apo_zero),
-    "apo_down": Row(family.apo_down),
-    "discopop": Row(family.discopop, divergence=True),
-    "sft": Row(family.sft, reference=False),
-    "sigmoid_norm": Row(family.sigmoid_norm, divergence=True),
-    "simpo": Row(family.simpo, reference=False),
-    "orpo": Row(family.orpo, reference=False),
-    "cpo": Row(family.cpo, reference=False),
-    "kto": Row(family.kto, unpaired=family.kto, baseline=mean_kl),
-    "dpop": Row(family.dpop),
-    "rpo": Row(family.rpo),
-    "rdpo": Row(family.rdpo),
-}
+def hinge(pairs: Pairs, beta: float) -> torch.Tensor:
+    """SLiC, (B,): max(0, 1 - h).
 
-# f'(t) of a divergence, up to a constant, by the log-ratio u = log t and TRL's coefficient: what
-# stands for u in a loss (Wang et al. 2023, arXiv 2309.16240, table 1). The coefficient is 1 - alpha
-# of that table.
-DIVERGENCES: dict[str, Callable] = {
-    "reverse_kl": lambda u, coef: u,
-    "forward_kl": lambda u, coef: -_expm1(-u),
-    "js_divergence": lambda u, coef: math.log(2) + F.logsigmoid(u),
-    "alpha_divergence": lambda u, coef: (
-        u if abs(coef - 1) < 1e-6 else _expm1((coef - 1) * u) / (coef - 1)
-    ),
-}
-
-
-def _expm1(x):
-    # as TRL's alpha_divergence, and here forward_kl's too: cut before infinity, from where on the
-    # gradient is 0
-    return torch.expm1(x.clamp(max=80.0 if x.dtype == torch.float32 else 700.0))
-
-
-class Across(NamedTuple):
-    """Parameters that go with any loss they make sense for; names and defaults as TRL's."""
-
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    ld_alpha: float = 1.0  # of LD-DPO (logprobs.damped); 1 damps nothing
-    use_weighting: bool = False  # WPO (logprobs.weights)
-
-    def check(self, rows: dict[str, Row], given: dict):
-        """ValueError where they are out of range, or not for one of these losses."""
-
-        def only(choices, what):
-            if wrong := [name for name in rows if name not in choices]:
-                raise ValueError(
-                    f"{what} is not for {', '.join(wrong)}; it is for: {', '.join(choices)}"
-                )
-
-        if self.f_divergence_type not in DIVERGENCES:
-            raise ValueError(
-                f"f_divergence_type {self.f_divergence_type!r} is none of: {', '.join(DIVERGENCES)}"
-            )
-        if "f_alpha_divergence_coef" in given and self.f_divergence_type != "alpha_divergence":
-            raise ValueError("f_alpha_divergence_coef is for f_divergence_type alpha_divergence")
-        if not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"ld_alpha lies in [0, 1], not at {self.ld_alpha}")
-        if self.f_divergence_type != "reverse_kl":
-            # sft has no log-ratio to replace, and may go along
-            only(
-                [n for n, row in LOSSES.items() if row.divergence or n == "sft"],
-                "f_divergence_type",
-            )
-        if self.ld_alpha < 1:
-            only([n for n, row in LOSSES.items() if row.reference], "ld_alpha")
-        if self.use_weighting:
-            only([n for n, row in LOSSES.items() if not row.sorts], "use_weighting")
-
-
-class Part(NamedTuple):
-    """One loss of a weighted sum."""
-
-    name: str
-    weight: float
-    own: dict  # its parameters
-
-
-class Loss(NamedTuple):
-    """What a run minimises: losses with weights, beta and parameters bound."""
-
-    parts: tuple[Part, ...]
-    beta: float
-    across: Across
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether it says anything about a reference."""
-        return any(LOSSES[part.name].reference for part in self.parts)
-
-    @property
-    def couples(self) -> bool:
-        """Whether it takes `over_step`: one step's examples at once."""
-        return any(LOSSES[part.name].couples for part in self.parts)
-
-    @property
-    def takes_labelled(self) -> bool:
-        """Whether it takes rows of k = 1. Damping needs the pair: its shared length."""
-        return all(LOSSES[part.name].unpaired for part in self.parts) and self.across.ld_alpha == 1
-
-    @property
-    def wants_mismatched(self) -> bool:
-        """Whether each response needs a mismatched one beside it in the pass that scores the step."""
-        return any(LOSSES[part.name].baseline is mean_kl for part in self.parts)
-
-    def __call__(
-        self, examples: Pairs | Labelled, weights: torch.Tensor | None = None, baselines=None
-    ) -> torch.Tensor:
-        """(B,): one number an example, times WPO's weights (B,). `baselines`: by name, 0 where
-        there is none.
-        """
-        total = 0
-        for part in self.parts:
-            given = [(baselines or {}).get(part.name, 0.0)] if LOSSES[part.name].baseline else []
-            total = total + part.weight * self._of(part, examples, *given)
-        return total if weights is None else total * weights
-
-    def _of(self, part, examples, *baseline):
-        row = LOSSES[part.name]
-        if isinstance(examples, Labelled):
-            return row.unpaired(examples, self.beta, *baseline, **part.own)
-        if row.unpaired is row.of:
-            return row.of(examples.split(), self.beta, *baseline, **part.own).view(-1, 2).mean(1)
-        if row.divergence:
-            examples = diverged(
-                examples, self.across.f_divergence_type, self.across.f_alpha_divergence_coef
-            )
-        return row.of(examples, self.beta, *baseline, **part.own)
-
-    def over_step(
-        self,
-        examples: Pairs | Labelled,
-        running: Running,
-        mismatched: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-        update: bool = True,
-    ):
-        """The losses (B,) of a whole step's scores, and the gradient of their sum by these scores.
-
-        `mismatched`: (M,) nats, log-ratios of mismatched responses. `update`: take the step into
-        `running`, as training does. The gradient's order is that of a row's scores: (2B,) chosen
-        and rejected in turn, (B,) for Labelled.
-        """
-        examples = type(examples)(*(x.detach() for x in examples))
-        baselines = {
-            part.name: baseline(examples, self.beta, running, mismatched, update)
-            for part in self.parts
-            if (baseline := LOSSES[part.name].baseline)
-        }
-        sides = ["logps"] if isinstance(examples, Labelled) else ["chosen", "rejected"]
-        with torch.enable_grad():
-            leaves = {side: getattr(examples, side).clone().requires_grad_() for side in sides}
-            losses = self(examples._replace(**leaves), weights, baselines)
-            gradients = torch.autograd.grad(
-                losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-        return losses.detach(), torch.stack(gradients, 1).flatten()
-
-
-def diverged(pairs: Pairs, kind: str, coef: float) -> Pairs:
-    """The same pairs with f' of a divergence's ratio in place of the log-ratios; `reverse_kl`
-    leaves them alone.
+    Zhao et al. 2023 (arXiv 2305.10425), equation 1. Its log-probabilities become log-ratios to the
+    reference, as in RSO (Liu et al. 2023, arXiv 2309.06657) and in TRL, and the cross-entropy
+    regulariser is left out (add `sft`).
     """
-    if kind == "reverse_kl":
-        return pairs
-    score, zeros = DIVERGENCES[kind], torch.zeros_like(pairs.ref_chosen)
+    return torch.relu(1 - pairs.margin(beta))
+
+
+def ipo(pairs: Pairs, beta: float) -> torch.Tensor:
+    """IPO, (B,): (d - 1 / (2 beta))^2, d the difference of the log-ratios a token; beta is the
+    paper's tau.
+
+    Azar et al. 2023 (arXiv 2310.12036), equation 17. The paper sums over tokens; its authors'
+    results, and TRL, average, so that the target does not depend on the length.
+    """
+    return (pairs.margin_per_token() - 1 / (2 * beta)) ** 2
+
+
+def exo_pair(pairs: Pairs, beta: float, *, label_smoothing: float = 1e-3) -> torch.Tensor:
+    """EXO of pairs, (B,): KL(p || q) with p = (sigmoid(h), sigmoid(-h)), q = (1 - eps, eps).
+
+    Ji et al. 2024 (arXiv 2402.00856), equation 16. Infinite at eps = 0, which is refused; eps lies
+    in (0, 0.5).
+    """
+    if not label_smoothing > 0:
+        raise ValueError(f"label_smoothing of exo_pair lies in (0, 0.5), not at {label_smoothing}")
+    _check_share(label_smoothing)
+    h, log_q = pairs.margin(beta), (math.log1p(-label_smoothing), math.log(label_smoothing))
+    return torch.sigmoid(h) * (F.logsigmoid(h) - log_q[0]) + torch.sigmoid(-h) * (
+        F.logsigmoid(-h) - log_q[1]
+    )
+
+
+def nca_pair(pairs: Pairs, beta: float) -> torch.Tensor:
+    """NCA of pairs, (B,): -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2, r the
+    rewards.
+
+    Chen et al. 2024 (arXiv 2402.05369), section 4.1: raises chosen's likelihood itself, not the
+    margin only.
+    """
+    chosen, rejected = pairs.rewards(beta)
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def sppo_hard(pairs: Pairs, beta: float) -> torch.Tensor:
+    """SPPO with certain labels, (B,): (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2, u the
+    log-ratios.
+
+    Wu et al. 2024 (arXiv 2405.00675), equation 4.7 with win probabilities of 1 and 0 for chosen and
+    rejected; the paper estimates them with a model of preferences. 1 / beta is the paper's eta.
+    """
     chosen, rejected = pairs.rewards(1.0)
-    return pairs._replace(
-        chosen=score(chosen, coef),
-        rejected=score(rejected, coef),
-        ref_chosen=zeros,
-        ref_rejected=zeros,
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+
+def apo_zero(pairs: Pairs, beta: float) -> torch.Tensor:
+    """APO zero, (B,): 1 - sigmoid(r_w) + sigmoid(r_l): chosen up, rejected down.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7. 1 - sigmoid(x) is computed as
+    sigmoid(-x).
+    """
+    chosen, rejected = pairs.rewards(beta)
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(pairs: Pairs, beta: float) -> torch.Tensor:
+    """APO down, (B,): sigmoid(r_w) + 1 - sigmoid(h): both down, rejected more.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8.
+    """
+    return torch.sigmoid(pairs.rewards(beta)[0]) + torch.sigmoid(-pairs.margin(beta))
+
+
+def discopop(pairs: Pairs, beta: float, *, tau: float = 0.05) -> torch.Tensor:
+    """DiscoPOP, (B,): (1 - m) * -log sigmoid(h) + m * exp(-h), m = sigmoid(h / tau).
+
+    Lu et al. 2024 (arXiv 2406.08414), equation 5; TRL calls tau discopop_tau. m exp(-h) is one
+    exponential here: at margins below about -80 TRL's factors are infinity and 0, and their product
+    NaN.
+    """
+    if not tau > 0:
+        raise ValueError(f"tau of discopop is above 0, not {tau}")
+    h = pairs.margin(beta)
+    return torch.sigmoid(-h / tau) * -F.logsigmoid(h) + torch.exp(F.logsigmoid(h / tau) - h)
+
+
+def sigmoid_norm(pairs: Pairs, beta: float) -> torch.Tensor:
+    """Length-normalised DPO, (B,): -log sigmoid(beta d), d the difference of the log-ratios a
+    token.
+
+    Lambert et al. 2024 (arXiv 2411.15124, Tulu 3), equation 6. beta is larger than DPO's by about a
+    response's length.
+    """
+    return -F.logsigmoid(beta * pairs.margin_per_token())
+
+
+def dpop(pairs: Pairs, beta: float, *, penalty: float = 50.0) -> torch.Tensor:
+    """DPO-positive, (B,): -log sigmoid(h - beta lambda max(0, log pi_ref(y_w) - log pi(y_w))),
+    lambda = `penalty`.
+
+    Pal et al. 2024 (arXiv 2402.13228, Smaug), equation 3: chosen may not become less likely than it
+    was.
+    """
+    return -F.logsigmoid(
+        pairs.margin(beta) - beta * penalty * torch.relu(pairs.ref_chosen - pairs.chosen)
     )
 
 
-def parse(spec: str) -> dict[str, float]:
-    """ "sigmoid:1.0,sft:0.2" -> weights by name, 1 where none is given. ValueError with the
-    choices.
+def rpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
+    """RPO, (B,): DPO plus `nll_weight` times chosen's negative log-likelihood a token.
+
+    Pang et al. 2024 (arXiv 2404.19733), equation 1, whose alpha multiplies the DPO term instead and
+    whose likelihood is divided by the tokens of prompt and response.
     """
-    weights = {}
-    for part in spec.split(","):
-        name, colon, weight = map(str.strip, part.partition(":"))
-        if name not in LOSSES:
-            raise ValueError(f"loss {name!r} is none of: {', '.join(LOSSES)}")
-        if name in weights:
-            raise ValueError(f"loss {name!r} stands twice in {spec!r}")
-        try:
-            weights[name] = float(weight) if colon else 1.0
-        except ValueError:
-            weights[name] = math.nan
-        if not 0 < weights[name] < math.inf:
-            raise ValueError(
-                f"the weight of loss {name!r} is a number above 0, not {weight!r}: sigmoid:1.0,sft:0.2"
-            )
-    return weights
+    return -F.logsigmoid(pairs.margin(beta)) + nll_weight * pairs.nll()
 
 
-def choose(spec: str, beta: float, args: dict) -> Loss:
-    """The losses of `spec` (a name, or name:weight,name:weight) with beta and parameters bound.
+def rdpo(pairs: Pairs, beta: float, *, alpha: float = 0.01) -> torch.Tensor:
+    """R-DPO, (B,): -log sigmoid(h + alpha (|y_w| - |y_l|)): length pays part of the margin, so it
+    is not learned.
 
-    A key of `args` goes to the one loss that takes it; where several do, it is written name.key.
-    Keys of Across go with all. ValueError with the choices where a loss or a key does not exist, or
-    a value is out of range.
+    Park et al. 2024 (arXiv 2403.19159), the equation of its length-regularised loss: rewards lose
+    `alpha` a token.
     """
-    weights = parse(spec)
-    own = {
-        name: {
-            p.name: p.default
-            for p in inspect.signature(LOSSES[name].of).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
-        }
-        for name in weights
-    }
-    bound, shared, unknown = {name: {} for name in weights}, {}, []
-    for key, value in args.items():
-        name, _, short = key.rpartition(".")
-        takers = [loss for loss in own if short in own[loss] and name in ("", loss)]
-        if len(takers) > 1:
-            raise ValueError(
-                f"{' and '.join(takers)} take {key}: write {' or '.join(f'{t}.{key}' for t in takers)}"
-            )
-        if takers:
-            bound[takers[0]][short] = _of_type(key, value, own[takers[0]][short])
-        elif key in Across._fields:
-            shared[key] = _of_type(key, value, Across._field_defaults[key])
-        else:
-            unknown.append(key)
-    if unknown:
-        known = ", ".join(short for each in own.values() for short in each) or "none"
-        raise ValueError(
-            f"loss {spec!r} takes no {', '.join(unknown)}; its parameters are: {known}; those across "
-            f"losses: {', '.join(Across._fields)}"
-        )
-    across = Across(**shared)
-    across.check({name: LOSSES[name] for name in weights}, shared)
-    loss = Loss(
-        tuple(Part(name, weight, bound[name]) for name, weight in weights.items()), beta, across
+    h = pairs.margin(beta)
+    return -F.logsigmoid(h + alpha * (pairs.chosen_len - pairs.rejected_len).to(h.dtype))
+
+
+# Without a reference.
+
+
+def sft(pairs: Pairs, beta: float) -> torch.Tensor:
+    """Chosen's negative log-likelihood a token, (B,): supervised fine-tuning; beta is not used.
+
+    MPO's generation loss (Wang et al. 2024, arXiv 2411.10442, the equation of L_g). TRL divides the
+    sum over a micro-batch by its tokens, so that long answers weigh more and packing matters: the
+    same where lengths are equal.
+    """
+    return pairs.nll()
+
+
+def simpo(pairs: Pairs, beta: float, *, gamma: float = 0.5) -> torch.Tensor:
+    """SimPO, (B,): -log sigmoid(beta (a_w - a_l) - gamma), a the log-probabilities a token.
+
+    Meng et al. 2024 (arXiv 2405.14734), equation 6; beta is 2 to 10 there. TRL calls gamma
+    simpo_gamma.
+    """
+    a_w, a_l = pairs.per_token(pairs.chosen, pairs.rejected)
+    return -F.logsigmoid(beta * (a_w - a_l) - gamma)
+
+
+def orpo(pairs: Pairs, beta: float) -> torch.Tensor:
+    """ORPO, (B,): -a_w - beta log sigmoid(log odds(y_w) - log odds(y_l)), odds p / (1 - p), p =
+    exp(a).
+
+    Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7, a the log-probabilities a token; beta is
+    its lambda. TRL's likelihood term is over prompts too and divided by a micro-batch's tokens; the
+    odds term is the same.
+    """
+    a_w, a_l = pairs.per_token(pairs.chosen, pairs.rejected)
+    # odds(y_l) / odds(y_w): unlike log odds it has a finite gradient where y_w is certain
+    ratio = (
+        torch.exp(a_l - a_w) * (0 - torch.expm1(a_w)) / (0 - torch.expm1(a_l))
+    )  # 0 - x is never -0
+    return -a_w + beta * torch.log1p(ratio)
+
+
+def cpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
+    """CPO, (B,): -log sigmoid(beta (log pi(y_w) - log pi(y_l))) plus `nll_weight` times chosen's
+    NLL a token.
+
+    Xu et al. 2024 (arXiv 2401.08417), equation 3 and the sum below it, where the NLL is over the
+    whole response. TRL (cpo_alpha) divides a micro-batch's NLL by its tokens; the preference term
+    is the same.
+    """
+    return -F.logsigmoid(beta * (pairs.chosen - pairs.rejected)) + nll_weight * pairs.nll()
+
+
+# Losses that couple the examples of a step: over part of a step they are another loss.
+
+
+def bco(examples: Labelled, beta: float, baseline=0.0) -> torch.Tensor:
+    """BCO of labelled responses, (B,): -log sigmoid(r - delta) for a desired one, -log
+    sigmoid(delta - r) for another.
+
+    Jung et al. 2024 (arXiv 2404.04656), section 4: a classifier whose logit is the reward, shifted
+    by delta = `baseline`, the running mean of rewards. Without the paper's weights for differing
+    prompt distributions.
+    """
+    return -F.logsigmoid(_signed(examples, examples.rewards(beta) - baseline))
+
+
+def bco_pair(pairs: Pairs, beta: float, baseline=0.0) -> torch.Tensor:
+    """BCO of pairs, (B,): -log sigmoid(r_w - delta) - log sigmoid(delta - r_l), delta = `baseline`.
+
+    Jung et al. 2024 (arXiv 2404.04656), section 4's equation, the sum of `bco` over both responses.
+    In training delta is the running mean of all rewards so far, this step's included; TRL 1.16's
+    bco_pair leaves it at 0.
+    """
+    return bco(pairs.split(), beta, baseline).view(-1, 2).sum(1)
+
+
+def kto(
+    examples: Labelled,
+    beta: float,
+    baseline=0.0,
+    *,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> torch.Tensor:
+    """KTO, (B,): w_d (1 - sigmoid(beta (u - z))) for a desired response, w_u (1 - sigmoid(beta (z -
+    u))) for another.
+
+    Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7: u the log-ratio, z = `baseline` the
+    estimate of KL(pi || pi_ref) in nats, without gradient. In training z is the mean log-ratio of
+    the step's mismatched responses, at least 0, where TRL takes each micro-batch's. A pair counts
+    as two responses, and its number is the mean of theirs.
+    """
+    losses = torch.sigmoid(-_signed(examples, examples.rewards(beta) - beta * baseline))
+    return torch.where(examples.desired, desirable_weight * losses, undesirable_weight * losses)
+
+
+def aot(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """AOT of pairs, (B,): the step's margins log pi(y_w) - log pi(y_l), sorted, against the
+    reference's, sorted.
+
+    Melnyk et al. 2024 (arXiv 2406.05882), section 3's equation for paired data with the logistic
+    cost: the k-th smallest minus the k-th smallest, times beta, as in DPO. A pair's number is that
+    of its rank under the policy.
+    """
+    own, ref = (
+        pairs.chosen - pairs.rejected,
+        (pairs.ref_chosen - pairs.ref_rejected).sort(stable=True).values,
     )
-    loss(
-        Pairs(*torch.zeros(6, 1))
-    )  # parameters out of range are refused here, before a model is loaded
-    return loss
+    rank = own.detach().argsort(stable=True).argsort()
+    return _smoothed(beta * (own - ref[rank]), label_smoothing)
 
 
-def _of_type(key, value, default):
-    wanted = (int, float) if isinstance(default, float) else type(default)
-    if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
-        raise ValueError(f"{key} is a {type(default).__name__}, not {value!r}")
-    return value
+def aot_unpaired(examples: Labelled, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """AOT of labelled responses, (B,): quantiles of the step's desired rewards against those of the
+    others.
+
+    Melnyk et al. 2024 (arXiv 2406.05882), section 3's equation for unpaired data with the logistic
+    cost: the integral over t in (0, 1) of -log sigmoid(Q_desired(t) - Q_other(t)), exact for any
+    two counts; with equal counts it is TRL's mean over ranks. A response's number makes the mean
+    over all B the integral. 0 where one sort is absent.
+    """
+    _check_share(label_smoothing)
+    rewards = examples.rewards(beta)
+    order = rewards.detach().argsort(stable=True)
+    up, down = order[examples.desired[order]], order[~examples.desired[order]]
+    n, m = len(up), len(down)
+    if not n or not m:
+        return 0 * rewards
+    steps = lambda count, size: torch.arange(1, count + 1, device=rewards.device) * size
+    ends = (
+        torch.cat([steps(n, m), steps(m, n)]).sort().values
+    )  # of the stretches of t, in units of 1 / (n m)
+    width = torch.diff(ends, prepend=ends.new_zeros(1)).to(rewards.dtype) / (n * m)
+    up, down = (
+        up[(ends - 1) // m],
+        down[(ends - 1) // n],
+    )  # (n + m,) whose reward the quantile is there
+    parts = width * _smoothed(rewards[up] - rewards[down], label_smoothing) * (n + m) / 2
+    return torch.zeros_like(rewards).index_add(0, up, parts).index_add(0, down, parts)
+
+
+def _smoothed(h, eps):
+    _check_share(eps)
+    return -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
+
+
+def _check_share(label_smoothing):
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing lies in [0, 0.5), not at {label_smoothing}")
+
+
+def _signed(examples, values):
+    return torch.where(examples.desired, values, -values)

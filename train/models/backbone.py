@@ -5,16 +5,12 @@ Body and head are called inside this module's forward, so that ZeRO-3's hooks se
 """
 
 import contextlib
-import json
-import os
-from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 
-from train.losses.logprobs import LOGITS_BYTES, token_logps
 from train.models import attention, layers
+from train.models.lm_head import LOGITS_BYTES, token_logps
 
 LAYOUTS = ("packed", "padded")
 
@@ -30,9 +26,6 @@ UNSUPPORTED = {
     "is_encoder_decoder": "an encoder-decoder",
 }
 STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "chunked_attention")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-ADAPTER = "it holds an adapter: merge that into its base first (peft's merge_and_unload)"
-NO_PICKLE = "a pickle can run its author's code; convert it to safetensors, or pass --allow_pickle if you trust it"
 
 
 class Backbone(nn.Module):
@@ -54,7 +47,7 @@ class Backbone(nn.Module):
         no_dropout(lm)
         layers.swap(lm)
         if layout == "packed":
-            refuse(lm)
+            refuse_unsupported(lm)
             attention.register()
             lm.set_attn_implementation(attention.NAME)
 
@@ -115,7 +108,7 @@ class Backbone(nn.Module):
 
 
 @contextlib.contextmanager
-def plain(backbone):
+def plain_forward(backbone):
     """The same weights the plain way: transformers' own layers, one padded sequence a response. For
     checks.
     """
@@ -143,7 +136,7 @@ def no_dropout(model):
                 setattr(module, name, 0.0)
 
 
-def refuse(lm):
+def refuse_unsupported(lm):
     """Raise ValueError for a model that the packed path would compute wrongly; see also the check
     at a run's start.
     """
@@ -168,65 +161,3 @@ def refuse(lm):
         no("attention sinks")
     if lm.get_output_embeddings() is None:
         raise ValueError(f"{kind} has no output head: not a causal language model")
-
-
-def load(path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False):
-    """A causal LM from a directory or hub name: safetensors only, unless `allow_pickle`, which
-    prefers them still.
-
-    Raises ValueError that names the path where the model is not there, is damaged, or lacks
-    weights, which transformers would draw at random.
-    """
-    # Without it, transformers asks a service to convert a repository that has pickles only, in the
-    # user's name.
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    try:
-        if (
-            Path(path) / "adapter_config.json"
-        ).is_file():  # with peft, transformers loads the model that this names
-            raise ValueError(ADAPTER)
-        if not allow_pickle:
-            _refuse_pickle(path)
-        lm, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        if getattr(lm, "_hf_peft_config_loaded", False):
-            raise ValueError(ADAPTER)
-    except (
-        Exception
-    ) as error:  # configuration, code and weights raise a dozen types, and the cure is the same
-        advice = "" if allow_pickle or "use_safetensors" not in str(error) else f"; {NO_PICKLE}"
-        found = " ".join(str(error).split())
-        raise ValueError(
-            f"cannot load a causal language model from {path}: {found}{advice}"
-        ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{path} has no weights for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
-        )
-    return lm
-
-
-def _refuse_pickle(path):
-    """ValueError for a directory whose weights, or some shard of them, are no safetensors."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    named = set()
-    if (index := folder / "model.safetensors.index.json").is_file():
-        named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    if (config := folder / "config.json").is_file():
-        named |= {
-            json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
-            or "model.safetensors"
-        }
-    if not any(folder.glob("*.safetensors")):
-        named |= {file.name for file in folder.iterdir() if file.suffix in PICKLES}
-    if pickled := sorted(name for name in named if Path(name).suffix in PICKLES):
-        raise ValueError(f"its weights are a pickle, {pickled[0]}: {NO_PICKLE}")
-    if outside := sorted(name for name in named if Path(name).name != name):
-        raise ValueError(f"{outside[0]} is not a file of its own")

@@ -1,8 +1,8 @@
 """The model that `deepspeed launch/train_dpo.py` uses when none is named: SmolLM2-135M-Instruct, as
 a local directory.
 
-    path = builtin.fetch()          # a directory that AutoModelForCausalLM.from_pretrained and
-    AutoTokenizer load builtin.source(path)            # where its weights come from, for run.json
+    path = builtin.fetch()   # a directory that AutoModelForCausalLM and AutoTokenizer load
+    builtin.source(path)            # where its weights come from, for run.json
 
 A sound copy in $ZEROPREF_CACHE (default ~/.cache/zeropref), subfolder models/, is used whatever its
 source, so that one machine trains one set of weights. Else it is made: from the model hub when it
@@ -17,7 +17,6 @@ cold disk).
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import queue
@@ -30,6 +29,8 @@ import threading
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
+
+from train.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "SmolLM2-135M-Instruct"
@@ -168,15 +169,6 @@ def damage(folder):
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def sha256(path):
-    """The hex sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _manifest(folder):

@@ -1,4 +1,4 @@
-"""Layers in the place of a model's own, faster on a CPU: the products of train/losses/products.py,
+"""Layers in the place of a model's own, faster on a CPU: the products of train/models/matmul.py,
 gradients in few passes over memory.
 """
 
@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from train.losses.products import gathered, rounded, times_transposed, weight_gradient
+from train.models.matmul import grad_buffer, matmul_transposed, rounded, weight_gradient
 
 
 class Linear(nn.Linear):
@@ -40,13 +40,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx, exact, x, weight, bias, product):
         ctx.weight, ctx.dtype, w = weight, exact.dtype, rounded(weight, product)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, w)
-        return times_transposed(x, w, None if bias is None else bias.to(product))
+        return matmul_transposed(x, w, None if bias is None else bias.to(product))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        grad_x = times_transposed(grad, w.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = matmul_transposed(grad, w.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, None, *_gradients(ctx, grad, x), None
 
 
@@ -68,13 +68,13 @@ class _Gated(torch.autograd.Function):
         ctx.weight, w = weight, rounded(weight, product)
         ctx.save_for_backward(gate, up, w)
         gated = nn.functional.silu(gate).mul_(up).to(product)
-        return times_transposed(gated, w, None if bias is None else bias.to(product))
+        return matmul_transposed(gated, w, None if bias is None else bias.to(product))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gate, up, w = ctx.saved_tensors
-        opened, grad_x = nn.functional.silu(gate), times_transposed(grad, w.t()).to(up.dtype)
+        opened, grad_x = nn.functional.silu(gate), matmul_transposed(grad, w.t()).to(up.dtype)
         by_weight = _gradients(
             ctx, grad, (opened * up).to(grad.dtype) if ctx.needs_input_grad[2] else None
         )
@@ -113,7 +113,7 @@ class _Lookup(torch.autograd.Function):
             ctx.padding is not None
         ):  # as torch has it: the padding token's vector is not trained by its use
             grad = grad.masked_fill((ids == ctx.padding)[:, None], 0)
-        into, first = gathered(ctx.weight)
+        into, first = grad_buffer(ctx.weight)
         total = torch.zeros_like(ctx.weight) if into is None else into.zero_() if first else into
         total.index_add_(0, ids, grad.to(total.dtype))
         return None, total if into is None else None, None

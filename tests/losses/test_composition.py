@@ -1,0 +1,480 @@
+"""How losses are chosen, summed, transformed and coupled over a step; measures. Numbers derived by
+hand.
+"""
+
+import inspect
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.losses.composition import (
+    DIVERGENCES,
+    LOSSES,
+    Pairs,
+    RunningMean,
+    choose,
+    diverged,
+    parse,
+)
+from train.losses.metrics import PAIR_SUMS, means, of_pairs, wilson, wins
+from train.losses.preference import Labelled
+
+
+def pairs(*rows):
+    """Rows of (chosen, rejected, ref_chosen, ref_rejected) in nats; lengths of 4 and 5 tokens."""
+    columns = torch.tensor(rows, dtype=torch.float64).T
+    return Pairs(*columns, torch.full((len(rows),), 4), torch.full((len(rows),), 5))
+
+
+def test_sigmoid_by_hand():
+    # h = (-10 - -12) - (-9 - -8) = 2 + 1 = 3; beta h = 0.3; -log sigmoid(0.3) = log(1 + e^-0.3)
+    (found,) = choose("sigmoid", 0.1, {})(pairs((-10, -9, -12, -8)))
+    assert found.item() == pytest.approx(math.log1p(math.exp(-0.3)), rel=1e-14)
+    assert found.item() == pytest.approx(0.5543552444685271, rel=1e-12)
+
+
+def test_equal_policy_and_reference_give_ln_2():
+    (found,) = choose("sigmoid", 1.0, {})(pairs((-10, -9, -10, -9)))
+    assert found.item() == pytest.approx(math.log(2), rel=1e-15)
+
+
+def test_gradient_by_hand():
+    # d/dh -log sigmoid(beta h) = -beta sigmoid(-beta h)
+    p = pairs((-10, -9, -12, -8))
+    chosen = p.chosen.clone().requires_grad_()
+    choose("sigmoid", 0.1, {})(p._replace(chosen=chosen)).sum().backward()
+    assert chosen.grad.item() == pytest.approx(-0.1 / (1 + math.exp(0.3)), rel=1e-14)
+
+
+def test_label_smoothing_is_cdpo():
+    # (1 - e) log(1 + e^-0.3) + e log(1 + e^0.3), e = 0.2
+    (found,) = choose("sigmoid", 0.1, {"label_smoothing": 0.2})(pairs((-10, -9, -12, -8)))
+    assert found.item() == pytest.approx(
+        0.8 * math.log1p(math.exp(-0.3)) + 0.2 * math.log1p(math.exp(0.3)), rel=1e-14
+    )
+
+
+def test_far_margins_are_linear_not_infinite():
+    found = choose("sigmoid", 1.0, {})(pairs((-10, -9, -10, -2009), (-10, -2009, -10, -9)))
+    assert found.tolist() == [2000.0, 0.0]
+
+
+def test_unknown_loss_names_the_choices():
+    with pytest.raises(ValueError, match="'sigmiod' is none of: sigmoid"):
+        choose("sigmiod", 0.1, {})
+
+
+def test_foreign_parameters_are_refused_with_the_list():
+    with pytest.raises(ValueError, match="takes no tau; its parameters are: label_smoothing"):
+        choose("sigmoid", 0.1, {"tau": 1})
+
+
+def test_parameters_out_of_range_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"label_smoothing lies in \[0, 0.5\)"):
+        choose("sigmoid", 0.1, {"label_smoothing": 0.5})
+
+
+def test_every_loss_cites_its_paper():
+    for name, row in LOSSES.items():
+        assert "arXiv" in row.of.__doc__ and (
+            "equation" in row.of.__doc__ or "section" in row.of.__doc__
+        ), name
+
+
+def test_readme_lists_every_loss():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme.split("## Losses")[1].split("\n\nParameters that go with many")[0]
+    listed = {row.split("`")[1]: row for row in table.splitlines() if row.startswith("| `")}
+    del listed["--loss"]  # the table's head
+    for name, row in LOSSES.items():
+        for p in inspect.signature(row.of).parameters.values():
+            assert p.kind is not p.KEYWORD_ONLY or f"`{p.name}`" in listed[name], (name, p.name)
+        assert set(re.findall(r"arXiv (\d{4}\.\d{5})", row.of.__doc__)) & set(
+            re.findall(r"abs/([\d.]+)", listed[name])
+        )
+    assert list(listed) == list(LOSSES)
+
+
+def test_weighted_sums():
+    p = pairs((-10, -9, -12, -8), (-10, -9, -10, -9))
+    both = choose("sigmoid:0.8, sft:0.2", 0.1, {})
+    assert torch.allclose(
+        both(p), 0.8 * choose("sigmoid", 0.1, {})(p) + 0.2 * torch.tensor(10 / 4), rtol=1e-14
+    )
+    assert parse("sigmoid:1e-3,hinge") == {"sigmoid": 1e-3, "hinge": 1.0}
+    assert both.needs_reference and not both.couples and not both.takes_labelled
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("sigmoid,", "loss '' is none of: sigmoid, robust"),
+        ("sigmoid:0", "number above 0, not '0'"),
+        ("sigmoid:x", "not 'x'"),
+        ("sigmoid:-1", "not '-1'"),
+        ("sigmoid:inf", "not 'inf'"),
+        ("sft:", "not ''"),
+        ("sft:1,sft:2", "stands twice"),
+    ],
+)
+def test_sums_that_make_no_sense_are_refused(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose(spec, 0.1, {})
+
+
+def test_arguments_go_to_the_loss_that_takes_them():
+    p = pairs((-10, -9, -12, -8))
+    loss = choose("sigmoid,simpo,robust", 0.1, {"gamma": 2, "robust.label_smoothing": 0.3})
+    expected = choose("sigmoid", 0.1, {})(p) + choose("simpo", 0.1, {"gamma": 2})(p)
+    expected += choose("robust", 0.1, {"label_smoothing": 0.3})(p)
+    assert torch.equal(loss(p), expected)
+    with pytest.raises(
+        ValueError,
+        match="sigmoid and robust take label_smoothing: write sigmoid.label_smoothing or",
+    ):
+        choose("sigmoid,robust", 0.1, {"label_smoothing": 0.3})
+    with pytest.raises(
+        ValueError,
+        match="takes no simpo.gamma, beta; its parameters are: label_smoothing; those acr",
+    ):
+        choose("sigmoid", 0.1, {"simpo.gamma": 1, "beta": 1})
+
+
+@pytest.mark.parametrize(
+    ("loss", "args", "message"),
+    [
+        ("sigmoid", {"label_smoothing": "0.1"}, "label_smoothing is a float, not '0.1'"),
+        ("sigmoid", {"use_weighting": 1}, "use_weighting is a bool, not 1"),
+        ("sigmoid", {"ld_alpha": True}, "ld_alpha is a float, not True"),
+        ("sigmoid", {"ld_alpha": 1.5}, "ld_alpha lies in [0, 1]"),
+        ("exo_pair", {"label_smoothing": 0.0}, "lies in (0, 0.5)"),
+        ("discopop", {"tau": 0}, "tau of discopop is above 0"),
+        ("aot_unpaired", {"label_smoothing": 0.7}, "lies in [0, 0.5)"),
+        (
+            "sigmoid",
+            {"f_divergence_type": "kl"},
+            "is none of: reverse_kl, forward_kl, js_divergence, alpha_divergence",
+        ),
+        ("sigmoid", {"f_alpha_divergence_coef": 0.3}, "is for f_divergence_type alpha_divergence"),
+        (
+            "apo_zero",
+            {"f_divergence_type": "forward_kl"},
+            "f_divergence_type is not for apo_zero; it is for: sigmoid, ",
+        ),
+        (
+            "sigmoid,simpo",
+            {"f_divergence_type": "forward_kl"},
+            "f_divergence_type is not for simpo",
+        ),
+        ("sft", {"ld_alpha": 0.5}, "ld_alpha is not for sft"),
+        (
+            "sigmoid,aot",
+            {"use_weighting": True},
+            "use_weighting is not for aot; it is for: sigmoid",
+        ),
+    ],
+)
+def test_arguments_out_of_place_are_refused(loss, args, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose(loss, 0.1, args)
+
+
+def test_what_the_table_says():
+    said = {
+        name: (
+            choose(name, 0.1, {}).needs_reference,
+            choose(name, 0.1, {}).couples,
+            choose(name, 0.1, {}).takes_labelled,
+        )
+        for name in LOSSES
+    }
+    assert [name for name, (reference, *_) in said.items() if not reference] == [
+        "sft",
+        "simpo",
+        "orpo",
+        "cpo",
+    ]
+    assert [name for name, (_, couples, _) in said.items() if couples] == [
+        "bco_pair",
+        "aot",
+        "aot_unpaired",
+        "kto",
+    ]
+    assert [name for name, (*_, labelled) in said.items() if labelled] == [
+        "bco_pair",
+        "aot_unpaired",
+        "kto",
+    ]
+    assert (
+        choose("kto", 0.1, {}).wants_mismatched and not choose("bco_pair", 0.1, {}).wants_mismatched
+    )
+    assert not choose("kto", 0.1, {"ld_alpha": 0.5}).takes_labelled
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_without_a_reference_does_not_look_at_it(name):
+    p = random_pairs(8)
+    other = p._replace(ref_chosen=p.ref_chosen - 3, ref_rejected=p.ref_rejected + 5)
+    loss = choose(name, 0.1, {})
+    assert torch.equal(loss(p), loss(other)) is not loss.needs_reference
+
+
+def random_pairs(n, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    values = -20 * torch.rand(4, n, dtype=torch.float64, generator=random)
+    return Pairs(*values, *torch.randint(1, 9, (2, n), generator=random))
+
+
+@pytest.mark.parametrize(
+    ("kind", "coef", "slope"),
+    # f'(t) of f(t) = t log t; -log t; t log t - (1 + t) log((1 + t) / 2); and TRL's (t^(c - 1) - 1)
+    # / (c - 1)
+    [
+        ("reverse_kl", 0.5, lambda t: math.log(t)),
+        ("forward_kl", 0.5, lambda t: 1 - 1 / t),
+        ("js_divergence", 0.5, lambda t: math.log(2 * t / (1 + t))),
+        ("alpha_divergence", 0.3, lambda t: (t**-0.7 - 1) / -0.7),
+        ("alpha_divergence", 1.0, lambda t: math.log(t)),
+    ],
+)
+def test_divergences_by_hand(kind, coef, slope):
+    p = pairs((-10, -9, -12, -8.5))
+    found = diverged(p, kind, coef)
+    h = 0.4 * (slope(math.e**2) - slope(math.e**-0.5))
+    args = {"f_divergence_type": kind} | (
+        {"f_alpha_divergence_coef": coef} if kind.startswith("alpha") else {}
+    )
+    assert (found.chosen - found.ref_chosen).item() == pytest.approx(slope(math.e**2), rel=1e-13)
+    assert choose("sigmoid", 0.4, args)(p).item() == pytest.approx(
+        math.log1p(math.exp(-h)), rel=1e-13
+    )
+    assert choose("sigmoid:2,sft:0.5", 0.4, args)(p).item() == pytest.approx(
+        2 * math.log1p(math.exp(-h)) + 0.5 * 2.5
+    )
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergences_of_far_ratios_are_no_nan(kind):
+    # where pi is e^-300 and e^-200 of pi_ref both exponentials are past fp32
+    p = Pairs(*torch.tensor([[-310.0, -215, -10, -15]]).T, torch.tensor([4]), torch.tensor([5]))
+    leaf = p.chosen.requires_grad_()
+    loss = choose("sigmoid", 0.1, {"f_divergence_type": kind})(p._replace(chosen=leaf))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(leaf.grad).all()
+
+
+COUPLED = {
+    "aot": {"label_smoothing": 0.1},
+    "aot_unpaired": {},
+    "bco_pair": {},
+    "kto": {"undesirable_weight": 0.5},
+    "sigmoid:0.5,bco_pair:2,aot:1": {},
+}
+
+
+def toy_step(n=13):
+    """A step of n pairs whose scores are a linear model's of 5 weights, (2n,) in turn, and what
+    goes with them.
+    """
+    random = torch.Generator().manual_seed(5)
+    inputs = torch.randn(2 * n, 5, dtype=torch.float64, generator=random)
+    ref = inputs @ torch.randn(5, dtype=torch.float64, generator=random)
+    mismatched = torch.randn(2 * n, dtype=torch.float64, generator=random) + 0.5
+    return inputs, ref, torch.randint(1, 9, (2 * n,), generator=random), mismatched
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        *((name, False) for name in COUPLED),
+        ("aot_unpaired", True),
+        ("bco_pair", True),
+        ("kto", True),
+    ],
+)
+def test_two_passes_give_the_gradient_of_the_whole_step(name, labels):
+    loss = choose(name, 0.3, COUPLED[name])
+    inputs, ref, lengths, mismatched = toy_step()
+    theta = torch.linspace(-1, 1, 5, dtype=torch.float64).requires_grad_()
+    desired = torch.arange(26) % 3 == 0
+    carry = lambda x: Labelled(x, ref, lengths, desired) if labels else Pairs.of(x, ref, lengths)
+
+    # all at once, with the statistics from plain formulas
+    whole = carry(inputs @ theta)
+    rewards = 0.3 * (inputs @ theta - ref).detach()
+    baselines = {"bco_pair": float(rewards.mean()), "kto": float(mismatched.mean())}
+    losses = loss(whole, baselines=baselines)
+    (expected,) = torch.autograd.grad(losses.sum() / len(losses), theta)
+
+    # scores without gradient, then row by row in other rows, in another order
+    with torch.no_grad():
+        found, gradient = loss.over_step(carry(inputs @ theta), RunningMean(), mismatched)
+    assert torch.allclose(found, losses.detach(), rtol=1e-13) and not found.requires_grad
+    total = torch.zeros(5, dtype=torch.float64)
+    for row in torch.arange(26).view(13, 2)[torch.randperm(13)].split((1, 0, 4, 8)):
+        at = row.flatten()
+        (part,) = torch.autograd.grad((inputs[at] @ theta * gradient[at]).sum() / len(found), theta)
+        total += part
+    assert torch.allclose(total, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_step_does_not_depend_on_its_order(name):
+    p = random_pairs(17)
+    order = torch.randperm(17)
+    loss, mismatched = choose(name, 0.3, COUPLED[name]), torch.rand(34, dtype=torch.float64)
+    losses, gradient = loss.over_step(p, RunningMean(), mismatched)
+    moved, other = loss.over_step(Pairs(*(x[order] for x in p)), RunningMean(), mismatched)
+    assert torch.allclose(moved, losses[order], rtol=1e-13)
+    assert torch.allclose(other.view(-1, 2), gradient.view(-1, 2)[order], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_rows_alone_are_another_loss(name):
+    p, mismatched = random_pairs(16), torch.rand(32, dtype=torch.float64)
+    loss = choose(name, 0.3, COUPLED[name])
+    halves = [
+        loss.over_step(Pairs(*(x[at] for x in p)), RunningMean(), mismatched[at])[0]
+        for at in (slice(0, 8), slice(8, 16))
+    ]
+    assert loss.couples
+    assert not torch.allclose(
+        torch.cat(halves), loss.over_step(p, RunningMean(), mismatched)[0], rtol=1e-3
+    )
+
+
+def test_uncoupled_losses_take_two_passes_too():
+    p = random_pairs(6)
+    loss = choose("orpo", 0.3, {})
+    losses, gradient = loss.over_step(p, RunningMean(), weights=torch.arange(6))
+    leaf = p.chosen.clone().requires_grad_()
+    expected = loss(p._replace(chosen=leaf), torch.arange(6))
+    assert torch.equal(losses, expected.detach())
+    assert torch.allclose(gradient[0::2], torch.autograd.grad(expected.sum(), leaf)[0])
+
+
+def test_the_running_mean_is_that_of_all_steps():
+    first, second = random_pairs(5, 1), random_pairs(8, 2)
+    running, loss = RunningMean(), choose("bco_pair", 0.3, {})
+    loss.over_step(first, running)
+    resumed = RunningMean()
+    resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+    found, _ = loss.over_step(second, resumed)
+    everything = torch.cat([x for p in (first, second) for x in p.rewards(0.3)])
+    assert resumed.count == 26 and resumed.mean == pytest.approx(
+        float(everything.mean()), rel=1e-13
+    )
+    assert torch.allclose(
+        found, loss(second, baselines={"bco_pair": float(everything.mean())}), rtol=1e-13
+    )
+    before = resumed.state_dict()
+    held_out, _ = loss.over_step(first, resumed, update=False)
+    assert resumed.state_dict() == before
+    assert torch.equal(held_out, loss(first, baselines={"bco_pair": resumed.mean}))
+    resumed.update(torch.zeros(0))
+    assert resumed.state_dict() == before
+
+
+def test_ktos_divergence_is_at_least_0_and_has_to_be_known():
+    p, loss = random_pairs(4), choose("kto", 0.3, {})
+    assert torch.equal(loss.over_step(p, RunningMean(), torch.tensor([-3.0, 1.0]))[0], loss(p))
+    assert torch.equal(loss.over_step(p, RunningMean(), torch.tensor([]))[0], loss(p))
+    assert torch.equal(
+        loss.over_step(p, RunningMean(), torch.tensor([5.0, -1]))[0],
+        loss(p, baselines={"kto": 2.0}),
+    )
+    with pytest.raises(ValueError, match="mismatched"):
+        loss.over_step(p, RunningMean())
+
+
+def test_a_pair_is_two_labelled_responses():
+    p = random_pairs(7)
+    for name, together in (
+        ("kto", torch.mean),
+        ("aot_unpaired", torch.mean),
+        ("bco_pair", torch.sum),
+    ):
+        loss = choose(name, 0.3, {})
+        both = p.split()
+        assert both.desired.tolist() == [True, False] * 7 and torch.equal(
+            both.lengths[1::2], p.rejected_len
+        )
+        assert torch.allclose(loss(p), together(loss(both).view(7, 2), 1), rtol=1e-13)
+
+
+def test_weights_multiply_the_pair():
+    p = random_pairs(3)
+    loss = choose("ipo", 0.3, {"use_weighting": True})
+    assert torch.equal(loss(p, torch.tensor([1.0, 0.5, 0])), loss(p) * torch.tensor([1.0, 0.5, 0]))
+
+
+def test_measures_of_labelled_responses_by_hand():
+    logps, ref = (
+        torch.tensor([-10.0, -9, -8, -7]).double(),
+        torch.tensor([-12.0, -8, -8, -6]).double(),
+    )
+    examples = Labelled(
+        logps, ref, torch.tensor([4, 5, 2, 7]), torch.tensor([True, True, True, False])
+    )
+    # rewards at beta 0.5: 1, -0.5, 0 for the desired, -0.5 for the other: right, wrong, a tie,
+    # right
+    sums = of_pairs(examples, torch.tensor([1.0, 2, 3, 6]), 0.5)
+    found = means(sums)
+    assert sums[0] == 4 and len(sums) == 1 + len(PAIR_SUMS)
+    assert found["loss"] == 3 and found["rewards/accuracies"] == 2.5 / 4
+    assert found["rewards/chosen"] == pytest.approx(0.5 / 3) and found["rewards/rejected"] == -0.5
+    assert found["rewards/margins"] == pytest.approx(0.5 / 3 + 0.5)
+    assert found["logps/chosen"] == -9 and found["logps/chosen_per_token"] == pytest.approx(
+        -27 / 11
+    )
+    assert found["logps/rejected_per_token"] == -1 and found["chosen_fell"] == pytest.approx(1 / 3)
+    none = of_pairs(Labelled(*(x[:0] for x in examples)), torch.zeros(0), 0.5)
+    assert not none.any() and len(none) == len(sums)
+    desired_only = means(of_pairs(Labelled(*(x[:3] for x in examples)), torch.ones(3), 0.5))
+    assert math.isnan(desired_only["rewards/rejected"]) and desired_only["loss"] == 1
+
+
+def test_measures_by_hand():
+    p = pairs((-10, -9, -12, -8), (-10, -9, -10, -9), (-11, -5, -10, -9))
+    # rewards at beta 0.5: (1, -0.5), (0, 0), (-0.5, 2): margins 1.5, 0, -2.5; a tie counts one half
+    sums = of_pairs(p, torch.tensor([1.0, 2.0, 6.0]), 0.5)
+    found = means(sums)
+    assert sums[0] == 3 and len(sums) == 1 + len(PAIR_SUMS)
+    assert found["loss"] == 3.0
+    assert found["rewards/chosen"] == pytest.approx(0.5 / 3)
+    assert found["rewards/rejected"] == pytest.approx(1.5 / 3)
+    assert found["rewards/margins"] == pytest.approx(-1 / 3)
+    assert found["rewards/accuracies"] == 0.5
+    assert found["logps/chosen"] == pytest.approx(-31 / 3)
+    assert found["logps/chosen_per_token"] == pytest.approx(-31 / 12)
+    assert found["logps/rejected_per_token"] == pytest.approx(-23 / 15)
+    assert found["chosen_fell"] == pytest.approx(1 / 3)
+
+
+def test_measures_add_up_over_rows():
+    p = pairs((-10, -9, -12, -8), (-10, -9, -10, -9), (-11, -5, -10, -9))
+    losses = torch.tensor([1.0, 2.0, 6.0])
+    part = lambda which: of_pairs(Pairs(*(x[which] for x in p)), losses[which], 0.5)
+    none = part(slice(0, 0))
+    assert none.tolist() == [0] * (1 + len(PAIR_SUMS))
+    assert torch.allclose(
+        part(slice(0, 1)) + part(slice(1, 3)) + none, of_pairs(p, losses, 0.5), rtol=1e-15
+    )
+
+
+def test_nothing_measured_is_nan():
+    assert all(math.isnan(v) for v in means(torch.zeros(1 + len(PAIR_SUMS))).values())
+
+
+def test_ties_count_one_half():
+    assert wins(torch.tensor([2.0, -1.0, 0.0])).tolist() == [1, 0, 0.5]
+
+
+def test_wilson_against_a_published_value():
+    # 81 of 263: Newcombe 1998 (Statistics in Medicine 17, table I) gives 0.2553 to 0.3662
+    low, high = wilson(81 / 263, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)

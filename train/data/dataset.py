@@ -1,0 +1,78 @@
+"""A tokenised data set: groups by number, mapped from disk, and its split by prompt."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from train.data.errors import DataError
+from train.data.packing import Group
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenised:
+    """N groups in flat storage, memory-mapped; `select` gives views that share it."""
+
+    ids: np.ndarray  # (T,) int32: prompt, response, response, prompt, ...
+    offsets: np.ndarray  # (N,) int64 into ids: where each group's prompt begins
+    lengths: np.ndarray  # (N, 1 + k) int32 tokens of the prompt and of each response
+    truncated: np.ndarray  # (N, 1 + k) bool: which of them were cut
+    rows: np.ndarray  # (N,) int64 number of the row over all sources
+    prompts: np.ndarray  # (N,) int64 hash of the prompt's messages, or of a plain text; no template or truncation in it
+    dropped: list  # of Dropped, of all sources, also in a view
+    fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
+    labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def group(self, i: int) -> Group:
+        """Group i as tuples of Python ints. Raises IndexError."""
+        first, *rest = self.lengths[i].tolist()
+        start = int(self.offsets[i])
+        flat = tuple(self.ids[start : start + first + sum(rest)].tolist())
+        responses, at = [], first
+        for length in rest:
+            responses.append(flat[at : at + length])
+            at += length
+        label = None if self.labels is None else bool(self.labels[i])
+        return Group(flat[:first], tuple(responses), int(self.rows[i]), label)
+
+    def select(self, indices: Sequence[int]) -> "Tokenised":
+        """A view of the groups `indices`, in that order. Raises IndexError."""
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
+        per_group = ("offsets", "lengths", "truncated", "rows", "prompts", "labels")
+        picked = {
+            name: values[index] for name in per_group if (values := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, fingerprint=digest, **picked)
+
+
+def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Tokenised, Tokenised]:
+    """(train, held out): about `share` of the distinct prompts are held out.
+
+    A prompt's side depends on the seed and the prompt alone: not on the other rows, their order,
+    the template or the lengths. Raises ValueError for a share outside [0, 1); DataError when a side
+    would be empty though share > 0.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"the share of held-out prompts is {share}; expected 0 <= share < 1")
+    distinct, places = np.unique(tokenised.prompts, return_inverse=True)
+    draws = [
+        int.from_bytes(sha256_of_text(f"{seed}:{prompt}")[:8], "big") / 2**64
+        for prompt in distinct.tolist()
+    ]
+    held = (np.array(draws) < share)[places.reshape(-1)]
+    if share > 0 and (held.all() or not held.any()):
+        lacking = "none to train on" if held.any() else "none held out"
+        raise DataError(
+            f"holding out {share:.1%} of {len(distinct)} distinct prompts leaves {lacking}: take another share or seed,"
+            " or name held-out data of its own"
+        )
+    return tokenised.select(np.flatnonzero(~held)), tokenised.select(np.flatnonzero(held))
+
+
+def sha256_of_text(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

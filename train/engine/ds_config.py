@@ -1,0 +1,164 @@
+"""The DeepSpeed configuration: what the JSON owns, what the flags own, and what follows from both."""
+
+import difflib
+import json
+from pathlib import Path
+
+import torch
+
+# Top-level keys of the JSON that DeepSpeed owns here. DeepSpeed itself accepts any key in silence.
+OWNED_BY_JSON = (
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "disable_allgather",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "steps_per_print",
+    "dump_state",
+)
+
+
+OWNED_BY_FLAGS = {
+    "bf16": "--precision",
+    "bfloat16": "--precision",
+    "fp16": "--precision",
+    "amp": "--precision",
+    "torch_autocast": "--precision",
+    "data_types": "--precision",
+    "optimizer": "--lr and --weight_decay",
+    "scheduler": "--lr_scheduler and --warmup_ratio",
+    "gradient_clipping": "--grad_clip",
+    "train_batch_size": "--batch_size",
+    "train_micro_batch_size_per_gpu": "--micro_tokens",
+    "gradient_accumulation_steps": "--batch_size and --micro_tokens",
+    "managed_gradient_accumulation": "--batch_size",
+    "tensorboard": "--output",
+    "activation_checkpointing": "--gradient_checkpointing",
+    "zero_allow_untested_optimizer": "--lr",
+    "zero_force_ds_cpu_optimizer": "--lr",
+}
+
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def read_config(path) -> dict:
+    """A DeepSpeed JSON, checked: ValueError names an unknown key, its nearest neighbour, or the
+    flag that owns it.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"DeepSpeed configuration {path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"DeepSpeed configuration {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"DeepSpeed configuration {path} is not a JSON object")
+    for key in config:
+        if key in OWNED_BY_FLAGS:
+            raise ValueError(
+                f"{path}: {key!r} belongs to {OWNED_BY_FLAGS[key]}; remove it from the JSON"
+            )
+    _only_known(path, "", config, OWNED_BY_JSON)
+    from deepspeed.runtime.zero import config as zero_config
+    from deepspeed.runtime.zero import offload_config
+
+    zero = config.get("zero_optimization", {})
+    _only_known(path, "zero_optimization.", zero, _fields(zero_config.DeepSpeedZeroConfig))
+    for key, kind in (
+        ("offload_optimizer", offload_config.DeepSpeedZeroOffloadOptimizerConfig),
+        ("offload_param", offload_config.DeepSpeedZeroOffloadParamConfig),
+    ):
+        _only_known(path, f"zero_optimization.{key}.", zero.get(key) or {}, _fields(kind))
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, not {zero['stage']!r}")
+    if zero.get("overlap_comm") and zero.get("stage", 0) != 2:
+        raise ValueError(
+            f"{path}: zero_optimization.overlap_comm works with stage 2 only, where rows are summed up here"
+        )
+    return config
+
+
+def _fields(kind):
+    return [
+        name for field, info in kind.model_fields.items() for name in (field, info.alias) if name
+    ]
+
+
+def _only_known(path, prefix, block, known):
+    if not isinstance(block, dict):
+        raise ValueError(f"{path}: {prefix.rstrip('.')} is not a JSON object")
+    for key in block:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are: {', '.join(known)}"
+            raise ValueError(f"{path}: unknown key {prefix + key!r}{hint}")
+
+
+def resolve_precision(flag: str, device: torch.device) -> str:
+    """--precision resolved: auto is bf16 on CUDA and fp32 on CPU."""
+    if flag not in PRECISIONS:
+        raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}, not {flag!r}")
+    return flag if flag != "auto" else "bf16" if device.type == "cuda" else "fp32"
+
+
+def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
+    """The whole configuration that DeepSpeed gets. The loop owns accumulation, so its batch numbers
+    are formal.
+
+    Stage 0 computes under autocast over fp32 weights and clips here; stages 1 to 3 hold bf16
+    weights beside fp32 masters and accumulate in fp32. With one rank a step's rows still add up
+    locally.
+    """
+    full = json.loads(json.dumps(config))
+    stage = zero_stage(config)
+    full |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload works with our AdamW, and compiles nothing
+        "steps_per_print": config.get("steps_per_print", 10**9),
+        "gradient_clipping": grad_clip
+        if stage > 0
+        else 0.0,  # where it is not said, DeepSpeed clips to 1
+    }
+    if stage > 0 and precision == "bf16":
+        full["bf16"] = {"enabled": True}
+        full["data_types"] = {"grad_accum_dtype": "fp32"}
+    return full
+
+
+def resolve_frozen(config: dict, policy: dict) -> dict:
+    """The whole configuration of a model that is not trained: `config`'s sharding in the policy's
+    precision.
+    """
+    full = {
+        key: value
+        for key, value in resolve(config, "fp32").items()
+        if key != "zero_allow_untested_optimizer"
+    }
+    full.get("zero_optimization", {}).pop("offload_optimizer", None)
+    return full | {key: policy[key] for key in ("bf16",) if key in policy}
+
+
+def zero_stage(config: dict) -> int:
+    """The ZeRO stage of a DeepSpeed configuration, 0 where it names none."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def autocast_dtype(stage: int, precision: str):
+    """The dtype that forward passes run under, or None: only stage 0 computes in another type than
+    its weights'.
+    """
+    return torch.bfloat16 if stage == 0 and precision == "bf16" else None
+
+
+def weight_dtype(stage: int, precision: str) -> torch.dtype:
+    """The dtype that the module's weights are held in."""
+    return torch.bfloat16 if stage > 0 and precision == "bf16" else torch.float32

@@ -1,0 +1,107 @@
+"""Reward models of others, which score conversations."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+
+from train.data.chat import Chat
+from train.engine import dist
+from train.models.pretrained import load_tokenizer
+from train.run import card
+
+
+class Prompt(NamedTuple):
+    """A prompt to be answered."""
+
+    row: int  # number of the first data row that has it
+    ids: tuple[int, ...]  # as training sees it, the assistant's header included
+    messages: list  # [{"role": ..., "content": ...}], ends with a user's turn
+
+
+class RewardModel:
+    """A directory that AutoModelForSequenceClassification loads, with one output, and its own
+    tokenizer and template.
+
+    The class reads its score off the rightmost token that is not pad. `description` names that
+    token: where a model's pad is its end token, it is the one before the end token, and was so when
+    the model was trained with the class.
+    """
+
+    def __init__(
+        self,
+        path,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """ValueError: not loadable, no head in it, more than one output, no chat template."""
+        try:
+            self.model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+                path,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load a reward model from {path}: {error}") from error
+        if loading["missing_keys"]:
+            raise ValueError(
+                f"{path} is no reward model: it has no {', '.join(sorted(loading['missing_keys']))}"
+            )
+        if self.model.config.num_labels != 1:
+            raise ValueError(
+                f"{path} is no reward model: it has {self.model.config.num_labels} outputs, not 1"
+            )
+        self.tokenizer = load_tokenizer(path, trust_remote_code)
+        self.chat = Chat(self.tokenizer, True)
+        self.model.to(device).eval()
+        self.autocast, self.path = autocast, path
+
+    def check(self, prompts: Sequence[Prompt], max_new_tokens: int):
+        """ValueError where a conversation may outrun the model's positions."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
+        if positions and longest + max_new_tokens > positions:
+            found = f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} positions of"
+            raise ValueError(
+                f"{found} --reward_model {self.path}: lower --max_new_tokens or --prompts"
+            )
+
+    @property
+    def description(self) -> dict:
+        """The model's name, and the token off which a finished answer's score is read."""
+        ids = self.ids([{"role": "user", "content": "question"}], "answer", True)
+        pad = self.model.config.get_text_config().pad_token_id
+        pooled = next(token for token in reversed(ids) if token != pad)
+        return {
+            "name": card.shown(self.path),
+            "reads": self.tokenizer.convert_ids_to_tokens(pooled),
+        }
+
+    def ids(self, messages, text: str, ended: bool) -> list[int]:
+        """The conversation's token ids as training makes them; an answer that was cut gets no end
+        token.
+        """
+        answer = self.chat.response_ids(messages, text) if text.strip() else [self.chat.end_id]
+        return self.chat.prompt_ids(messages) + (
+            answer if ended or len(answer) == 1 else answer[:-1]
+        )
+
+    @torch.no_grad()
+    def score(
+        self, conversations: Sequence[list], texts: Sequence[str], ended: Sequence[bool]
+    ) -> np.ndarray:
+        """(N,) scores, one conversation at a time, so that none depends on its neighbours. Every
+        rank calls this.
+        """
+        mine, device = [], self.model.device
+        for i in range(dist.rank(), len(texts), dist.world_size()):
+            ids = torch.tensor([self.ids(conversations[i], texts[i], ended[i])], device=device)
+            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+                mine.append((i, float(self.model(input_ids=ids, use_cache=False).logits[0, 0])))
+        everyone = sorted(item for part in dist.all_gather(mine) for item in part)
+        return np.array([score for _, score in everyone])

@@ -1,0 +1,480 @@
+"""The model card: README.md of a model directory, filled from what a run knows of itself and what
+its evaluation found.
+
+    export.model_directory(..., write_card=card.from_run(run.record))      # training
+    card.update(model_dir, report, figures, record)                        # evaluation
+
+Nothing in it is guessed: a fact that run.json or report.json lacks is left out. Of a local path the
+last component is shown, and flags are named here one by one, so that nothing else of a command line
+can slip in. What stands between the two MARKS is replaced by each evaluation; the rest of a
+README.md, edited by hand or not, is left alone.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from train.data.sources import READERS
+from train.files import write_text
+from train.losses.composition import LOSSES
+from train.losses.metrics import ROWS_OF_TABLE
+from train.models import builtin
+
+README, FIGURES = "README.md", "figures"
+MARKS = ("<!-- evaluation: begin -->", "<!-- evaluation: end -->")
+HUB_NAME = re.compile(
+    r"[\w.-]+/[\w.-]+"
+)  # org/name; a path that exists goes before it, as in train/data/rows.py
+LICENCE = "apache-2.0"  # of the built-in model and of the built-in pairs, which are English
+TASK = dict(task_type="text-generation", task_name="Preference alignment")
+# run.json's measures for the model-index: name there, name here
+TRAINED = (
+    ("rewards/accuracies", "reward_accuracy"),
+    ("rewards/margins", "reward_margin"),
+    ("loss", "loss"),
+)
+# report.json's measures: title, name in the model-index ("": not there), path of keys; SIDE is
+# model or reference
+SIDE = "*"
+MEASURES = (
+    ("reward accuracy", "reward_accuracy", ("preferences", SIDE, "rewards/accuracies")),
+    ("reward margin", "reward_margin", ("preferences", SIDE, "rewards/margins")),
+    ("loss", "loss", ("preferences", SIDE, "loss")),
+    (
+        "pairs whose chosen answer became less likely",
+        "chosen_fell",
+        ("preferences", SIDE, "chosen_fell"),
+    ),
+    ("log-prob of chosen, nats a token", "", ("preferences", SIDE, "logps/chosen_per_token")),
+    ("log-prob of rejected, nats a token", "", ("preferences", SIDE, "logps/rejected_per_token")),
+    ("perplexity of chosen answers", "", ("distribution", SIDE, "in", "perplexity")),
+    ("perplexity of out-of-distribution text", "", ("distribution", SIDE, "out", "perplexity")),
+    ("bag of words on the same pairs, no model: accuracy", "", ("baselines", "bag_of_words")),
+    ("longer answer wins, no model: accuracy", "", ("baselines", "longer_wins")),
+    (
+        "overlap of chosen answers and out-of-distribution text",
+        "",
+        ("distribution", SIDE, "by_token", "overlap"),
+    ),
+    ("sampled answers: length, tokens", "", ("generations", "sampled", SIDE, "length")),
+    ("sampled answers: end by themselves", "", ("generations", "sampled", SIDE, "ended")),
+    ("sampled answers: distinct-1", "", ("generations", "sampled", SIDE, "distinct_1")),
+    ("sampled answers: distinct-2", "", ("generations", "sampled", SIDE, "distinct_2")),
+    ("sampled answers: repeated 4-grams", "", ("generations", "sampled", SIDE, "repetition")),
+    ("sampled answers: KL to the reference, nats", "kl", ("generations", "sampled", SIDE, "kl_k3")),
+    ("sampled answers: score of the reward model", "", ("generations", "sampled", SIDE, "reward")),
+    (
+        "sampled answers: win rate over the reference",
+        "win_rate",
+        ("generations", "sampled", "win_rate"),
+    ),
+)
+HYPERPARAMETERS = (
+    ("loss", "loss"),
+    ("beta", "beta"),
+    ("parameters of the loss", "loss_args"),
+    ("learning rate (AdamW)", "lr"),
+    ("schedule", "lr_scheduler"),
+    ("warm-up, share of the steps", "warmup_ratio"),
+    ("weight decay", "weight_decay"),
+    ("largest gradient norm", "grad_clip"),
+    ("pairs a step", "batch_size"),
+    ("seed of the data's order", "seed"),
+    ("most tokens of prompt and response", "max_length"),
+    ("most tokens of a prompt", "max_prompt_length"),
+)
+LOAD = """## How to load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")  # this directory, or its name once it is on a hub
+tokenizer = AutoTokenizer.from_pretrained(".")
+messages = [{"role": "user", "content": "How was your day?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=128, do_sample=True)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+def from_run(record: dict, **later) -> Callable[[Path], None]:
+    """What `export.model_directory` calls to write the card of the run whose run.json holds
+    `record`, as it is by then.
+
+    `later`: facts that run.json gets only after the export, say `seconds=`.
+    """
+    return lambda folder: _write(Path(folder), _metadata(record), _body(record | later))
+
+
+def update(
+    model_dir, report: dict, figures: Sequence[Path] = (), record: dict | None = None
+) -> Path | None:
+    """Put an evaluation's report.json and figures into the card of `model_dir`; the card's path.
+    Rank 0 calls this.
+
+    `record`: the run.json of the run that made the model, whose card is written anew where
+    README.md has none of our marks or is not there. Without it a README.md that is there is added
+    to; where there is none, nothing is written and None returned: another's model directory is not
+    ours to fill.
+    """
+    folder = Path(model_dir)
+    path = folder / README
+    card = ModelCard.load(path) if path.exists() else None
+    if card is None and not record:
+        return None
+    if record and (card is None or MARKS[0] not in card.text):
+        metadata, body = _metadata(record), _body(record)
+    else:
+        metadata, body = card.data, card.text
+    where = shown_sources(report.get("data"))
+    results = [
+        _result(metric, title, found, where)
+        for title, metric, keys in MEASURES
+        if metric and (found := _at(report, keys))
+    ]
+    if results:
+        metadata.model_name = metadata.model_name or folder.resolve().name
+        metadata.eval_results = results
+    for figure in figures:
+        (folder / FIGURES).mkdir(exist_ok=True)
+        shutil.copyfile(figure, folder / FIGURES / Path(figure).name)
+    section = _evaluation(report, [Path(figure).name for figure in figures])
+    _write(folder, metadata, _between(body, section))
+    return path
+
+
+def _write(folder: Path, metadata: ModelCardData, body: str):
+    """Write README.md beside and rename it. The text is parsed again first: a model-index that is
+    not valid raises.
+    """
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
+    write_text(folder / README, str(card))
+
+
+def _between(body: str, section: str) -> str:
+    """`body` with `section` in place of what stands between the marks; at the end where there are
+    none.
+    """
+    before, begin, rest = body.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        before, after = body.rstrip() + "\n\n", "\n"
+    return f"{before}{MARKS[0]}\n{section}\n{MARKS[1]}{after}"
+
+
+def shown(source) -> str:
+    """A hub name as it is; of a local path its last component, or the last two where that is
+    "model", as of a run's.
+    """
+    text = str(source)
+    if is_hub(text):
+        return text
+    parts = Path(text).parts
+    if parts[-4:-1] == ("train", "data", "builtin") or parts[-2:] == ("eval", "passages.jsonl"):
+        return f"zeropref's built-in {parts[-1]}"
+    return "/".join(parts[-2 if parts[-1:] == ("model",) else -1 :]).lstrip("/") or text
+
+
+def is_hub(source) -> bool:
+    """Whether a flag's value names a repository: org/name that is no path here, with :config or
+    @split for data.
+    """
+    name = re.split("[:@]", str(source))[0]
+    local = (
+        os.path.exists(str(source))
+        or name.startswith((".", "~"))
+        or name.lower().endswith(tuple(READERS))
+    )
+    return HUB_NAME.fullmatch(name) is not None and not local
+
+
+def shown_sources(described: dict | None) -> str:
+    """The sources of a data set that `train.run.folder.describe` described, as a reader may see
+    them.
+    """
+    return (
+        ", ".join(shown(source) for source in (described or {}).get("sources", ()))
+        or "unnamed pairs"
+    )
+
+
+def base_of(record: dict) -> tuple[str, bool]:
+    """(name of the model that training began with, whether that is a repository on the hub)."""
+    model = record["flags"].get("model")
+    return (builtin.REPOSITORY, True) if model is None else (shown(model), is_hub(model))
+
+
+def _method(flags: dict) -> tuple[str, str | None]:
+    """(short name, arXiv number) of the run's loss; the paper is the first that the loss's
+    docstring cites.
+    """
+    loss = flags.get("loss") or "preference"
+    first = LOSSES.get(re.split("[:,]", loss)[0].strip())  # of a weighted sum
+    cited = re.search(r"arXiv (\d{4}\.\d{4,5})", first.of.__doc__) if first else None
+    return "dpo" if loss == "sigmoid" else loss, cited and cited.group(1)
+
+
+def _metadata(record: dict) -> ModelCardData:
+    flags, (base, on_hub), (method, paper) = (
+        record["flags"],
+        base_of(record),
+        _method(record["flags"]),
+    )
+    sets = [re.split("[:@]", source)[0] for source in flags.get("data") or () if is_hub(source)]
+    where = shown_sources(record.get("eval_data"))
+    last = _evaluations(record)[-1]
+    titles = {name: title for title, name in ROWS_OF_TABLE}
+    as_measure = lambda name: {
+        "value": last[name],
+        "n": last.get("pairs"),
+        "interval": last.get(f"{name}_interval"),
+    }
+    results = [
+        _result(metric, titles[name], as_measure(name), where)
+        for name, metric in TRAINED
+        if math.isfinite(last.get(name, math.nan))
+    ]
+    ours = flags.get("model") is None and flags.get("data") is None
+    return ModelCardData(
+        license=LICENCE if ours else None,
+        language="en" if ours else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            "zeropref",
+            "deepspeed",
+            "preference-optimization",
+            method,
+            *([f"arxiv:{paper}"] if paper else ()),
+        ],
+        model_name=f"{base.rpartition('/')[2]}-{method}",
+        base_model=base if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        datasets=sets or None,
+        eval_results=results or None,
+    )
+
+
+def _result(metric: str, title: str, measure: dict, dataset: str) -> EvalResult:
+    interval = measure.get("interval")
+    args = {
+        "n": measure.get("n"),
+        "interval_95": None if interval and _broken(interval) else interval,
+    }
+    args = {name: value for name, value in args.items() if value is not None}
+    return EvalResult(
+        **TASK,
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type=metric,
+        metric_name=title,
+        metric_value=measure["value"],
+        metric_args=args or None,
+    )
+
+
+def _broken(interval) -> bool:
+    return not all(isinstance(end, float | int) and math.isfinite(end) for end in interval)
+
+
+def _at(report: dict, keys: Sequence[str], side: str = "model") -> dict | None:
+    """The measure at a path of keys; None where there is none, or no finite value."""
+    for key in keys:
+        report = report.get(side if key == SIDE else key) if isinstance(report, dict) else None
+    value = report.get("value") if isinstance(report, dict) else None
+    return report if isinstance(value, float | int) and math.isfinite(value) else None
+
+
+def _evaluations(record: dict) -> list[dict]:
+    """run.json's evaluations from first to last; one that is empty where there was none."""
+    found = record.get("evaluations") or {}
+    return [found[step] for step in sorted(found, key=int)] or [{}]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    cell = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines) + "\n"
+
+
+def _number(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _interval(interval) -> str:
+    return "" if not interval or _broken(interval) else f"[{interval[0]:.4g}, {interval[1]:.4g}]"
+
+
+def _body(record: dict) -> str:
+    """The card of a training run, with a place for an evaluation."""
+    flags, (base, on_hub), (method, paper) = (
+        record["flags"],
+        base_of(record),
+        _method(record["flags"]),
+    )
+    link = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`"
+    how = f"`{flags.get('loss')}` loss" + (
+        f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+    )
+    reference, origin = flags.get("reference_model"), _origin(record)
+    parts = [
+        f"# {base.rpartition('/')[2]}-{method}\n",
+        f"{link}, trained on preference pairs with the {how} by zeropref on DeepSpeed. The reference was "
+        f"{f'`{shown(reference)}`' if reference else 'the model as training began'}. Beyond what is written below "
+        "nothing was tested; what the base model's card says of its uses, limits and licence holds here too.\n",
+        origin and f"The weights that training began with: {origin}.\n",
+        _results(record),
+        f"{MARKS[0]}\n{MARKS[1]}\n",
+        LOAD,
+        "## Training\n",
+        _data_table(record),
+        _recipe(record),
+        _machine(record),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _origin(record: dict) -> str:
+    """Where the built-in model's weights came from, which differ by source; nothing for other
+    models.
+    """
+    try:
+        return (
+            builtin.source(record["model"])
+            if record["flags"].get("model") is None and "model" in record
+            else ""
+        )
+    except ValueError:
+        return ""
+
+
+def _results(record: dict) -> str:
+    """What training's own held-out pairs say, before and after."""
+    first, last = _evaluations(record)[0], _evaluations(record)[-1]
+    rows = [
+        (title, _number(first[name]), _number(last[name]), _interval(last.get(f"{name}_interval")))
+        for title, name in ROWS_OF_TABLE
+        if name in first and name in last
+    ]
+    if not rows:
+        return ""
+    where = shown_sources(record.get("eval_data"))
+    return f"## Results of training\n\n{last.get('pairs')} held-out pairs of {where}:\n\n" + _table(
+        ("", "before", "after", "95 % interval"), rows
+    )
+
+
+def _data_table(record: dict) -> str:
+    rows = []
+    for title, name in (("training", "data"), ("held out", "eval_data")):
+        if found := record.get(name):
+            counts = (f"{found[key]:,}" for key in ("groups", "tokens", "dropped", "truncated"))
+            rows.append((title, shown_sources(found), *counts, f"`{found['fingerprint'][:16]}`"))
+    return (
+        _table(("data", "source", "pairs", "tokens", "dropped", "truncated", "fingerprint"), rows)
+        if rows
+        else ""
+    )
+
+
+def _recipe(record: dict) -> str:
+    flags = record["flags"]
+    rows = [
+        (title, _number(flags[name]))
+        for title, name in HYPERPARAMETERS
+        if flags.get(name) not in (None, {})
+    ]
+    rows += [(name, record[name]) for name in ("steps", "precision") if name in record]
+    if "deepspeed" in record:
+        rows.append(
+            ("ZeRO stage", record["deepspeed"].get("zero_optimization", {}).get("stage", 0))
+        )
+    if record.get("skipped_steps"):
+        rows.append(("steps skipped for a non-finite gradient", record["skipped_steps"]))
+    return _table(("hyper-parameter", "value"), rows)
+
+
+def _machine(record: dict) -> str:
+    hardware, lines = record.get("hardware") or {}, []
+    if hardware:
+        processes = f"{hardware['world']} process{'es' if hardware['world'] > 1 else ''}"
+        threads = f" of {hardware['threads']} threads" if hardware["device"] == "cpu" else ""
+        lines.append(
+            f"Hardware: {processes}{threads} on {hardware['kind']} ({hardware['device']})."
+        )
+    if "seconds" in record:
+        lines.append(f"Time: {_duration(record['seconds'])}, evaluation included.")
+    if perf := record.get("perf"):
+        pairs, tokens = perf["perf/pairs_per_second"], perf["perf/tokens_per_second"]
+        lines.append(f"Speed at the end: {pairs:.3g} pairs/s, {tokens:.4g} tokens/s.")
+    if versions := record.get("versions"):
+        lines.append(
+            f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}."
+        )
+    return "\n".join(f"{line}  " for line in lines) + "\n" if lines else ""
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def _evaluation(report: dict, figures: Sequence[str]) -> str:
+    """The section that an evaluation fills: measures of both models, figures, examples."""
+    rows = []
+    for title, _, keys in MEASURES:
+        found, before = _at(report, keys), _at(report, keys, "reference") if SIDE in keys else None
+        if found:
+            rows.append(
+                (
+                    title,
+                    _number(before["value"]) if before else "",
+                    _number(found["value"]),
+                    _interval(found.get("interval")),
+                    found.get("n", ""),
+                )
+            )
+    reference, verdict = report.get("reference"), report.get("verdict") or {"reasons": ()}
+    before = (
+        f"before is {shown(reference)}, after this model"
+        if reference
+        else "without a reference to compare with"
+    )
+    parts = [
+        "## Evaluation\n",
+        *(f"* {reason}" for reason in verdict["reasons"]),
+        f"\nPairs of {shown_sources(report.get('data'))}; {before}.\n",
+    ]
+    if reference and "word" in verdict:
+        parts.insert(1, f"Against {shown(reference)}: **{verdict['word']}**.\n")
+    if rows:
+        parts.append(_table(("", "before", "after", "95 % interval", "n"), rows))
+    parts += [f"![{Path(name).stem.replace('_', ' ')}]({FIGURES}/{name})\n" for name in figures]
+    if examples := (report.get("generations") or {}).get("examples"):
+        parts += ["### Answers\n", *map(_example, examples)]
+    return "\n".join(parts)
+
+
+def _example(row: dict) -> str:
+    """A prompt and what was written to it, as literal text."""
+    lines = [f"**Prompt**\n\n{_literal(row['prompt'])}"]
+    for mode in ("greedy", "sampled"):
+        for side, when in (("reference", "Before"), ("model", "After")):
+            if f"{mode}/{side}/text" in row:
+                cut = "" if row[f"{mode}/{side}/ended"] else ", cut at the token limit"
+                lines.append(f"{when} ({mode}{cut})\n\n{_literal(row[f'{mode}/{side}/text'])}")
+    return "\n".join(lines)
+
+
+def _literal(text: str) -> str:
+    """A fenced block whose fence is longer than any in `text`; our marks in it are broken up."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    for mark in MARKS:
+        text = text.replace(mark, mark.replace("--", "- -"))
+    return f"{fence}text\n{text}\n{fence}\n"

@@ -1,0 +1,129 @@
+"""What the user watches: the progress bar, TensorBoard, and the machine's share of its peak."""
+
+import contextlib
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from train.engine import dist
+from train.files import fsync
+
+EVENTS = re.compile(
+    r"events\.out\.tfevents\.\d+\."
+)  # as TensorBoard names its files: the second, host, process
+
+
+class Board:
+    """Scalars, histograms and texts to TensorBoard, one bar on the terminal. Only rank 0 writes;
+    all may call.
+    """
+
+    def __init__(self, folder: Path, total: int, start: int = 0, quiet: bool = False):
+        self.writer, self.folder, self.older = None, folder, []
+        if dist.is_main():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.older = self._files()
+            for path in self.older[
+                -1:
+            ]:  # files are read in the order of their names, which hold whole seconds
+                time.sleep(min(max(0, int(path.name.split(".")[3]) + 1 - time.time()), 2))
+            if not start:
+                self.cut({})
+            # for a TensorBoard that is looking on: what an interrupted run wrote of later steps
+            # does not count
+            self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
+        hidden = quiet or not dist.is_main()
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            desc="train",
+            unit="step",
+            disable=hidden,
+            dynamic_ncols=True,
+        )
+
+    def scalars(self, values: dict[str, float], step: int, prefix: str = ""):
+        """Write each value under prefix + name."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(prefix + name, value, step)
+
+    def histogram(self, name: str, values: torch.Tensor, step: int):
+        """Write the distribution of `values`, any shape; nothing where there are none."""
+        if self.writer and values.numel():
+            self.writer.add_histogram(name, values, step)
+
+    def text(self, name: str, value: str, step: int = 0):
+        """Write Markdown."""
+        if self.writer:
+            self.writer.add_text(name, value, step)
+
+    def hparams(self, flags: dict, results: dict[str, float], step: int):
+        """Write the run's flags and its results after `step` to the HPARAMS page, in the same run
+        as the curves.
+        """
+        if self.writer:
+            plain = {
+                k: v if isinstance(v, bool | int | float | str) else str(v)
+                for k, v in flags.items()
+            }
+            self.writer.add_hparams(plain, results, run_name=".", global_step=step)
+
+    def advance(self, shown: dict[str, str]):
+        """One step on, with these figures beside the bar."""
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def flush(self):
+        """Hand everything written to the operating system."""
+        if self.writer:
+            self.writer.flush()
+
+    def sync(self):
+        """The same, onto the disk: a checkpoint counts on it."""
+        self.flush()
+        for path in self._files()[-1:] if self.writer else ():
+            fsync(path)
+
+    def _files(self):
+        return sorted(path for path in self.folder.glob("*") if EVENTS.match(path.name))
+
+    def position(self) -> dict[str, int]:
+        """The bytes of each event file by now: what `cut` keeps. {} where this rank writes none."""
+        self.flush()
+        found = {}
+        for path in self._files() if self.writer else ():
+            with contextlib.suppress(OSError):
+                found[path.name] = path.stat().st_size
+        return found
+
+    def cut(self, position: dict[str, int]):
+        """Take out of the files that stood here before what came after `position`, so that nothing
+        is told twice.
+
+        A file that came wholly after it stays under a name that TensorBoard does not read.
+        """
+        for path in self.older:
+            try:
+                if path.name not in position:
+                    path.rename(
+                        path.with_name(path.name.replace("events.out.tfevents", "set-aside"))
+                    )
+                elif path.stat().st_size > position[path.name]:
+                    os.truncate(path, position[path.name])
+            except OSError as error:  # a chart is no reason to stop
+                logging.getLogger("zeropref").warning(
+                    "%s may show some steps twice: %s", path, error
+                )
+
+    def close(self):
+        """Flush and end."""
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
