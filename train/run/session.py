@@ -7,6 +7,9 @@ from train.config import Exit, fail
 from train.data.errors import DataError
 from train.models import builtin
 
+# Before a run has its file, nothing goes to stderr.
+logging.getLogger("zeropref").addHandler(logging.NullHandler())
+
 
 @contextlib.contextmanager
 def at_the_door():
