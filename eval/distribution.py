@@ -1,8 +1,8 @@
 """Text from the preference data against text from elsewhere: log-probabilities a token, and how far
 the two lie apart.
 
-Texts are scored each by itself: the first token has nothing before it and is not scored, a text
-longer than --max_length is cut there, and nothing is scored twice. Perplexity is exp of minus the
+Texts are scored each by itself, from their first token where the tokenizer begins its texts with
+one of its own (bos), else from their second, which the first one predicts; a text longer than --max_length is cut there, and nothing is scored twice. Perplexity is exp of minus the
 mean log-probability of all scored tokens. Two views of the same tokens: by text (the mean of each
 response or text) and by token.
 """

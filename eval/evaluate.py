@@ -88,6 +88,16 @@ class Settings:
     """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. None: from the model's run.json, else
     auto.
     """
+    columns: list[str] | None = None
+    """Columns that have other names in the data, say prompt=question chosen=better rejected=worse.
+    None, also in the four below: from run.json, else as training has it.
+    """
+    truncate_prompt: Literal["keep_end", "keep_system_and_end"] | None = None
+    """What a prompt that is too long keeps."""
+    allow_template_changes: bool | None = None
+    """Keep answers that the chat template cuts or changes, as it renders them."""
+    max_implausible: float | None = None
+    """Largest share of pairs that can hardly be meant before the data is refused; 1 takes all."""
     allow_control_tokens: bool | None = None
     """Keep rows whose text spells out control tokens such as <|im_end|>. None: from run.json, else
     false.
@@ -192,16 +202,21 @@ def open_inputs(settings, folder):
         pairs, pair_sources = inputs.read_pairs(settings, recipe, tokenizer)
         texts, text_sources = inputs.read_texts(settings, recipe, tokenizer, folder.path / "texts")
     folder.dropped({"data": pairs.dropped, "ood": texts.dropped})
-    answers = inputs.pair_texts(pairs, pair_sources)
+    answers = inputs.pair_texts(pairs, pair_sources, recipe["columns"])
     if settings.reference:
-        inputs.same_tokens(tokenizer, settings.reference, answers[0], settings.trust_remote_code)
+        inputs.same_tokens(
+            tokenizer, settings.reference, answers[0], settings.trust_remote_code, pairs
+        )
     described = {
         "data": folder.describe(pairs, pair_sources),
-        "ood": folder.describe(texts, text_sources),
+        "ood": folder.describe(texts, text_sources)
+        | {"begin_with": inputs.beginning(tokenizer, texts)},
     }
     folder.note(**described)
     prompts = (
-        generations.prompts_of(pair_sources, pairs, settings.prompts) if settings.prompts else []
+        generations.prompts_of(pair_sources, pairs, settings.prompts, recipe["columns"])
+        if settings.prompts
+        else []
     )
     return inputs.Inputs(path, record, recipe, tokenizer, pairs, texts, answers, prompts, described)
 
@@ -241,7 +256,12 @@ def open_models(settings, folder, opened, device):
             settings.trust_remote_code,
             settings.allow_pickle,
         )
-        chat.check_fit(module.lm.config, opened.tokenizer, recipe["max_length"])
+        chat.check_fit(
+            module.lm.config,
+            opened.tokenizer,
+            recipe["max_length"],
+            (opened.pairs, opened.texts),
+        )
         return Live(module, ds)
 
     model = load(opened.path)

@@ -50,12 +50,18 @@ class Generated(NamedTuple):
     values: dict[str, np.ndarray]  # "sampled/model/length" -> (N,), and so on: for histograms
 
 
-def prompts_of(sources: Sequence[str], data: Tokenised, most: int | None = None) -> list[Prompt]:
+def prompts_of(
+    sources: Sequence[str],
+    data: Tokenised,
+    most: int | None = None,
+    columns: Sequence[str] | None = None,
+) -> list[Prompt]:
     """The first `most` distinct prompts of `data`, which `train.data.tokens.prepare` made of the
     pairs in `sources`.
     """
     first = sorted(np.unique(data.prompts, return_index=True)[1].tolist())[:most]
-    messages = {row.number: row.item[0] for row in check_rows(sources, check_pair, PAIR_COLUMNS)[0]}
+    rows, _ = check_rows(sources, check_pair, PAIR_COLUMNS, columns=columns)
+    messages = {row.number: row.item.messages for row in rows}
     return [
         Prompt(int(data.rows[i]), tuple(data.group(i).prompt), messages[int(data.rows[i])])
         for i in first

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train import config
+from train.data import same_tokens as tokens_in_use
 from train.data import tokens
 from train.data.rows import PAIR_COLUMNS, DataError, Dropped, check_pair
 from train.engine import dist
@@ -32,9 +33,12 @@ INHERITED = {
     "max_prompt_length": 256,
     "layout": "packed",
     "precision": "auto",
+    "truncate_prompt": "keep_end",
+    "columns": None,
     "allow_control_tokens": False,
+    "allow_template_changes": False,
+    "max_implausible": 0.5,
 }
-PROBES = 64  # texts that both tokenizers must split alike
 
 
 class Inputs(NamedTuple):
@@ -146,22 +150,28 @@ def read_pairs(settings, recipe: dict, tokenizer):
         tokenizer,
         max_length=recipe["max_length"],
         max_prompt_length=recipe["max_prompt_length"],
+        truncate_prompt=recipe["truncate_prompt"],
         max_dropped=settings.max_dropped,
+        max_implausible=recipe["max_implausible"],
         allow_control_tokens=recipe["allow_control_tokens"],
+        allow_template_changes=recipe["allow_template_changes"],
+        columns=recipe["columns"],
     )
     return data.select(range(min(len(data), settings.max_rows or len(data)))), sources
 
 
-def pair_texts(data, sources) -> tuple[list[str], list[str]]:
+def pair_texts(data, sources, columns=None) -> tuple[list[str], list[str]]:
     """The chosen and the rejected answers of the tokenised pairs as text."""
-    rows, _ = tokens.check_rows(sources, check_pair, PAIR_COLUMNS)
-    answers = {row.number: row.item[1:] for row in rows}
-    return tuple(map(list, zip(*(answers[number] for number in data.rows.tolist()), strict=True)))
+    rows, _ = tokens.check_rows(sources, check_pair, PAIR_COLUMNS, columns=columns)
+    answers = {row.number: row.item.answers for row in rows}
+    pairs = [answers[number] for number in data.rows.tolist()]
+    chosen, rejected = ([pair[side]["content"] for pair in pairs] for side in (0, 1))
+    return chosen, rejected
 
 
 def read_texts(settings, recipe: dict, tokenizer, folder: Path):
-    """The texts, tokenised, and their sources as the user named them. Texts of fewer than two
-    tokens are dropped.
+    """The texts, tokenised, and their sources as the user named them. Texts in which nothing is
+    predicted are dropped: those of one token, where the tokenizer begins its texts with nothing.
     """
     named = settings.ood or [str(PASSAGES)]
     sources = [_as_rows(source, folder) for source in named]
@@ -173,7 +183,8 @@ def read_texts(settings, recipe: dict, tokenizer, folder: Path):
         max_dropped=1.0,
         allow_control_tokens=recipe["allow_control_tokens"],
     )
-    long_enough = data.lengths[:, 1] > 1
+    # The prompt of a text is what the tokenizer begins texts with: bos, or nothing.
+    long_enough = data.lengths.sum(1) > 1
     dropped = [dataclasses.replace(d) if dataclasses.is_dataclass(d) else d for d in data.dropped]
     dropped += [
         Dropped(", ".join(named), int(number), "one token: there is nothing to predict")
@@ -216,7 +227,7 @@ def _first_tokens(data, most: int | None):
     """The first texts with `most` tokens in all, the last one cut to fit (a stump of one token
     goes).
     """
-    if most is None or data.lengths.sum() <= most:
+    if most is None or data.lengths[:, 1].sum() <= most:
         return data
     before = np.cumsum(data.lengths[:, 1]) - data.lengths[:, 1]
     kept = data.select(np.flatnonzero(before < most - 1))
@@ -225,26 +236,22 @@ def _first_tokens(data, most: int | None):
     return dataclasses.replace(kept, lengths=lengths)
 
 
-def same_tokens(tokenizer, path: str, texts: list[str], trust_remote_code: bool):
+def same_tokens(tokenizer, path: str, texts: list[str], trust_remote_code: bool, data=None):
     """ValueError where the model at `path` reads other token ids than `tokenizer`: the two would
-    not compare.
+    not compare. `data`: the pairs in use, tokenised; their ids count too.
     """
     other = pretrained.load_tokenizer(path, trust_remote_code)
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    problem = None
-    if ours != theirs:
-        odd = sorted(set(ours.items()) ^ set(theirs.items()))
-        problem = (
-            f"{len(ours):,} against {len(theirs):,} tokens, of which {odd[0][0]!r} is not the same"
-        )
-    else:
-        split = lambda one, text: one.encode(text, add_special_tokens=False)
-        differing = [
-            text for text in texts[:PROBES] if split(tokenizer, text) != split(other, text)
-        ]
-        if differing:
-            problem = f"{differing[0][:60]!r} is split otherwise"
-    if problem:
+    ids = tokens_in_use.in_use(tokenizer, data)[1] if data is not None else ()
+    try:
+        tokens_in_use.same_tokens(tokenizer, other, texts, ids)
+    except ValueError as error:
         raise ValueError(
-            f"the tokenizer of --reference {path} is not --model's ({problem}): the two cannot be compared"
-        )
+            f"the tokenizer of --reference {path} is not --model's ({error}): the two cannot be compared"
+        ) from error
+
+
+def beginning(tokenizer, texts) -> str | None:
+    """What each of the tokenised texts begins with, of the tokenizer's own accord; None: nothing."""
+    if not len(texts) or not texts.lengths[0, 0]:
+        return None
+    return tokenizer.decode(list(texts.group(0).prompt))

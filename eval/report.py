@@ -311,10 +311,12 @@ def _distribution(report) -> list[str]:
     section, change = report["distribution"], report["distribution"].get("change")
     names = _sides(section)
     inside, outside = section["in_distribution"], section["out_of_distribution"]
+    begin_with = report["ood"].get("begin_with")
+    first_token = "not scored" if begin_with is None else f"scored after {begin_with!r}"
     lines = [
         f"In: the {inside['texts']} chosen answers, {inside['tokens']} tokens scored. Out: {outside['texts']} texts of "
         f"{', '.join(report['ood']['sources'])}, {outside['tokens']} tokens scored, each text its own context (mean "
-        f"{outside['mean_tokens']:.0f}, longest {outside['longest']} scored tokens), its first token not scored.",
+        f"{outside['mean_tokens']:.0f}, longest {outside['longest']} scored tokens), its first token {first_token}.",
         "",
     ]
     rows = []

@@ -30,11 +30,9 @@ def test_every_row_is_a_pair_of_plain_strings():
     for row in EVERY:
         assert tuple(row) == rows.PAIR_COLUMNS
         assert all(text == text.strip() for text in row.values())
-        assert rows.check_pair(row) == (
-            [{"role": "user", "content": row["prompt"]}],
-            row["chosen"],
-            row["rejected"],
-        )
+        answers = [{"role": "assistant", "content": row[name]} for name in ("chosen", "rejected")]
+        prompt = [{"role": "user", "content": row["prompt"]}]
+        assert rows.check_pair(row) == (prompt, *answers, {}, [])
 
 
 def test_lengths_in_words():

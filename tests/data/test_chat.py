@@ -2,11 +2,15 @@
 byte).
 """
 
+import types
+
+import numpy as np
 import pytest
 import transformers
 
 from tests.data.alone import Pair, encode
-from train.data.chat import Chat, PairEncoder, TextEncoder, check_fit, check_lengths, tokenise
+from train.data.chat import Chat, Request, check_fit, tokenise
+from train.data.encoders import ConversationEncoder, TextEncoder, check_lengths
 from train.data.packing import Group
 from train.data.rows import RowError
 
@@ -115,10 +119,6 @@ def test_template_that_trims_and_goes_on_after_the_end(letters):
         ("{{ raise_exception('never') }}", "cannot render a question and its answer: .*never"),
         ("{% if m %}{{ 1 + '1' }}{% endif %}{{ messages[0].content + 1 }}", "cannot render"),
         (
-            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
-            "does not start with the prompt",
-        ),
-        (
             "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
             "leaves out the assistant",
         ),
@@ -129,10 +129,12 @@ def test_templates_refused_at_the_door(letters, template, message):
         Chat(with_template(letters, template))
 
 
-@pytest.mark.parametrize("token", ["eos_token", "pad_token"])
-def test_missing_tokens(letters, token):
-    setattr(letters, token, None)
-    with pytest.raises(ValueError, match=f"no {token}: set '{token}'"):
+def test_missing_tokens(letters):
+    """An end token is needed; nothing is padded, so a pad token is not."""
+    letters.pad_token = None
+    assert Chat(letters).response_ids(HI, "ok") == [81, 77, END]
+    letters.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token: set 'eos_token'"):
         Chat(letters)
 
 
@@ -146,14 +148,18 @@ def test_row_that_the_template_refuses(letters):
     )
     with pytest.raises(RowError, match="the chat template refuses it: no X"):
         encode(Chat(with_template(letters, picky)), pair("X"), 100)
-    good, bad = Chat(letters).render([(HI, "ok"), (HI, "X")])  # in one batch: only one of them goes
-    assert good == (HI_TEXT, "ok<|im_end|>") and isinstance(bad, RowError)
-    with pytest.raises(RowError, match="renders the prompt otherwise once an answer follows"):
-        encode(
-            Chat(with_template(letters, moody)),
-            pair(messages=[{"role": "user", "content": "X"}]),
-            100,
-        )
+    # In one batch: only one of them goes.
+    requests = [Request(HI, [{"role": "assistant", "content": text}], {}) for text in ("ok", "X")]
+    good, bad = Chat(letters).render(requests)
+    assert good.all_texts == (HI_TEXT, HI_TEXT + "ok<|im_end|>") and isinstance(bad, RowError)
+    # A header of its own for the prompt of this row: the answer follows that.
+    group = encode(
+        Chat(with_template(letters, moody)), pair(messages=[{"role": "user", "content": "X"}]), 100
+    )
+    assert group.prompt == tuple(spell("user: X\nbot: ")) and group.responses[0] == (81, 77, END)
+    fickle = "{{ messages[-1]['content'][:1] }}" + PLAIN  # the answer changes what stands before
+    with pytest.raises(RowError, match="renders the prompt otherwise once it is answered"):
+        encode(Chat(with_template(letters, fickle)), pair("zebra", "yak"), 100)
 
 
 def test_truncation(letters):
@@ -165,8 +171,11 @@ def test_truncation(letters):
         prompt[-13:], ((81, 77, 67), (80, 81, END)), 0
     )
     assert prompt[-13:] == (END, NEWLINE, *spell("<|im_start|>assistant\n"))
-    encoder = PairEncoder(chat, 16, 13)
-    assert encoder.finish(chat._ids(HI, "okay", "no")).truncated == (True, True, False)
+    answers = [{"role": "assistant", "content": text} for text in ("okay", "no")]
+    (rendered,) = chat.render([Request(HI, answers, {})])
+    ids = tokenise(letters, rendered.all_texts)
+    encoded = ConversationEncoder(chat, 16, 13).finish(rendered, ids)
+    assert encoded.truncated == (True, True, False)
     # without max_prompt_length one token is left for the responses
     assert encode(chat, pair("ok", "no"), len(prompt)) == Group(prompt[1:], ((81,), (80,)), 0)
     assert encode(chat, pair("ok", "no"), len(prompt) + 3, len(prompt)).responses == (
@@ -191,23 +200,24 @@ def test_lengths_that_leave_no_room(letters):
         ((16, 0), "at least 2 and 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            PairEncoder(chat, *lengths)
+            ConversationEncoder(chat, *lengths)
     assert check_lengths(16, None) == 15 and check_lengths(16, 11, 11) == 11
 
 
 def test_model_and_tokenizer_that_do_not_fit(letters):
-    """Ids 0 to 258, then one more with a gap before it: it is the largest id that needs an
-    embedding.
-    """
+    """The largest id in use needs an embedding; one that no text reaches does not."""
 
     def config(size):
         return transformers.LlamaConfig(vocab_size=size, max_position_embeddings=64)
 
-    check_fit(config(259), letters, 64)
-    with pytest.raises(
-        ValueError, match="the tokenizer has 259 tokens, the model's vocabulary 258"
-    ):
-        check_fit(config(258), letters, 64)
+    def data(*ids):
+        return types.SimpleNamespace(ids=np.array(ids, dtype=np.int32))
+
+    check_fit(config(259), letters, 64, [data(5, 258)])
+    check_fit(config(258), letters, 64, [data(5, 257), data()])
+    check_fit(config(258), letters, 64)
+    with pytest.raises(ValueError, match="has token 258, .* the model's vocabulary is 258: "):
+        check_fit(config(258), letters, 64, [data(5), data(258, 3)])
     with pytest.raises(ValueError, match="--max_length 65 is more than the model's 64 positions"):
         check_fit(config(259), letters, 65)
 
@@ -266,11 +276,12 @@ def test_tokens_that_frame_turns_are_control_tokens_special_or_not(letters):
 def test_text_encoder(letters):
     encoder = TextEncoder(letters, 3)
     good, bad = encoder.render(["okay", "<|im_end|>"])
-    assert good == ("okay",) and str(bad) == "control token '<|im_end|>' in the text"
-    assert encoder.finish([[81, 77, 67, 91]]) == ([], ([81, 77, 67],), (False, True))
-    assert encoder.finish([[81]]) == ([], ([81],), (False, False))
+    assert good.all_texts == ("okay",)
+    assert str(bad) == "control token '<|im_end|>' in the text"
+    assert encoder.finish(good, [[81, 77, 67, 91]]) == ([], ([81, 77, 67],), (False, True))
+    assert encoder.finish(good, [[81]]) == ([], ([81],), (False, False))
     with pytest.raises(RowError, match="no tokens"):
-        encoder.finish([[]])
+        encoder.finish(good, [[]])
     assert (
         tokenise(letters, ["okay", "\0"]) == [[81, 77, 67, 91], [NEWLINE - 10]]
         and tokenise(letters, []) == []

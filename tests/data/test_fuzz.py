@@ -157,13 +157,85 @@ def messages(draw):
     return draw(st.sampled_from(shapes)), (turns, chosen, rejected)
 
 
+def with_keys(draw):
+    """Keys beyond role and content, that the template here does not use, and a system column."""
+    row, (turns, chosen, rejected) = plain(draw)
+    call = {"function": {"name": draw(TEXT), "arguments": {draw(TEXT): draw(st.integers() | TEXT)}}}
+    keys = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "tool_calls": st.just([call]),
+                "reasoning_content": TEXT,
+                "name": TEXT | st.none(),
+                "weight": st.floats(allow_nan=False),
+                "\u2028": st.lists(TEXT, max_size=2),
+            },
+        )
+    )
+    content = draw(st.sampled_from([chosen, [{"type": "text", "text": chosen}], None]))
+    if content is None and "tool_calls" not in keys:
+        content = chosen
+    more = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "tools": st.sampled_from([[], [{"type": "function"}], '[{"a": 1}]', None]),
+                "documents": st.sampled_from([[], [{"title": "x"}]]),
+                "chat_template_kwargs": st.sampled_from([{}, {"enable_thinking": True}]),
+                "images": st.sampled_from([None, ["a.png"]]),
+                "score_chosen": st.floats(),
+                "score_rejected": st.integers() | st.none(),
+            },
+        )
+    )
+    system = draw(st.sampled_from(["", " ", None, "S" + draw(TEXT)]))
+    if system is not None:
+        more["system"] = system
+    if system and system.strip():
+        turns = [turn("system", system), *turns]
+    answer = {"role": "assistant", "content": content, **keys}
+    return {**row, "chosen": answer, **more}, (turns, chosen if content else "", rejected)
+
+
+def other_shape(draw):
+    """The same pair as others write it down."""
+    row, (turns, chosen, rejected) = plain(draw)
+    del row["prompt"]
+    prompt = turns[0]["content"]
+    answers = [(chosen, 9), ("x", 5), (rejected, draw(st.integers(-9, 4)))]
+    shapes = [
+        {"question": prompt, **row},
+        {"instruction": prompt, "input": " ", **row},
+        {"messages": turns, **row},
+        {"conversations": [{"from": "human", "value": prompt}], **row},
+        {
+            "chosen": [{"from": "human", "value": prompt}, {"from": "gpt", "value": chosen}],
+            "rejected": {"from": "gpt", "value": rejected},
+        },
+        {
+            "prompt": prompt,
+            "responses": [text for text, _ in answers],
+            "scores": [score for _, score in answers],
+        },
+        {"query": prompt, "answers": [{"text": t, "reward": str(s)} for t, s in answers]},
+    ]
+    return draw(st.sampled_from(shapes)), (turns, chosen, rejected)
+
+
 def huge(draw):
     row, (turns, chosen, rejected) = plain(draw)
     size = draw(st.sampled_from([400, 5000, 300_000]))
     return {**row, "chosen": chosen + "ä" * size}, (turns, chosen + "ä" * size, rejected)
 
 
-GOOD = {"plain": plain, "messages": messages, "huge": huge}
+GOOD = {
+    "plain": plain,
+    "messages": messages,
+    "huge": huge,
+    "keys": with_keys,
+    "other shape": other_shape,
+}
 
 
 # ------------------------------------------------------------ broken rows: JSON, and the reason
@@ -217,7 +289,7 @@ def same_when_cut(draw):
 
 
 def unknown_role(draw):
-    role = draw(st.sampled_from(["human", "", "User", "\x1b[2J", "tool", "x" * 1000]))
+    role = draw(st.sampled_from(["human", "", "User", "\x1b[2J", "ipython", "x" * 1000]))
     return changed(draw, prompt=[turn(role, "x")]), "unknown role"
 
 
@@ -260,9 +332,44 @@ BAD = {
     "ends with user": lambda draw: (changed(draw, chosen=turn("user", "x")), "ends with user"),
     "content no text": lambda draw: (
         changed(draw, chosen=turn("assistant", draw(JUNK))),
-        "content is .*, not a string",
+        "content.* is .*, not a string|content has a part of type",
     ),
     "prompts differ": differing,
+    "part of another type": lambda draw: (
+        changed(draw, prompt=[turn("user", [{"type": draw(TEXT) + "x", "text": "a"}])]),
+        "content has a part of type '",
+    ),
+    "tools no list": lambda draw: (
+        changed(draw, tools=draw(st.sampled_from(["x", "{", {"a": 1}, 7, "7", True]))),
+        "tools is ",
+    ),
+    "system no text": lambda draw: (
+        changed(draw, system=draw(st.sampled_from([7, True, ["x"], {"a": 1}]))),
+        "system is .*, not a string",
+    ),
+    "another system": lambda draw: (
+        changed(draw, system="a", prompt=[turn("system", "b"), turn("user", "x")]),
+        "the column 'system' differs",
+    ),
+    "scores tie": lambda draw: (
+        {"prompt": "x", "responses": ["a", "b"], "scores": [3, 3.0]},
+        "have the same score",
+    ),
+    "key twice in a key": lambda draw: (
+        '{"prompt": "x", "chosen": "a", "rejected": {"role": "assistant", "content": "b", '
+        '"tool_calls": [{"a": 1, "a": 2}]}}',
+        "has the key 'a' twice",
+    ),
+    "control token in a key": lambda draw: (
+        changed(
+            draw, chosen={**turn("assistant", "x"), "tool_calls": [draw(st.sampled_from(CONTROL))]}
+        ),
+        "control token",
+    ),
+    "half a surrogate pair in a key": lambda draw: (
+        json.dumps(changed(draw, tools=[{"name": "\ud800"}])),
+        "tools is not valid Unicode",
+    ),
     "half a surrogate pair": half_a_pair,
     "control token": lambda draw: (
         {**plain(draw)[0], one_of(draw): "x" + draw(st.sampled_from(CONTROL)) + "y"},

@@ -16,7 +16,6 @@ from train.data.sources import read_rows
 
 ROW = {"prompt": "Hi", "chosen": "Hey there!", "rejected": "Greetings."}
 HI = [{"role": "user", "content": "Hi"}]
-GOOD = (HI, "Hey there!", "Greetings.")
 
 
 def user(text):
@@ -29,6 +28,9 @@ def assistant(text):
 
 def system(text):
     return {"role": "system", "content": text}
+
+
+GOOD = (HI, assistant("Hey there!"), assistant("Greetings."), {}, [])
 
 
 def write(path, text):
@@ -58,7 +60,9 @@ def write(path, text):
             "rejected": HI + [assistant("Greetings.")],
         },
         {**ROW, "votes": 3, "nested": [[{}]], "chosen_score": None},
-        {**ROW, "prompt": [{"role": "user", "content": "Hi", "name": "Ann"}]},
+        {**ROW, "prompt": [{"role": "user", "content": "Hi", "name": None}]},
+        {**ROW, "system": " "},
+        {**ROW, "tools": [], "documents": None},
     ],
 )
 def test_every_shape_gives_the_same_pair(row):
@@ -72,7 +76,7 @@ def test_multi_turn_with_system():
         "chosen": turns + [assistant("See you")],
         "rejected": turns + [assistant("Farewell")],
     }
-    assert check_pair(row) == (turns, "See you", "Farewell")
+    assert check_pair(row) == (turns, assistant("See you"), assistant("Farewell"), {}, [])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_multi_turn_with_system():
         ),
         (
             {**ROW, "prompt": [{"role": "human", "content": "Hi"}]},
-            "unknown role 'human' in prompt; known: system, user, assistant",
+            "unknown role 'human' in prompt; known: system, developer, user, assistant, tool",
         ),
         (
             {**ROW, "prompt": [user("Hi"), system("Be kind")]},

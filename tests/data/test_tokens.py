@@ -117,11 +117,12 @@ def test_missing_columns(letters, tmp_path):
         prepare([write(tmp_path / "a.jsonl", rows)], letters, **LENGTHS)
     assert str(error.value) == (
         f"{tmp_path}/a.jsonl: no column 'rejected'; found 'Prompt', 'chosen', 'rejectd'; "
-        "expected 'prompt', 'chosen', 'rejected'; rename 'rejectd'?"
+        "expected 'prompt', 'chosen', 'rejected'; if these are the columns meant, pass "
+        "--columns prompt=Prompt rejected=rejectd"
     )
     rows = [{"Prompt": "Hi", "chosen": "a", "rejected": "b"}] * 2
     for odd in ([], [7], [{"Prompt": "Hi", "chosen": "a"}]):  # another row that is of no use either
-        with pytest.raises(DataError, match="no column 'prompt'; .*rename 'Prompt'?"):
+        with pytest.raises(DataError, match="no column 'prompt'; .*--columns prompt=Prompt"):
             prepare([write(tmp_path / "a.jsonl", odd + rows)], letters, **LENGTHS)
     rows = [
         {"prompt": "Hi", "chosen": "a"},

@@ -95,13 +95,24 @@ def _rows(
 def _objects(batch) -> list[dict]:
     """A batch's rows; where they cannot be had at once, value by value, to find those at fault."""
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
     except Exception:  # bytes that are no UTF-8, the year 300000, a field twice in a struct
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        return [
+        rows = [
             {name: _value(values, i) for name, values in columns.items()}
             for i in range(batch.num_rows)
         ]
+    return [{name: _without_null(value) for name, value in row.items()} for row in rows]
+
+
+def _without_null(value: Any) -> Any:
+    """A value without the members of structs that are null.
+
+    Arrow has one type a column: a key that one message has, all have, null where it was not given.
+    """
+    if isinstance(value, dict):
+        return {name: _without_null(v) for name, v in value.items() if v is not None}
+    return [_without_null(v) for v in value] if isinstance(value, list) else value
 
 
 def _value(values, i: int) -> Any:

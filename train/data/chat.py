@@ -1,30 +1,67 @@
-"""Chat template -> token ids of prompt and responses: who owns the end token, what is cut, what is
-refused.
+"""Chat template -> token ids of prompt and responses, the ids that inference sees.
 
-A conversation is rendered twice, as the prompt alone with the assistant's header and as a whole
-with its answer. What the whole has beyond the prompt is the response's text. The two texts are
-tokenised apart and joined as ids, so no token crosses the border. Templates run in transformers'
-sandbox (`apply_chat_template`) and nowhere else.
+The prompt's ids are what `apply_chat_template(..., add_generation_prompt=True)` feeds. The
+response's ids are what the model would have to write after them:
+
+* Where the prompt's ids are a prefix of the whole conversation's ids, the rest of those, to and
+  including the end token, exactly once. A text is never tokenised apart and glued on:
+  sentencepiece-like tokenizers put a space of their own before it.
+* Where the conversation is rendered otherwise (a thought is opened in the assistant's header, a
+  system text moves), the inference prompt stands, and the answer follows it as the template
+  renders it. The two are tokenised as one text.
+* Where a token would run across the border of the two, the answer is tokenised behind another text
+  that no token of it merges with, if that decodes to the same conversation.
+
+What is rendered is compared with what was asked for: an answer that is not there in full, and keys
+that change nothing, are not lost in silence. What cannot be is a RowError. Templates run in
+transformers' sandbox (`apply_chat_template`) and nowhere else.
+
+Text of a conversation, by the names used here:
+
+    ...<|user|>Hi<|end|>\\n <|assistant|>\\n  Hello! <|end|>\\n
+    |----------- prompt -------------------| answer |-tail-|
+                           |--- header ---|
 """
 
+import functools
+import inspect
+import json
+import os
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from train.data.errors import RowError, one_line
+from train.data.rows import SYSTEM_ROLES
 
 QUESTION = [{"role": "user", "content": "probe question"}]
 ANSWER = "probe answer"
+# What a response is tokenised behind where it cannot be tokenised behind its prompt.
+ANCHORS = ("\n", ".", ":", "a")
 
 
-class Encoded(NamedTuple):
-    """One row as token ids after truncation."""
+class Request(NamedTuple):
+    """What is to be rendered: a prompt and the answers to it."""
 
-    prompt: list  # (P,) token ids
-    responses: tuple  # k lists (R_i,) of token ids
-    truncated: tuple  # 1 + k bools: the prompt was cut, each response was cut
+    messages: list[dict]  # the prompt
+    answers: Sequence[dict]  # messages of the assistant
+    template_args: dict  # tools, documents, chat_template_kwargs
+
+
+class Rendered(NamedTuple):
+    """A prompt and its answers as text."""
+
+    request: Request
+    prompt: str
+    texts: tuple[str, ...]  # of each answer: prompt, answer and end token
+    remarks: tuple[str, ...]  # what the template made of the row, where that is worth saying
+
+    @property
+    def all_texts(self) -> tuple[str, ...]:
+        return self.prompt, *self.texts
 
 
 class ControlTokens:
@@ -48,8 +85,8 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, self.tokens)))
 
     def first(self, text: str) -> str | None:
-        found = self._pattern.search(text) if self.tokens else None
-        return found.group() if found else None
+        match = self._pattern.search(text) if self.tokens else None
+        return match.group() if match else None
 
     def check(self, text: str) -> None:
         """Raises RowError where a text has one: as a token it would end a turn, or begin one, in
@@ -66,6 +103,19 @@ def _frames(token: str, conversation: str) -> bool:
         and not (token[0].isalnum() or token[-1].isalnum())
         and token in conversation
     )
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+    """Give the tokenizer the chat template in the file `path`; None: leave it its own. Raises
+    ValueError.
+    """
+    if path is None:
+        return
+    try:
+        tokenizer.chat_template = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or one_line(error)
+        raise ValueError(f"--chat_template {path}: cannot be read: {said}") from error
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -85,165 +135,8 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     )["input_ids"]
 
 
-class Chat:
-    """A tokenizer with its chat template, probed once.
-
-    `end` is the text of the end-of-turn token, `end_id` its id, `header_length` the number of
-    tokens of the assistant's header. Raises ValueError: no template, end or pad token; a template
-    that cannot be used, and why.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, allow_control_tokens: bool = False):
-        self.tokenizer = tokenizer
-        self.control = ControlTokens(tokenizer, allow_control_tokens)
-        name = tokenizer.name_or_path or "this model"
-        try:
-            tokenizer.get_chat_template()
-        except ValueError as error:
-            raise ValueError(
-                f"the tokenizer of {name} has no chat template: use an instruct model, or put chat_template.jinja in "
-                f"the model's directory ({error})"
-            ) from error
-        for token in ("eos_token", "pad_token"):
-            if getattr(tokenizer, token) is None:
-                raise ValueError(
-                    f"the tokenizer of {name} has no {token}: set {token!r} in its tokenizer_config.json"
-                )
-        self._probe(name)
-
-    def _probe(self, name: str) -> None:
-        """Find what the template puts behind an answer. The end token is the first control token
-        there, or else eos.
-        """
-        prompt, whole = self._render(
-            [(QUESTION, True), (QUESTION + [{"role": "assistant", "content": ANSWER}], False)]
-        )
-        for text in (prompt, whole):
-            if isinstance(text, RowError):
-                raise ValueError(
-                    f"the chat template of {name} cannot render a question and its answer: {text}"
-                )
-        if not whole.startswith(prompt):
-            raise ValueError(
-                f"the chat template of {name} renders {whole!r}, which does not start with the prompt {prompt!r}"
-            )
-        # Of turns that are over, which keep no <think>: answers to train on may have that.
-        turns_over = QUESTION + [{"role": "assistant", "content": ANSWER}] + QUESTION
-        turns = self._render([(turns_over, False)])[0]
-        self.control = ControlTokens(
-            self.tokenizer, self.control.allowed, turns if isinstance(turns, str) else ""
-        )
-        body, answer, self._tail = whole[len(prompt) :].rpartition(ANSWER)
-        if not answer:
-            raise ValueError(
-                f"the chat template of {name} leaves out the assistant's answer: {whole!r}"
-            )
-        found = self.control.first(self._tail)
-        self.end = self.tokenizer.eos_token if found is None else found
-        self.end_id = self.tokenizer.convert_tokens_to_ids(self.end)
-        if found is None:
-            # No model would learn to stop at white space.
-            self._kept_tail = self._tail.rstrip() + self.end
-        else:
-            self._kept_tail = self._tail[: self._tail.index(found) + len(found)]
-        self.tail_ids = tokenise(self.tokenizer, [self._kept_tail])[0]
-        ids = self.response_ids(QUESTION, ANSWER)
-        if ids[-1] != self.end_id or ids.count(self.end_id) != 1:
-            text = body + ANSWER + self._kept_tail
-            raise ValueError(
-                f"the tokenizer of {name} does not end {text!r} with one token {self.end!r}: {ids}"
-            )
-        bare = self._render([(QUESTION, False)])[0]
-        header = prompt[len(bare) :] if isinstance(bare, str) and prompt.startswith(bare) else ""
-        self.header_length = len(tokenise(self.tokenizer, [header])[0])
-
-    def _render(self, requests: Sequence[tuple[list, bool]]) -> list[str | RowError]:
-        """Render (messages, with the assistant's header?) each; a RowError in place of what the
-        template refuses.
-        """
-        rendered = [None] * len(requests)
-        for header in (True, False):
-            places = [i for i, request in enumerate(requests) if request[1] == header]
-            conversations = [requests[i][0] for i in places]
-            try:
-                # Many at once cost half of one by one (16 against 33 us each).
-                texts = self._apply(conversations, header) if conversations else []
-            except Exception:
-                # One is refused: find out which.
-                texts = [self._render_one(messages, header) for messages in conversations]
-            for place, text in zip(places, texts, strict=True):
-                rendered[place] = text
-        return rendered
-
-    def _render_one(self, messages: list, header: bool) -> str | RowError:
-        try:
-            return self._apply([messages], header)[0]
-        # A template is a program: raise_exception(), a type error, an undefined name.
-        except Exception as error:
-            return RowError(f"the chat template refuses it: {one_line(error)}")
-
-    def _apply(self, conversations: list, header: bool) -> list[str]:
-        return self.tokenizer.apply_chat_template(
-            conversations, tokenize=False, add_generation_prompt=header
-        )
-
-    def prompt_ids(self, messages: list) -> list[int]:
-        """Token ids (P,) of the prompt up to and including the assistant's header. Raises RowError."""
-        return self._ids(messages)[0]
-
-    def response_ids(self, messages: list, text: str) -> list[int]:
-        """Token ids (R,) of the answer `text` up to and including its end token. Raises RowError."""
-        return self._ids(messages, text)[1]
-
-    def _ids(self, messages: list, *answers: str) -> list[list[int]]:
-        texts = self.render([(messages, *answers)])[0]
-        if isinstance(texts, RowError):
-            raise texts
-        return tokenise(self.tokenizer, texts)
-
-    def render(self, items: Sequence[tuple]) -> list[tuple | RowError]:
-        """(messages, answer, ...) each -> texts (prompt, response, ...) each, or the RowError that
-        drops it.
-        """
-        requests, places = [], []
-        for messages, *answers in items:
-            places.append(slice(len(requests), len(requests) + 1 + len(answers)))
-            requests.append((messages, True))
-            for answer in answers:
-                # An allowed end token at the end of a text is the one that the template adds.
-                turn = {"role": "assistant", "content": answer.removesuffix(self.end)}
-                requests.append((messages + [turn], False))
-        rendered = self._render(requests)
-        return [
-            self._texts(item, rendered[place]) for item, place in zip(items, places, strict=True)
-        ]
-
-    def _texts(self, item: tuple, rendered: list) -> tuple | RowError:
-        messages, *answers = item
-        try:
-            for text in [message["content"] for message in messages] + answers:
-                self.control.check(text)
-            for text in rendered:
-                if isinstance(text, RowError):
-                    raise text
-            return rendered[0], *(self._response(rendered[0], whole) for whole in rendered[1:])
-        except RowError as error:
-            return error
-
-    def _response(self, prompt: str, whole: str) -> str:
-        """What `whole` says beyond the prompt, cut after the end token. Raises RowError."""
-        if not whole.startswith(prompt):
-            raise RowError("the chat template renders the prompt otherwise once an answer follows")
-        if not whole.endswith(self._tail):
-            raise RowError("the chat template ends this answer otherwise than its probe")
-        body = whole[len(prompt) : len(whole) - len(self._tail)]
-        if not body.strip():
-            raise RowError("empty response after the chat template")
-        return body + self._kept_tail
-
-
 def tokenise_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple]
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]
 ) -> list[list[list[int]] | RowError]:
     """Token ids of each row's texts, all in one call; a RowError in place of a row that the
     tokenizer refuses.
@@ -259,115 +152,408 @@ def tokenise_rows(
         return tokenise_rows(tokenizer, rows[:half]) + tokenise_rows(tokenizer, rows[half:])
 
 
-def check_fit(config, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """ValueError where the tokenizer has ids that the model has no embedding for, or rows outrun
+class Chat:
+    """A tokenizer with its chat template, probed once.
+
+    `end` is the text of the end-of-turn token, `end_id` its id, `header_length` the number of
+    tokens of the assistant's header. `allow_template_changes`: keep an answer that the template
+    cuts or changes, as it is rendered. Raises ValueError: no template or no end token; a template
+    that cannot be used, and why.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        allow_control_tokens: bool = False,
+        allow_template_changes: bool = False,
+    ):
+        self.tokenizer = tokenizer
+        self.allow_template_changes = allow_template_changes
+        self.control = ControlTokens(tokenizer, allow_control_tokens)
+        name = tokenizer.name_or_path or "this model"
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ValueError(
+                f"the tokenizer of {name} has no chat template: use an instruct model, put chat_template.jinja in "
+                f"the model's directory, or pass --chat_template FILE ({error})"
+            ) from error
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer of {name} has no eos_token: set 'eos_token' in its tokenizer_config.json"
+            )
+        self._probe(name)
+
+    def _probe(self, name: str) -> None:
+        """Find what the template puts around an answer. The end token is the first control token
+        behind it, or else eos.
+        """
+        answer = [{"role": "assistant", "content": ANSWER}]
+        bare, prompt, whole, finished = (
+            self._render_one(messages, header, {})
+            for messages, header in (
+                (QUESTION, False),
+                (QUESTION, True),
+                (QUESTION + answer, False),
+                (QUESTION + answer + QUESTION, False),
+            )
+        )
+        for text in (prompt, whole):
+            if isinstance(text, RowError):
+                raise ValueError(
+                    f"the chat template of {name} cannot render a question and its answer: {text}"
+                )
+        before, found, self._tail = whole.rpartition(ANSWER)
+        if not found:
+            raise ValueError(
+                f"the chat template of {name} leaves out the assistant's answer: {whole!r}"
+            )
+        bare = "" if isinstance(bare, RowError) else bare
+        self._header = prompt[len(bare) :] if bare and prompt.startswith(bare) else ""
+        self._lead = _lead(prompt, before, bare)
+        finished = "" if isinstance(finished, RowError) else finished
+        # What frames a turn frames one that is over. Not <think>, which stands before an answer, or
+        # in a turn that is not over: answers to train on may have that.
+        frames = finished.replace(self._lead + ANSWER, ANSWER)
+        self.control = ControlTokens(self.tokenizer, self.control.allowed, frames)
+        end = self.control.first(self._tail)
+        self.end = self.tokenizer.eos_token if end is None else end
+        self.end_id = self.tokenizer.convert_tokens_to_ids(self.end)
+        self._anchors = [self.end, *ANCHORS]
+        if end is None:
+            # No model would learn to stop at white space.
+            self._kept_tail = self._tail.rstrip() + self.end
+        else:
+            self._kept_tail = self._tail[: self._tail.index(end) + len(end)]
+        between = finished[len(before) + len(ANSWER) :].rpartition(QUESTION[0]["content"])[0]
+        self._user_header = between.removeprefix(self._tail)
+        self.header_length = len(tokenise(self.tokenizer, [self._header])[0])
+        ids = self.response_ids(QUESTION, ANSWER)
+        if ids[-1] != self.end_id or ids.count(self.end_id) != 1:
+            text = self._lead + ANSWER + self._kept_tail
+            raise ValueError(
+                f"the tokenizer of {name} does not end {text!r} with one token {self.end!r}: {ids}"
+            )
+        # What a response of no characters that the tokenizer knows comes to.
+        prompt_ids, lead_ids, *tails = tokenise(
+            self.tokenizer, [prompt, prompt + self._lead + self._kept_tail, self._kept_tail]
+        )
+        self.empty_ids = [lead_ids[len(prompt_ids) :], *tails]
+
+    # ------------------------------------------------------------ text
+
+    def render(self, requests: Sequence[Request]) -> list[Rendered | RowError]:
+        """The texts of each request, or the RowError that drops it."""
+        calls, places = [], []
+        for messages, answers, args in requests:
+            places.append(slice(len(calls), len(calls) + 1 + len(answers)))
+            calls.append((messages, True, args))
+            calls += [(messages + [self._turn(answer)], False, args) for answer in answers]
+        texts = self._render(calls)
+        return [
+            self._compose(request, texts[place])
+            for request, place in zip(requests, places, strict=True)
+        ]
+
+    def _turn(self, answer: dict) -> dict:
+        """The answer without an end token of its own at its end, which the template adds."""
+        return answer | {"content": answer["content"].removesuffix(self.end)}
+
+    def _render(self, calls: Sequence[tuple[list, bool, dict]]) -> list[str | RowError]:
+        """Render (messages, with the assistant's header?, template_args) each; a RowError in place
+        of what the template refuses.
+        """
+        alike = {}
+        for place, (_, header, args) in enumerate(calls):
+            key = (header, json.dumps(args, sort_keys=True) if args else "")
+            alike.setdefault(key, []).append(place)
+        rendered = [None] * len(calls)
+        for (header, _), places in alike.items():
+            conversations = [calls[i][0] for i in places]
+            args = calls[places[0]][2]
+            try:
+                # Many at once cost half of one by one (16 against 33 us each).
+                texts = self._apply(conversations, header, args)
+            except Exception:
+                # One is refused: find out which.
+                texts = [self._render_one(messages, header, args) for messages in conversations]
+            for place, text in zip(places, texts, strict=True):
+                rendered[place] = text
+        return rendered
+
+    def _render_one(self, messages: list, header: bool, args: dict) -> str | RowError:
+        try:
+            return self._apply([messages], header, args)[0]
+        # A template is a program: raise_exception(), a type error, an undefined name.
+        except Exception as error:
+            return RowError(f"the chat template refuses it: {one_line(error)}")
+
+    def _apply(self, conversations: list, header: bool, args: dict) -> list[str]:
+        more = args.get("chat_template_kwargs", {})
+        if reserved := _reserved_names(type(self.tokenizer)) & {*more}:
+            raise ValueError(f"chat_template_kwargs may not hold {sorted(reserved)[0]!r}")
+        return self.tokenizer.apply_chat_template(
+            conversations,
+            tools=args.get("tools"),
+            documents=args.get("documents"),
+            tokenize=False,
+            add_generation_prompt=header,
+            **more,
+        )
+
+    def _compose(self, request: Request, rendered: list[str | RowError]) -> Rendered | RowError:
+        """The request's texts, from the prompt and the whole conversations as rendered."""
+        messages, answers, args = request
+        try:
+            for turn in (*messages, *answers):
+                self.control.check(turn["content"])
+                if len(turn) > 2:
+                    self._check_others(
+                        {k: v for k, v in turn.items() if k not in ("role", "content")}
+                    )
+            self._check_others(args)
+            for text in rendered:
+                if isinstance(text, RowError):
+                    raise text
+            prompt, *wholes = rendered
+            remarks = []
+            texts = []
+            for whole, answer in zip(wholes, answers, strict=True):
+                said, is_complete = self._said(request, prompt, whole, self._turn(answer))
+                if not is_complete:
+                    if not self.allow_template_changes:
+                        raise RowError(
+                            "the chat template leaves out or changes part of the answer, or "
+                            f"{_difference(answer['content'], said)!r} is not in what it renders"
+                        )
+                    remarks.append("the chat template leaves out or changes part of an answer")
+                texts.append(prompt + said + self._kept_tail)
+            remarks += self._left_out(messages, prompt)
+            remarks += self._unused(request, rendered)
+            return Rendered(request, prompt, tuple(texts), tuple(dict.fromkeys(remarks)))
+        except RowError as error:
+            return error
+
+    def _check_others(self, value: Any) -> None:
+        """Raises RowError where any string within a value has a control token."""
+        if isinstance(value, str):
+            self.control.check(value)
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                self.control.check(name)
+                self._check_others(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                self._check_others(inner)
+
+    def _said(self, request: Request, prompt: str, whole: str, answer: dict) -> tuple[str, bool]:
+        """(what `whole` says between the prompt and its tail, whether the answer is in it in full,
+        outer white space apart). Raises RowError.
+        """
+        if not whole.endswith(self._tail):
+            raise RowError("the chat template ends this answer otherwise than its probe")
+        end = len(whole) - len(self._tail)
+        asked = answer["content"].strip()
+        if whole.startswith(prompt) and len(prompt) <= end:
+            said = body = whole[len(prompt) : end]
+            if asked not in body and self._header and prompt.endswith(self._header):
+                # The header may have opened what the answer begins with: a thought.
+                body = self._header + body
+        else:
+            # The template renders the prompt otherwise once an answer follows: find the answer by
+            # the place that another one has.
+            before = self._before_answer(request)
+            if not whole.startswith(before) or len(before) > end:
+                raise RowError("the chat template renders the prompt otherwise once it is answered")
+            body = whole[len(before) : end]
+            said = self._lead + body
+        if not body.strip():
+            raise RowError("empty response after the chat template")
+        return said, asked in body
+
+    def _before_answer(self, request: Request) -> str:
+        """What the conversation, finished, says before its answer. Raises RowError."""
+        probe = request.messages + [{"role": "assistant", "content": ANSWER}]
+        text = self._render_one(probe, False, request.template_args)
+        if isinstance(text, RowError):
+            raise text
+        before, found, _ = text.rpartition(ANSWER)
+        if not found:
+            raise RowError("the chat template renders the prompt otherwise once it is answered")
+        return before
+
+    def _left_out(self, messages: list[dict], prompt: str) -> Iterator[str]:
+        """A remark for turns of the prompt that are not in it as rendered. Of the assistant's turns
+        thoughts are left out as a rule, and meant to be; what a tool says may be written as JSON.
+        """
+        for turn in messages:
+            text = turn["content"]
+            if turn["role"] == "assistant":
+                text = text.rpartition("</think>")[2]
+            if turn["role"] != "tool" and text.strip() not in prompt:
+                yield f"the chat template leaves out or changes a turn of {turn['role']}"
+
+    def _unused(self, request: Request, rendered: list[str]) -> Iterator[str]:
+        """A remark for each key, beyond role and content, that changes nothing in what is rendered."""
+        keys = _keys(request)
+        if not keys:
+            return
+        if len(keys) > 1 and self._rendered_without(request, keys) == rendered:
+            unused = keys
+        else:
+            unused = [key for key in keys if self._rendered_without(request, [key]) == rendered]
+        for place, name in unused:
+            yield f"the chat template does not use {name!r} of {place}"
+
+    def _rendered_without(self, request: Request, keys: list) -> list[str | RowError]:
+        of_messages = {name for place, name in keys if place == "messages"}
+        of_row = {name for place, name in keys if place == "the row"}
+
+        def bare(turn):
+            return {name: value for name, value in turn.items() if name not in of_messages}
+
+        args = {name: value for name, value in request.template_args.items() if name not in of_row}
+        messages = [bare(turn) for turn in request.messages]
+        answers = [bare(self._turn(answer)) for answer in request.answers]
+        calls = [(messages, True, args)]
+        return self._render(calls + [(messages + [answer], False, args) for answer in answers])
+
+    # ------------------------------------------------------------ token ids
+
+    def split(self, rendered: Rendered, ids: Sequence[list[int]]) -> tuple[list, list[list]]:
+        """(prompt (P,), responses (R_i,) each) from the ids of `rendered.all_texts`, each response
+        to and including its end token. Raises RowError.
+        """
+        prompt, *wholes = ids
+        count = len(prompt)
+        responses = [
+            whole[count:] if whole[:count] == prompt else self._across(rendered, i, prompt, whole)
+            for i, whole in enumerate(wholes)
+        ]
+        return prompt, responses
+
+    def _across(self, rendered: Rendered, i: int, prompt: list, whole: list) -> list[int]:
+        """The ids of an answer whose first token would begin within the prompt. Raises RowError."""
+        answer = rendered.texts[i][len(rendered.prompt) :]
+        wanted = self._decode(whole)
+        for anchor in self._anchors:
+            anchor_ids, ids = tokenise(self.tokenizer, [anchor, anchor + answer])
+            count = len(anchor_ids)
+            is_apart = ids[:count] == anchor_ids
+            if is_apart and self._decode(prompt + ids[count:]) == wanted:
+                # What has helped once will help again.
+                self._anchors.remove(anchor)
+                self._anchors.insert(0, anchor)
+                return ids[count:]
+        raise RowError("no tokens of the answer alone: the prompt's last one would run into it")
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def prompt_ids(self, messages: list, template_args: dict | None = None) -> list[int]:
+        """Token ids (P,) of the prompt up to and including the assistant's header. Raises RowError."""
+        return self._ids(Request(messages, (), template_args or {}))[0]
+
+    def response_ids(
+        self, messages: list, answer: str | dict, template_args: dict | None = None
+    ) -> list[int]:
+        """Token ids (R,) of an answer up to and including its end token. Raises RowError."""
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
+        return self._ids(Request(messages, (answer,), template_args or {}))[1][0]
+
+    def _ids(self, request: Request) -> tuple[list, list[list]]:
+        [rendered] = self.render([request])
+        if isinstance(rendered, RowError):
+            raise rendered
+        [ids] = tokenise_rows(self.tokenizer, [rendered.all_texts])
+        if isinstance(ids, RowError):
+            raise ids
+        return self.split(rendered, ids)
+
+    def head_ids(self, rendered: Rendered, prompt: list[int]) -> list[int]:
+        """The first of a prompt's ids, to the end of its system turn: bos, the system turn or the
+        one that the template adds; [] where the prompt does not begin with either.
+        """
+        messages, _, args = rendered.request
+        system = messages[:1] if messages[0]["role"] in SYSTEM_ROLES else []
+        text = self._head_text(json.dumps([system, args]))
+        if text and rendered.prompt.startswith(text):
+            [ids] = tokenise(self.tokenizer, [text])
+            return os.path.commonprefix([ids, prompt])
+        bos = self.tokenizer.bos_token_id
+        return prompt[:1] if bos is not None and prompt[:1] == [bos] else []
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a Chat lives as long as its data is tokenised
+    def _head_text(self, key: str) -> str:
+        """What is rendered before the header of the first user's turn."""
+        system, args = json.loads(key)
+        text = self._render_one(system + QUESTION, True, args)
+        if isinstance(text, RowError):
+            return ""
+        return text.rpartition(QUESTION[0]["content"])[0].removesuffix(self._user_header)
+
+
+def _lead(prompt: str, before: str, bare: str) -> str:
+    """What the template writes between the assistant's header and the answer of a finished turn,
+    from a prompt, the text before its answer, and the prompt without the header.
+    """
+    if before.startswith(prompt):
+        return before[len(prompt) :]
+    if not (bare and prompt.startswith(bare) and before.startswith(bare)):
+        return ""
+    opened, finished = prompt[len(bare) :], before[len(bare) :]
+    shared = len(os.path.commonprefix([opened, finished]))
+    # "<think>" and "</think>" share "<": such a mark is written whole.
+    begun = max(finished.rfind("<", 0, shared), finished.rfind("[", 0, shared))
+    if begun >= 0 and not re.search(r"[>\]]", finished[begun:shared]):
+        shared = begun
+    return finished[shared:]
+
+
+def _difference(asked: str, said: str) -> str:
+    """A few characters of the answer from about where it is no longer in what is rendered."""
+    asked = asked.strip()
+    low, high = 0, len(asked)  # asked[:low] is in `said`, asked[:high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if asked[:middle] in said else (low, middle)
+    return asked[max(low - 10, 0) : low + 30]
+
+
+def _keys(request: Request) -> list[tuple[str, str]]:
+    """("messages" or "the row", key) of all that the template gets besides role and content."""
+    turns = [*request.messages, *request.answers]
+    names = dict.fromkeys(name for turn in turns for name, value in turn.items() if value)
+    of_messages = [("messages", name) for name in names if name not in ("role", "content")]
+    return of_messages + [("the row", name) for name in request.template_args]
+
+
+@functools.cache
+def _reserved_names(tokenizer_class: type) -> set[str]:
+    """What apply_chat_template takes itself; a row of data must not set it."""
+    return {*inspect.signature(tokenizer_class.apply_chat_template).parameters}
+
+
+def check_fit(config, tokenizer: PreTrainedTokenizerBase, max_length: int, data=()) -> None:
+    """ValueError where a data set uses ids that the model has no embedding for, or rows may outrun
     its positions.
 
-    `config`: the model's, as transformers has it; no weight is needed.
+    `config`: the model's, as transformers has it; no weight is needed. `data`: every Tokenised in
+    use. The size of the vocabulary says nothing: some tokenizers have tokens that no text reaches.
     """
     config = config.get_text_config()
-    ids = 1 + max(tokenizer.get_vocab().values(), default=-1)  # not their number: there may be gaps
-    if ids > config.vocab_size:
+    largest = max((int(each.ids.max()) for each in data if len(each.ids)), default=-1)
+    if largest >= config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"the tokenizer has {ids:,} tokens, the model's vocabulary {config.vocab_size:,}: "
-            "they do not belong together"
+            f"the data has token {largest:,}, {token!r}, and the model's vocabulary is "
+            f"{config.vocab_size:,}: tokenizer and model do not belong together"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise ValueError(
             f"--max_length {max_length} is more than the model's {positions} positions"
         )
-
-
-def check_lengths(max_length: int, max_prompt_length: int | None, header_length: int = 0) -> int:
-    """The most tokens that a prompt may have: one token at least is left to the response. Raises
-    ValueError.
-    """
-    limit = max_length - 1 if max_prompt_length is None else max_prompt_length
-    if max_length < 2 or limit < 1:
-        raise ValueError(
-            f"max_length {max_length}, max_prompt_length {max_prompt_length}: at least 2 and 1 are needed"
-        )
-    if limit >= max_length:
-        raise ValueError(
-            f"max_prompt_length {limit} leaves no room for a response in max_length {max_length}"
-        )
-    if limit < header_length:
-        raise ValueError(
-            f"a prompt of {limit} tokens cannot hold the assistant's header of {header_length}: raise "
-            f"{'max_length' if max_prompt_length is None else 'max_prompt_length'}"
-        )
-    return limit
-
-
-class PairEncoder:
-    """Pairs under length limits: a prompt keeps its end, then each response is cut to what is left
-    of max_length.
-    """
-
-    def __init__(self, chat: Chat, max_length: int, max_prompt_length: int | None):
-        self.chat = chat
-        self.max_length = max_length
-        self.max_prompt = check_lengths(max_length, max_prompt_length, chat.header_length)
-
-    def render(self, items: Sequence[tuple]) -> list[tuple | RowError]:
-        """(messages, chosen, rejected) each -> three texts each."""
-        return self.chat.render(items)
-
-    def finish(self, ids: Sequence[list[int]]) -> Encoded:
-        """Truncate; a response that is cut gets no end token. Raises RowError for answers empty or
-        equal by now.
-        """
-        prompt, *responses = ids
-        if self.chat.tail_ids in responses:  # some tokenizers leave out what they do not know
-            raise RowError("no tokens: the tokenizer makes nothing of a response")
-        kept = prompt[-self.max_prompt :]
-        room = self.max_length - len(kept)
-        cut = tuple(response[:room] for response in responses)
-        truncated = (len(prompt) > len(kept), *(len(response) > room for response in responses))
-        if len(cut) == 2 and cut[0] == cut[1]:
-            raise RowError(
-                "equal after truncation" if any(truncated[1:]) else "equal after the chat template"
-            )
-        return Encoded(kept, cut, truncated)
-
-
-class LabelledEncoder(PairEncoder):
-    """Single answers under the same limits."""
-
-    def render(self, items: Sequence[tuple]) -> list[tuple | RowError]:
-        """(messages, answer, label) each -> two texts each."""
-        return self.chat.render([item[:2] for item in items])
-
-
-class TextEncoder:
-    """Plain text, no template: an empty prompt and one response without an end token, cut to
-    max_length.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        allow_control_tokens: bool = False,
-    ):
-        check_lengths(max_length, None)
-        self.control = ControlTokens(tokenizer, allow_control_tokens)
-        self.max_length = max_length
-
-    def render(self, items: Sequence[str]) -> list[tuple | RowError]:
-        """The text itself, in a tuple of one."""
-        return [self._checked(text) for text in items]
-
-    def _checked(self, text: str) -> tuple | RowError:
-        try:
-            self.control.check(text)
-        except RowError as error:
-            return error
-        return (text,)
-
-    def finish(self, ids: Sequence[list[int]]) -> Encoded:
-        """Truncate. Raises RowError where the tokenizer makes nothing of the text."""
-        if not ids[0]:
-            raise RowError("no tokens")
-        return Encoded([], (ids[0][: self.max_length],), (False, len(ids[0]) > self.max_length))

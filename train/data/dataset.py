@@ -8,6 +8,7 @@ import numpy as np
 
 from train.data.errors import DataError
 from train.data.packing import Group
+from train.data.plausible import Suspicion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Tokenised:
     dropped: list  # of Dropped, of all sources, also in a view
     fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
     labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
+    starts: tuple = ()  # (source, number of its first row over all sources), in order
+    remarks: tuple = ()  # (how rows were read or rendered, number of rows), worth saying once
+    suspicions: tuple[Suspicion, ...] = ()  # rows that nobody can have meant, by sort
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -40,6 +44,29 @@ class Tokenised:
             offset += length
         label = None if self.labels is None else bool(self.labels[i])
         return Group(ids[:prompt], tuple(responses), int(self.rows[i]), label)
+
+    def place(self, i: int) -> tuple[str, int]:
+        """(source as the user named it, number of the row within it) of group i."""
+        number = int(self.rows[i])
+        source, first = next(start for start in reversed(self.starts) if start[1] <= number)
+        return source, number - first
+
+    def notes(self) -> list[str]:
+        """What is to be said of the data, a line each: how rows were read, what the chat template
+        made of them, how many were cut, and which are implausible.
+        """
+        lines = [
+            f"{remark} ({count:,} {'row' if count == 1 else 'rows'})"
+            for remark, count in self.remarks
+        ]
+        if len(self) and self.truncated.any():
+            prompts = int(self.truncated[:, 0].sum())
+            answers = int(self.truncated[:, 1:].any(axis=1).sum())
+            lines.append(
+                f"cut to the length limits: the prompt of {prompts:,} ({prompts / len(self):.1%}) and "
+                f"an answer of {answers:,} ({answers / len(self):.1%}) of {len(self):,} rows"
+            )
+        return lines + [f"implausible: {suspicion}" for suspicion in self.suspicions]
 
     def select(self, indices: Sequence[int]) -> "Tokenised":
         """A view of the groups `indices`, in that order. Raises IndexError."""

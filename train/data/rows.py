@@ -3,16 +3,28 @@
 What is wrong with a whole file is a DataError. What is wrong with one row is a RowError: that row
 is dropped with the reason, the others stand. A row that names a key twice, or a message in it that
 does, is dropped: nobody knows which of the two is meant.
+
+A message keeps every key it has (tool_calls, reasoning_content, name, ...), for the chat template
+to use; a content that is a list of text parts is joined, a content that is null is empty.
 """
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from train.data import shapes
 from train.data.errors import DataError, MissingColumn, RowError, listed
 from train.data.sources import TwoValues
 
-ROLES = ("system", "user", "assistant")
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
+# Roles as ShareGPT's from/value messages name them.
+SHAREGPT_ROLES = {
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
+    **{"observation": "tool", "tool_response": "tool"},
+    **{role: role for role in ROLES},
+}
+# Keys of a message by which two prompts differ; others (an id, a time) are no difference.
+TELLING_KEYS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 LABELLED_COLUMNS = ("prompt", "completion", "label")
 TEXT_COLUMNS = ("text",)
@@ -39,84 +51,124 @@ class Dropped(NamedTuple):
     reason: str
 
 
+class Pair(NamedTuple):
+    """A prompt and two answers to it."""
+
+    messages: list[dict]  # the prompt; the last turn is user's or a tool's
+    chosen: dict  # a message of the assistant
+    rejected: dict
+    template_args: dict  # what else the chat template gets: tools, documents, ...
+    remarks: Sequence[str] = ()  # how the row was read, where that is worth saying
+
+    @property
+    def answers(self) -> tuple[dict, ...]:
+        return self.chosen, self.rejected
+
+
+class Labelled(NamedTuple):
+    """A prompt and an answer that was judged on its own."""
+
+    messages: list[dict]
+    completion: dict
+    label: bool  # whether the answer is desirable
+    template_args: dict
+    remarks: Sequence[str] = ()
+
+    @property
+    def answers(self) -> tuple[dict, ...]:
+        return (self.completion,)
+
+
 def columns_missing(source: str, column: str, found: list, columns: Sequence[str]) -> DataError:
-    """The error for a source without `column`: what it has instead, and the nearest name."""
-    lower = {str(name).lower(): name for name in found}
-    near = [lower[name] for name in difflib.get_close_matches(column, list(lower), 2, 0.5)]
-    advice = f"; rename {near[0]!r}?" if near else ""
+    """The error for a source without `column`: what it has instead, and what to do about it."""
+    missing = [name for name in columns if name not in found]
     return DataError(
-        f"{source}: no column {column!r}; found {listed(found)}; expected {listed(columns)}{advice}"
+        f"{source}: no column {column!r}; found {listed(found)}; expected {listed(columns)}; "
+        f"{shapes.advice(missing, found, source)}"
     )
 
 
-def check_pair(row: Any) -> tuple[list, str, str]:
-    """Return (messages of the prompt, chosen, rejected) of one row; other columns are ignored.
+def check_pair(row: Any) -> Pair:
+    """The pair of one row, whose columns are PAIR_COLUMNS or what shapes.py makes of others.
 
     prompt: a string (one user's turn) or messages. chosen, rejected: a string, one assistant
     message (a dict or a list of one), or a whole conversation, which then must share all but its
     last turn with the other and agree with `prompt` where there is one (as messages: be equal; as a
     string: be one of its users' turns). Raises RowError.
     """
+    _check_object(row)
+    row, remarks = shapes.canonical(row)
     for column in ("chosen", "rejected"):
-        _need(row, column)
+        if column not in row:
+            raise MissingColumn(column)
     prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
     chosen_prompt, chosen = _response(row["chosen"], "chosen")
     rejected_prompt, rejected = _response(row["rejected"], "rejected")
-    if chosen_prompt and rejected_prompt and chosen_prompt != rejected_prompt:
+    if chosen_prompt and rejected_prompt and not _same_turns(chosen_prompt, rejected_prompt):
         raise RowError("prompts of chosen and rejected differ")
-    shared = chosen_prompt or rejected_prompt
-    if shared is None and prompt is None:
+    conversation = chosen_prompt or rejected_prompt
+    if conversation is None and prompt is None:
         raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
-    if shared is not None and prompt is not None:
-        if prompt != shared and not (isinstance(row["prompt"], str) and prompt[0] in shared):
+    if conversation is not None and prompt is not None:
+        is_one_turn = isinstance(row["prompt"], str) and any(
+            _same_turns(prompt, [turn]) for turn in conversation
+        )
+        if not is_one_turn and not _same_turns(prompt, conversation):
             raise RowError("prompt differs from the conversation in chosen and rejected")
-    messages = shared or prompt
+    messages = _with_system(conversation or prompt, row)
     _check_turns(messages)
     if chosen == rejected:
         raise RowError("chosen equals rejected")
-    return messages, chosen, rejected
+    return Pair(messages, chosen, rejected, _template_args(row), remarks)
 
 
-def check_labelled(row: Any) -> tuple[list, str, bool]:
-    """Return (messages of the prompt, answer, whether it is desirable) of one row; other columns
-    are ignored.
+def check_labelled(row: Any) -> Labelled:
+    """The judged answer of one row.
 
     prompt and completion: as prompt and chosen of a pair. label: true or false, 1 or 0. Raises
     RowError.
     """
+    _check_object(row)
+    row, remarks = shapes.canonical(row)
     for column in ("completion", "label"):
-        _need(row, column)
+        if column not in row:
+            raise MissingColumn(column)
     label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
     if not isinstance(label, (bool, int, float, str)) or label not in LABELS:
         raise RowError(f"label is {_type(label)} other than true and false")
     conversation, completion = _response(row["completion"], "completion")
-    has_prompt = row.get("prompt") is not None
-    if not has_prompt and conversation is None:
+    prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
+    if prompt is None and conversation is None:
         raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
-    messages = conversation or _prompt(row["prompt"])
-    if conversation is not None and has_prompt and _prompt(row["prompt"]) != conversation:
+    if conversation is not None and prompt is not None and not _same_turns(prompt, conversation):
         raise RowError("prompt differs from the conversation in completion")
+    messages = _with_system(conversation or prompt, row)
     _check_turns(messages)
-    return messages, completion, LABELS[label]
+    return Labelled(messages, completion, LABELS[label], _template_args(row), remarks)
 
 
 def check_text(row: Any) -> str:
     """Return the text of one row of plain text. Raises RowError."""
-    _need(row, "text")
+    _check_object(row)
+    if "text" not in row:
+        raise MissingColumn("text")
     text = _string(row["text"], "text")
     if not text.strip():
         raise RowError("empty text")
     return text
 
 
-def _need(row: Any, column: str) -> None:
+def turns_of(messages: list[dict]) -> list[dict]:
+    """The messages with their role and content alone: what makes two prompts the same prompt."""
+    return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+
+
+def _check_object(row: Any) -> None:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
         raise RowError(f"the row is {_type(row)}, not an object")
     _unambiguous(row, "the row")
-    if column not in row:
-        raise MissingColumn(column)
 
 
 def _unambiguous(members: dict, name: str) -> None:
@@ -145,20 +197,66 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
-def _messages(value: list, name: str) -> list[dict]:
-    """Messages with their role and content and nothing else. Raises RowError."""
+def _content(value: Any, name: str, is_optional: bool) -> str:
+    """The text of a message: a string, a list of text parts, or null where other keys say it all."""
+    if value is None and is_optional:
+        return ""
+    if not isinstance(value, list) or not any(isinstance(part, dict) for part in value):
+        return _string(value, name)
+    texts = []
+    for part in value:
+        if not isinstance(part, dict):
+            raise RowError(f"{name} has a part that is {_type(part)}, not an object with its text")
+        _unambiguous(part, f"a part of {name}")
+        if part.get("type", "text") != "text":
+            kind = part["type"] if isinstance(part["type"], str) else _type(part["type"])
+            raise RowError(f"{name} has a part of type {kind[:40]!r}; only text is trained on")
+        texts.append(_string(part.get("text"), f"{name}: text of a part"))
+    return "".join(texts)
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A value that JSON can hold, as the template gets it. Raises RowError."""
+    if isinstance(value, str):
+        return _string(value, name)
+    if isinstance(value, dict):
+        _unambiguous(value, name)
+        return {_string(str(key), name): _plain(inner, name) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, name) for inner in value]
+    if isinstance(value, RowError):
+        raise RowError(f"{name} is {_type(value)}")
+    # Dates and bytes, which a parquet may have.
+    return value if isinstance(value, (bool, int, float, type(None))) else str(value)
+
+
+def _messages(value: Sequence, name: str) -> list[dict]:
+    """Messages with their role, their content and whatever else they hold. Raises RowError."""
     messages = []
     for number, message in enumerate(value):
+        label = f"{name} message {number}"
         if not isinstance(message, dict):
-            raise RowError(
-                f"{name} message {number} is {_type(message)}, not an object with role and content"
-            )
-        _unambiguous(message, f"{name} message {number}")
-        role = _string(message.get("role"), f"{name} message {number}: role")
-        if role not in ROLES:
-            raise RowError(f"unknown role {role[:40]!r} in {name}; known: {', '.join(ROLES)}")
-        content = _string(message.get("content"), f"{name} message {number}: content")
-        messages.append({"role": role, "content": content})
+            raise RowError(f"{label} is {_type(message)}, not an object with role and content")
+        _unambiguous(message, label)
+        keys = ("role", "content")
+        if "role" not in message and "from" in message:  # ShareGPT
+            keys = ("from", "value")
+        role = _string(message.get(keys[0]), f"{label}: {keys[0]}")
+        known = SHAREGPT_ROLES if keys[0] == "from" else dict.fromkeys(ROLES)
+        if role not in known:
+            raise RowError(f"unknown role {role[:40]!r} in {name}; known: {', '.join(known)}")
+        try:
+            others = {
+                key: _plain(inner, f"{label}: {key[:40]!r}")
+                for key, inner in message.items()
+                if key not in keys and inner is not None
+            }
+        except RecursionError:
+            raise RowError(f"{label} is nested too deeply") from None
+        content = _content(
+            message.get(keys[1]), f"{label}: {keys[1]}", bool(others.get("tool_calls"))
+        )
+        messages.append({"role": known[role] or role, "content": content, **others})
     return messages
 
 
@@ -174,41 +272,85 @@ def _prompt(value: Any) -> list[dict]:
     return messages
 
 
-def _response(value: Any, name: str) -> tuple[list[dict] | None, str]:
-    """(the conversation before the last turn, or None where the answer stands alone; the answer's
-    text).
+def _response(value: Any, name: str) -> tuple[list[dict] | None, dict]:
+    """(the conversation before the last turn, or None where the answer stands alone; the answer as
+    a message).
     """
-    before = None
+    conversation = None
+    message = {"role": "assistant", "content": ""}
     if isinstance(value, str):
-        text = _string(value, name)
+        message["content"] = _string(value, name)
     elif isinstance(value, (dict, list, tuple)):
         messages = _messages([value] if isinstance(value, dict) else value, name)
         if messages and messages[-1]["role"] != "assistant":
             raise RowError(
                 f"roles out of order: {name} ends with {messages[-1]['role']}, not with assistant"
             )
-        before = messages[:-1] or None
-        text = messages[-1]["content"] if messages else ""
+        conversation = messages[:-1] or None
+        message = messages[-1] if messages else message
     else:
         raise RowError(f"{name} is {_type(value)}, not a string or messages")
-    if not text.strip():
+    if not message["content"].strip() and not message.get("tool_calls"):
         raise RowError(f"empty response: {name}")
-    return before, text
+    return conversation, message
+
+
+def _same_turns(one: list[dict], other: list[dict]) -> bool:
+    """Whether two lists of messages are the same but for keys that only one has, or that say
+    nothing.
+    """
+    return len(one) == len(other) and all(
+        a[key] == b[key]
+        for a, b in zip(one, other, strict=True)
+        for key in TELLING_KEYS
+        if key in a and key in b
+    )
+
+
+def _with_system(messages: list[dict], row: dict) -> list[dict]:
+    """The messages behind the system turn that a column of its own holds. Raises RowError."""
+    for name in shapes.SYSTEMS:
+        if not row.get(name):
+            continue
+        text = _string(row[name], name)
+        if not text.strip():
+            continue
+        if messages[0]["role"] not in SYSTEM_ROLES:
+            return [{"role": "system", "content": text}, *messages]
+        if messages[0]["content"] != text:
+            raise RowError(f"the column {name!r} differs from the system turn in the messages")
+    return messages
+
+
+def _template_args(row: dict) -> dict:
+    try:
+        found = shapes.template_args(row)
+        return {name: _plain(value, name) for name, value in found.items()} if found else found
+    except RecursionError:
+        raise RowError("tools or documents are nested too deeply") from None
 
 
 def _check_turns(messages: list[dict]) -> None:
-    """At most one system message, first; then user and assistant in turn, the user first and last.
-    Raises RowError.
+    """At most one system message, first; then user and assistant in turn, the user first. Tools may
+    speak after the assistant; the user or a tool speaks last. Raises RowError.
     """
     roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if len(turns) % 2 == 0 or any(
-        role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)
-    ):
+    before = "system"
+    in_order = True
+    for role in roles[1:] if roles[0] in SYSTEM_ROLES else roles:
+        in_order &= role in {
+            "system": ("user",),
+            "user": ("assistant",),
+            "assistant": ("user", "tool"),
+            "tool": ("tool", "assistant"),
+        }.get(before, ())
+        before = role
+    if not in_order or before not in ("user", "tool"):
         shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
         raise RowError(
             f"roles out of order: {shown}; expected user and assistant in turn, the prompt ending with user"
         )
     for message in messages:
-        if message["role"] != "system" and not message["content"].strip():
+        says_nothing = not message["content"].strip() and not message.get("tool_calls")
+        if says_nothing and message["role"] in ("user", "assistant"):
             raise RowError(f"empty prompt: a turn of {message['role']} has no text")

@@ -2,8 +2,11 @@
 
 A source is one of
 
-    pairs.jsonl, pairs.json    one JSON object a line; a .json may also be one array of objects
+    pairs.jsonl, pairs.json    one JSON object a line; a .json may also be one array of objects, or
+                               documents that run over several lines: an object, one with a list of
+                               objects in it ({"data": [...]}), or columns ({"prompt": [...], ...})
     pairs.csv, pairs.parquet
+                               .jsonl, .json and .csv also as .gz or .zst
     a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or folder@split
     org/name, org/name:config, org/name@split, org/name:config@split
                                on the hub; a split such as train[:10%] too
@@ -15,20 +18,27 @@ file for one odd row.
 
 import csv
 import difflib
+import gzip
+import io
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
+
+import pyarrow
 
 from train.data import arrow
-from train.data.errors import DataError, RowError, listed
+from train.data.errors import DataError, RowError, listed, one_line
 
 # With an organisation always: `load_dataset("csv")` would read whatever lies in the working folder.
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 
 JSON_SHAPES = "one JSON object a line (.jsonl, .json) or one array of objects (.json)"
+BLANK = re.compile(r"\s*")
+COMPRESSED = (".gz", ".zst")
 
 
 class TwoValues(dict):
@@ -59,10 +69,11 @@ def _read(source: str, split: str) -> Iterator[Any]:
     """Choose the reader. Raises DataError where there is none."""
     path = os.path.expanduser(source)
     if os.path.isfile(path):
-        suffix = os.path.splitext(path)[1].lower()
+        suffix = suffix_of(path)
         if suffix not in READERS:
             raise DataError(
-                f"{source}: files of type {suffix!r} are not read; expected one of {', '.join(READERS)}"
+                f"{source}: files of type {suffix!r} are not read; expected one of "
+                f"{', '.join(READERS)}, or of {', '.join(TEXT_FILES)} followed by .gz or .zst"
             )
         return READERS[suffix](path)
     folder, _, named_split = path.rpartition("@")
@@ -78,13 +89,31 @@ def _read(source: str, split: str) -> Iterator[Any]:
             f"{scheme}://{host}/...: addresses are not read; fetch the file and name it here"
         )
     hub = HUB_NAME.fullmatch(source)
-    if source.lower().endswith(tuple(READERS)) or source.startswith((".", "/", "~")):
+    if suffix_of(source) in READERS or source.startswith((".", "/", "~")):
         raise DataError(f"{source}: no such file or folder{_neighbours(path)}")
     if hub is None:
         raise DataError(
             f"{source}: no such file or folder{_neighbours(path)}, nor org/name as on the hub"
         )
     return arrow.hub(source, hub["name"], hub["config"], hub["split"] or split)
+
+
+def suffix_of(path: str) -> str:
+    """The type of a file in small letters: ".jsonl", also of pairs.jsonl.gz; ".parquet.gz" stays."""
+    root, suffix = os.path.splitext(path.lower())
+    inner = os.path.splitext(root)[1]
+    if suffix in COMPRESSED:
+        return inner if inner in TEXT_FILES else inner + suffix
+    return suffix
+
+
+def _open(path: str) -> BinaryIO:
+    """The bytes of a file, decompressed where its name ends with .gz or .zst."""
+    if path.lower().endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.lower().endswith(".zst"):
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return open(path, "rb")
 
 
 def _neighbours(path: str) -> str:
@@ -102,7 +131,7 @@ def _open_lines(path: str) -> Iterator[tuple[int, str]]:
     not UTF-8.
     """
     try:
-        with open(path, "rb") as file:
+        with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     # The byte order mark that some editors put first.
@@ -114,8 +143,10 @@ def _open_lines(path: str) -> Iterator[tuple[int, str]]:
                     raise DataError(
                         f"{path}, line {number}: not UTF-8, found {found} in {line[:40]!r}"
                     ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    # gzip says EOFError where a file ends too early; its and pyarrow's OSErrors have no strerror.
+    except (OSError, EOFError, zlib.error) as error:
+        said = getattr(error, "strerror", None) or one_line(error)
+        raise DataError(f"{path}: cannot be read: {said}") from error
 
 
 def _integer(digits: str) -> int | float:
@@ -143,12 +174,18 @@ def _parse(text: str, path: str, line: int) -> Any:
     except RecursionError:
         return RowError("nested too deeply")
     except json.JSONDecodeError as error:
-        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
-        rest = text[error.pos :]
-        found = f"found {rest[:40]!r}" if rest.strip() else "it ends too early"
-        raise DataError(
-            f"{where}: not JSON ({error.msg}): {found}; expected {JSON_SHAPES}"
-        ) from error
+        raise _not_json(error, path, line) from error
+
+
+def _not_json(error: json.JSONDecodeError, path: str, line: int) -> DataError:
+    """The error for a value that begins on `line`, with the place and what stands there."""
+    where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
+    rest = error.doc[error.pos :]
+    found = f"found {rest[:40]!r}" if rest.strip() else "it ends too early"
+    # A document over several lines; in a .jsonl a line that ends too early is a damaged row.
+    is_opened = error.doc.strip() in ("{", "[")
+    advice = "; a document over several lines is read from a .json file" if is_opened else ""
+    return DataError(f"{where}: not JSON ({error.msg}): {found}; expected {JSON_SHAPES}{advice}")
 
 
 def _read_lines(path: str) -> Iterator[Any]:
@@ -158,16 +195,82 @@ def _read_lines(path: str) -> Iterator[Any]:
 
 
 def _read_json(path: str) -> Iterator[Any]:
-    """A .json is an array when its first character is "[", else JSON lines. Blank lines stay, for
-    the line numbers.
+    """The rows of a .json: an array when its first character is "[", else JSON lines, or documents
+    over several lines when its first line is not a whole one.
     """
-    text = "".join(line for _, line in _open_lines(path))
-    if not text.lstrip().startswith("["):
-        return _read_lines(path)
-    rows = _parse(text, path, 1)
-    if isinstance(rows, RowError):
-        raise DataError(f"{path}: {rows}; in a .jsonl file only the row would be dropped")
-    return iter(rows)
+    text = "".join(line for _, line in _open_lines(path))  # blank lines stay, for line numbers
+    if text.lstrip().startswith("["):
+        rows = _parse(text, path, 1)
+        if isinstance(rows, RowError):
+            raise DataError(f"{path}: {rows}; in a .jsonl file only the row would be dropped")
+        return iter(rows)
+    if _is_document(text):
+        return iter(_documents(text, path))
+    return _read_lines(path)
+
+
+def _is_document(text: str) -> bool:
+    """Whether the first line that is not blank ends within a JSON object."""
+    text = text.lstrip()
+    line = text.partition("\n")[0]
+    try:
+        DECODER.decode(line.strip())
+    except RecursionError:
+        return False
+    except json.JSONDecodeError as error:
+        ends_within = not line[error.pos :].strip()
+        return text.startswith("{") and len(line) < len(text.rstrip()) and ends_within
+    return False
+
+
+def _documents(text: str, path: str) -> list:
+    """The rows of JSON objects that run over several lines, one after the other.
+
+    One object that holds exactly one list of objects, or nothing but lists of one length, stands
+    for the rows in it; any other object is a row.
+    """
+    rows = []
+    position = BLANK.match(text).end()
+    while position < len(text):
+        try:
+            row, end = DECODER.raw_decode(text, position)
+        except RecursionError as error:
+            raise DataError(f"{path}: nested too deeply") from error
+        except json.JSONDecodeError as error:
+            raise _not_json(error, path, 1) from error
+        rows.append(row)
+        position = BLANK.match(text, end).end()
+    return _rows_within(rows[0]) if len(rows) == 1 else rows
+
+
+def _rows_within(document: Any) -> list:
+    """The rows that one JSON object stands for."""
+    if not isinstance(document, dict) or isinstance(document, TwoValues):
+        return [document]
+    if {"chosen", "rejected"} <= {*document} or {"completion", "label"} <= {*document}:
+        is_one_row = not all(isinstance(value, list) for value in document.values())
+        # Two conversations are lists too, but of messages.
+        is_one_row |= any(
+            isinstance(turn, dict) and {"role", "from"} & {*turn}
+            for value in document.values()
+            if isinstance(value, list)
+            for turn in value
+        )
+        if is_one_row:
+            return [document]
+    lists = {name: value for name, value in document.items() if isinstance(value, list)}
+    tables = [value for value in lists.values() if value and all(map(_is_object, value))]
+    if len(tables) == 1 and "chosen" not in document:
+        return tables[0]
+    if len(lists) == len(document) and len({len(value) for value in lists.values()}) == 1:
+        return [
+            dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)
+        ]
+    return [document]
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _read_csv(path: str) -> Iterator[Any]:
@@ -190,9 +293,5 @@ def _read_csv(path: str) -> Iterator[Any]:
         raise DataError(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from error
 
 
-READERS = {
-    ".jsonl": _read_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": arrow.parquet,
-}
+TEXT_FILES = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv}
+READERS = TEXT_FILES | {".parquet": arrow.parquet}

@@ -4,7 +4,7 @@ named by its content.
 The file's key is a hash of what the rows say, the tokenizer, the chat template and the lengths: the
 same rows under another path are found again, one changed letter is not. A kind of data is a row of
 the KINDS table: a check that judges one row (rows.py), and an encoder that turns what the check
-returned into texts, and the texts' ids into a prompt and responses (chat.py).
+returned into texts, and the texts' ids into a prompt and responses (encoders.py).
 
 Legend: N groups, k responses each, T tokens in all.
 """
@@ -14,8 +14,8 @@ import json
 import os
 import secrets
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat import Chat, LabelledEncoder, PairEncoder, TextEncoder, tokenise_rows
+from train.data import plausible, shapes
+from train.data.chat import Chat, tokenise_rows
 from train.data.dataset import Tokenised, sha256_of_text
-from train.data.errors import DataError, MissingColumn, RowError
+from train.data.encoders import ConversationEncoder, TextEncoder
+from train.data.errors import DataError, MissingColumn, RowError, one_line
 from train.data.rows import (
     LABELLED_COLUMNS,
     PAIR_COLUMNS,
@@ -38,11 +40,12 @@ from train.data.rows import (
     check_pair,
     check_text,
     columns_missing,
+    turns_of,
 )
 from train.data.sources import read_rows
 from train.files import user_cache
 
-FORMAT = 2  # raise it when the same rows would give other ids or another file
+FORMAT = 3  # raise it when the same rows would give other ids or another file
 # Rows rendered and tokenised at once: enough for every core, and a bounded peak of memory.
 CHUNK = 4096
 
@@ -62,34 +65,14 @@ class Kind(NamedTuple):
     check: Callable[[Any], Any]  # row -> item; raises RowError
     columns: tuple  # those named to a user who has none of them
     k: int  # responses a group
-    # item -> what two rows with the same prompt have in common, for splitting.
-    prompt_of: Callable[[Any], Any]
-    # (tokenizer, max_length, max_prompt_length, allow_control_tokens) -> encoder.
-    encoder: Callable
-    label_of: Callable[[Any], bool] | None = None  # item -> its label, where it has one
-
-
-def _encoder(kind, tokenizer, max_length, max_prompt_length, allow_control_tokens):
-    return kind(Chat(tokenizer, allow_control_tokens), max_length, max_prompt_length)
-
-
-def _text_encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens):
-    if max_prompt_length is not None:
-        raise ValueError("plain text has no prompt: max_prompt_length must be None")
-    return TextEncoder(tokenizer, max_length, allow_control_tokens)
+    is_conversation: bool  # a prompt and answers; else plain text
+    is_labelled: bool = False  # each answer is judged on its own
 
 
 KINDS = {
-    "pair": Kind(check_pair, PAIR_COLUMNS, 2, itemgetter(0), partial(_encoder, PairEncoder)),
-    "labelled": Kind(
-        check_labelled,
-        LABELLED_COLUMNS,
-        1,
-        itemgetter(0),
-        partial(_encoder, LabelledEncoder),
-        itemgetter(2),
-    ),
-    "text": Kind(check_text, TEXT_COLUMNS, 1, lambda item: item, _text_encoder),
+    "pair": Kind(check_pair, PAIR_COLUMNS, 2, True),
+    "labelled": Kind(check_labelled, LABELLED_COLUMNS, 1, True, True),
+    "text": Kind(check_text, TEXT_COLUMNS, 1, False),
 }
 
 
@@ -98,15 +81,16 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_dropped: float = 0.05,
+    max_implausible: float = 0.5,
     **options,
 ) -> Tokenised:
     """What `collect(sources, tokenizer, **options)` gives, if no more than the share `max_dropped`
-    of the rows is lost.
+    of the rows is lost, and no more than `max_implausible` cannot be meant.
 
-    (wikitext's blank lines need about 0.4.) Raises DataError besides.
+    (wikitext's blank lines need a `max_dropped` of about 0.4.) Raises DataError besides.
     """
     tokenised = collect(sources, tokenizer, **options)
-    refuse_too_many(tokenised, max_dropped)
+    refuse_too_many(tokenised, max_dropped, max_implausible)
     return tokenised
 
 
@@ -116,7 +100,10 @@ def collect(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    truncate_prompt: str = "keep_end",
     allow_control_tokens: bool = False,
+    allow_template_changes: bool = False,
+    columns: Sequence[str] | None = None,
     cache_dir: str | os.PathLike | None = None,
     split: str = "train",
     kind: str = "pair",
@@ -124,21 +111,24 @@ def collect(
     """Read, check and tokenise `sources`, or find them done in the cache, however many rows are
     dropped.
 
-    `cache_dir` stands for $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens.
-    Several processes may do this at once. Raises DataError for the data, ValueError for the
-    tokenizer, the lengths or the kind, OSError for the cache folder.
+    `columns`: names of columns as --columns has them (shapes.py). `cache_dir` stands for
+    $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens. Several processes may
+    do this at once. Raises DataError for the data, ValueError for the tokenizer, the lengths or the
+    kind, OSError for the cache folder.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} of data; expected one of {', '.join(KINDS)}")
-    encoder = KINDS[kind].encoder(tokenizer, max_length, max_prompt_length, allow_control_tokens)
-    rows, refused = check_rows(sources, KINDS[kind].check, KINDS[kind].columns, split)
+    if KINDS[kind].is_conversation:
+        chat = Chat(tokenizer, allow_control_tokens, allow_template_changes)
+        encoder = ConversationEncoder(chat, max_length, max_prompt_length, truncate_prompt)
+    else:
+        if max_prompt_length is not None:
+            raise ValueError("plain text has no prompt: max_prompt_length must be None")
+        encoder = TextEncoder(tokenizer, max_length, allow_control_tokens)
+    rows, refused = check_rows(sources, KINDS[kind].check, KINDS[kind].columns, split, columns)
     settings = [
-        FORMAT,
-        kind,
-        max_length,
-        max_prompt_length,
-        allow_control_tokens,
-        _identity(tokenizer),
+        *(FORMAT, kind, max_length, max_prompt_length, truncate_prompt),
+        *(allow_control_tokens, allow_template_changes, _identity(tokenizer)),
     ]
     key = _key(settings, rows)
     path = user_cache("tokens", cache_dir) / f"{key}.safetensors"
@@ -150,52 +140,76 @@ def collect(
             raise OSError(
                 f"{path}: the token cache cannot be read back after writing it; is the disk sound?"
             )
-    arrays, refused_by_encoder = cached
+    arrays, of_encoder = cached
     by_number = {row.number: row for row in rows}
     dropped = list(refused)
-    for number, reason in refused_by_encoder:
+    for number, reason in of_encoder["dropped"]:
         row = by_number[number]
         dropped.append(Dropped(row.source, row.index, reason))
-    return Tokenised(**arrays, dropped=dropped, fingerprint=key)
+    used = [by_number[number] for number in arrays["rows"].tolist()]
+    remarks = Counter()
+    if KINDS[kind].is_conversation:
+        remarks.update(remark for row in used for remark in row.item.remarks)
+        del remarks[shapes.SCORES_CONTRADICT]  # told among the implausible rows
+    return Tokenised(
+        **arrays,
+        dropped=dropped,
+        fingerprint=key,
+        starts=tuple(
+            sorted({(row.source, row.number - row.index) for row in rows}, key=itemgetter(1))
+        ),
+        remarks=(*remarks.items(), *of_encoder["remarks"].items()),
+        suspicions=_suspicions(rows) if KINDS[kind].is_conversation else (),
+    )
 
 
-def kind_of(sources: Sequence[str], split: str = "train") -> str:
+def kind_of(
+    sources: Sequence[str], split: str = "train", columns: Sequence[str] | None = None
+) -> str:
     """ "labelled" where the first row has an answer with a label and no pair, else "pair". Raises
     DataError.
     """
     _, _, row = next(read_rows(sources, split))
-    columns = row if isinstance(row, dict) else {}
-    is_labelled = "completion" in columns and "label" in columns and "chosen" not in columns
+    row = shapes.rename(row, shapes.parse_columns(columns))
+    names = row if isinstance(row, dict) else {}
+    is_labelled = "completion" in names and "label" in names and "chosen" not in names
     return "labelled" if is_labelled else "pair"
 
 
-def refuse_too_many(tokenised: Tokenised, max_dropped: float) -> None:
+def refuse_too_many(tokenised: Tokenised, max_dropped: float, max_implausible: float = 0.5) -> None:
     """Raises DataError when more than the share `max_dropped` of the rows is dropped, or all of
-    them.
+    them, or more than the share `max_implausible` cannot be meant.
     """
     dropped = tokenised.dropped
     total = len(tokenised) + len(dropped)
-    if len(dropped) <= max_dropped * total and len(dropped) < total:
-        return
-    examples = "; ".join(f"{d.source} row {d.row}: {d.reason}" for d in dropped[:5])
-    raise DataError(
-        f"{len(dropped)} of {total} rows ({len(dropped) / total:.1%}) cannot be used, more than the "
-        f"{max_dropped:.1%} allowed or all of them; the first: {examples}"
-    )
+    if len(dropped) > max_dropped * total or len(dropped) == total:
+        examples = "; ".join(f"{d.source} row {d.row}: {d.reason}" for d in dropped[:5])
+        raise DataError(
+            f"{len(dropped)} of {total} rows ({len(dropped) / total:.1%}) cannot be used, more than the "
+            f"{max_dropped:.1%} allowed or all of them; the first: {examples}"
+        )
+    for suspicion in tokenised.suspicions:
+        if suspicion.rows > max_implausible * suspicion.total:
+            raise DataError(
+                f"implausible data: {suspicion}; if it is meant so, pass --max_implausible 1"
+            )
 
 
 def check_rows(
     sources: Sequence[str],
     check: Callable[[Any], Any],
-    columns: Sequence[str],
+    names: Sequence[str],
     split: str = "train",
+    columns: Sequence[str] | None = None,
 ) -> tuple[list[Row], list[Dropped]]:
     """Read every source and keep what `check(row)` returns; rows for which it raises RowError are
     dropped.
 
-    Raises DataError: as read_rows does; or no row of a source is sound and none has some column
-    (`columns` are those expected).
+    `names`: the columns expected. `columns`: those to rename, as --columns has them. Raises
+    DataError: as read_rows does; no source has a column to rename; or no row of a source is sound
+    and none has some column.
     """
+    renamed = shapes.parse_columns(columns)
     rows, dropped = [], []
     number = -1  # over all sources
     for source in [sources] if isinstance(sources, str) else sources:
@@ -207,21 +221,52 @@ def check_rows(
             if isinstance(row, dict):
                 columns_found.update(dict.fromkeys(row))
             try:
-                rows.append(Row(source, index, number, check(row)))
+                rows.append(Row(source, index, number, check(shapes.rename(row, renamed))))
             except RowError as error:
                 dropped.append(Dropped(source, index, str(error)))
                 if isinstance(error, MissingColumn):
                     missing.append(error.column)
-        absent = [column for column in missing if column not in columns_found]
+        if absent := [name for name in renamed if name not in columns_found]:
+            raise columns_missing(source, absent[0], list(columns_found), list(renamed))
+        known = {renamed.get(name, name) for name in columns_found}
+        absent = [column for column in missing if column not in known]
         if absent and len(rows) == rows_before:
-            raise columns_missing(source, absent[0], list(columns_found), columns)
+            raise columns_missing(source, absent[0], list(columns_found), names)
     if number < 0:
         raise DataError("no source of data was named")
     return rows, dropped
 
 
-def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list]:
-    """Arrays by their names in Tokenised, and the rows dropped on the way as [number, reason].
+def _suspicions(rows: list[Row]) -> tuple[plausible.Suspicion, ...]:
+    """The rows that nobody can have meant, by sort."""
+    found = {}
+    for row in rows:
+        if odd := plausible.suspect(row.item):
+            what, text = odd
+            found.setdefault(what, []).append((row, text))
+    return tuple(
+        plausible.Suspicion(
+            what,
+            len(odd_rows),
+            len(rows),
+            tuple(
+                f"{row.source} row {row.index}: {one_line(text[:60])!r}"
+                for row, text in odd_rows[: plausible.SHOWN]
+            ),
+        )
+        for what, odd_rows in found.items()
+    )
+
+
+def _prompt_hash(item: Any) -> int:
+    """What two rows with the same prompt have in common, for splitting: the turns, or a text."""
+    prompt = item if isinstance(item, str) else turns_of(item.messages)
+    return int.from_bytes(sha256_of_text(json.dumps(prompt))[:8], "big", signed=True)
+
+
+def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, dict]:
+    """Arrays by their names in Tokenised, and what there is to tell: rows dropped on the way as
+    [number, reason], remarks and on how many rows each was made.
 
     Texts are rendered in this process: 170 us a pair, a fifth of what tokenising takes on two
     cores. A worker started without fork (unsafe beside Rust's threads) needs 4 s to import
@@ -229,29 +274,30 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list
     """
     flat, lengths, truncated = [], [], []
     numbers, prompts, labels, dropped = [], [], [], []
+    remarks = Counter()
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         rendered = encoder.render([row.item for row in chunk])
-        usable = [texts for texts in rendered if not isinstance(texts, RowError)]
+        usable = [texts.all_texts for texts in rendered if not isinstance(texts, RowError)]
         tokenised = iter(tokenise_rows(tokenizer, usable))
         for row, texts in zip(chunk, rendered, strict=True):
             try:
                 ids = texts if isinstance(texts, RowError) else next(tokenised)
                 if isinstance(ids, RowError):
                     raise ids
-                encoded = encoder.finish(ids)
+                encoded = encoder.finish(texts, ids)
             except RowError as error:
                 dropped.append([row.number, str(error)])
                 continue
+            remarks.update(texts.remarks)
             parts = [encoded.prompt, *encoded.responses]
             flat.extend(np.array(part, dtype=np.int32) for part in parts)
             lengths.append([len(part) for part in parts])
             truncated.append(encoded.truncated)
             numbers.append(row.number)
-            if kind.label_of:
-                labels.append(kind.label_of(row.item))
-            digest = sha256_of_text(json.dumps(kind.prompt_of(row.item)))
-            prompts.append(int.from_bytes(digest[:8], "big", signed=True))
+            if kind.is_labelled:
+                labels.append(row.item.label)
+            prompts.append(_prompt_hash(row.item))
     sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)  # (N, 1 + k) tokens
     totals = sizes.sum(axis=1, dtype=np.int64)  # (N,) tokens
     arrays = {
@@ -262,9 +308,9 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list
         "rows": np.array(numbers, dtype=np.int64),
         "prompts": np.array(prompts, dtype=np.int64),
     }
-    if kind.label_of:
+    if kind.is_labelled:
         arrays["labels"] = np.array(labels, dtype=bool)
-    return arrays, dropped
+    return arrays, {"dropped": dropped, "remarks": dict(remarks)}
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -290,20 +336,20 @@ def _key(settings: list, rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def _checksum(arrays: dict, dropped: str) -> str:
+def _checksum(arrays: dict, told: str) -> str:
     """One number over all content, at 1 GB/s or more: a flipped bit or a page of zeros is noticed."""
-    total = zlib.crc32(dropped.encode())
+    total = zlib.crc32(told.encode())
     for name in sorted(arrays):
         total = zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8), total)
     return f"{total:08x}"
 
 
-def _save(path: Path, key: str, arrays: dict, dropped: list) -> None:
+def _save(path: Path, key: str, arrays: dict, told: dict) -> None:
     """Write the file beside and rename it: whoever reads `path`, or writes it at the same time,
     finds a whole file.
     """
-    listed = json.dumps(dropped)
-    metadata = {"key": key, "dropped": listed, "checksum": _checksum(arrays, listed)}
+    text = json.dumps(told)
+    metadata = {"key": key, "told": text, "checksum": _checksum(arrays, text)}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -318,15 +364,15 @@ def _save(path: Path, key: str, arrays: dict, dropped: list) -> None:
         raise OSError(f"{path.parent}: cannot write the token cache ({error}); {advice}") from error
 
 
-def _load(path: Path, key: str) -> tuple[dict, list] | None:
-    """(arrays, dropped) of a sound file, mapped and not read into memory; None where there is none."""
+def _load(path: Path, key: str) -> tuple[dict, dict] | None:
+    """What _encode made, of a sound file, mapped and not read into memory; None where there is none."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
     except (OSError, SafetensorError):
         return None
-    dropped = metadata.get("dropped", "")
-    if metadata.get("key") != key or metadata.get("checksum") != _checksum(arrays, dropped):
+    told = metadata.get("told", "")
+    if metadata.get("key") != key or metadata.get("checksum") != _checksum(arrays, told):
         return None
-    return arrays, json.loads(dropped)
+    return arrays, json.loads(told)

@@ -57,7 +57,8 @@ class RewardModel:
                 f"{path} is no reward model: it has {self.model.config.num_labels} outputs, not 1"
             )
         self.tokenizer = load_tokenizer(path, trust_remote_code)
-        self.chat = Chat(self.tokenizer, True)
+        # A model's own text is judged as the template renders it, whatever is in it.
+        self.chat = Chat(self.tokenizer, allow_control_tokens=True, allow_template_changes=True)
         self.model.to(device).eval()
         self.autocast, self.path = autocast, path
 

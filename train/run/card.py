@@ -19,7 +19,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from train.data.sources import READERS
+from train.data.sources import READERS, suffix_of
 from train.files import write_text
 from train.losses.composition import LOSSES
 from train.losses.metrics import ROWS_OF_TABLE
@@ -186,11 +186,7 @@ def is_hub(source) -> bool:
     @split for data.
     """
     name = re.split("[:@]", str(source))[0]
-    local = (
-        os.path.exists(str(source))
-        or name.startswith((".", "~"))
-        or name.lower().endswith(tuple(READERS))
-    )
+    local = os.path.exists(str(source)) or name.startswith((".", "~")) or suffix_of(name) in READERS
     return HUB_NAME.fullmatch(name) is not None and not local
 
 

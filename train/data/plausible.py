@@ -1,0 +1,68 @@
+"""Rows that can be read, and that nobody can have meant: found by their text, said, and refused
+above a share of the data.
+
+Trainers learn such data without a complaint: the model learns to repeat the question, or to write
+JSON. Nothing is mended here, because what was meant can only be guessed.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from train.data.rows import Labelled, Pair
+from train.data.shapes import SCORES_CONTRADICT
+
+SHOWN = 3  # rows of each sort that a message names
+# A shorter prompt may well stand at the head of an answer, "Hello!" and "Hello! How are you?", but
+# hardly of all answers to it.
+PROMPT_CHARACTERS = 16
+SHORT_PROMPT_CHARACTERS = 6
+# Before a repeated prompt there may be a mark such as "### Instruction:".
+HEAD_CHARACTERS = 40
+KEYS = r"""['"](?:role|from|content|value|messages|conversations?)['"]\s*:"""
+DUMP = re.compile(rf"\s*(?:array\()?(?:\[\s*)*\{{\s*{KEYS}")
+DUMPED_TEXT = re.compile(r"""['"](?:content|value|text)['"]\s*:""")
+SPEAKER = r"(?:#+\s*|<\|?|\[)?(?:{})(?:\|?>|\])?\s*:"
+USER_FIRST = re.compile(rf"\s*{SPEAKER.format('Human|User|USER')}")
+ASSISTANT_THEN = re.compile(rf"\n\s*{SPEAKER.format('Assistant|ASSISTANT|AI|Bot')}")
+
+
+class Suspicion(NamedTuple):
+    """One sort of implausible rows in the data."""
+
+    what: str
+    rows: int
+    total: int  # rows that were looked at
+    examples: Sequence[str]  # "SOURCE row N: TEXT" of the first ones
+
+    def __str__(self) -> str:
+        return f"{self.rows} of {self.total} rows: {self.what}; {'; '.join(self.examples)}"
+
+
+def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
+    """(what is odd, where it is seen) of a checked row; None for most."""
+    answers = [answer["content"] for answer in item.answers]
+    if SCORES_CONTRADICT in item.remarks:
+        return SCORES_CONTRADICT, answers[0]
+    for text in (*answers, item.messages[-1]["content"]):
+        if text[:1] in ("[", "{", "a", " ", "\n") and DUMP.match(text) and DUMPED_TEXT.search(text):
+            return "a text is a conversation written out as JSON or Python", text
+    for text in answers:
+        if USER_FIRST.match(text) and ASSISTANT_THEN.search(text):
+            return "an answer holds the turns of a whole conversation", text
+    prompt = _plain(item.messages[-1]["content"])
+    # White space may have been changed, and some characters more are looked at for that.
+    heads = [_plain(text[: 2 * len(prompt) + HEAD_CHARACTERS]) for text in answers]
+    heads = [head[: len(prompt) + HEAD_CHARACTERS] for head in heads]
+    if len(prompt) >= PROMPT_CHARACTERS:
+        for head, text in zip(heads, answers, strict=True):
+            if prompt in head:
+                return "an answer begins with its prompt", text
+    elif len(prompt) >= SHORT_PROMPT_CHARACTERS:
+        if all(head.startswith(prompt) and head != prompt for head in heads):
+            return "all answers begin with their prompt", answers[0]
+    return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
