@@ -2,11 +2,17 @@
 
     python launch/validate.py --model DIR --data pairs.jsonl > report.json
     python launch/validate.py --data a.jsonl b.parquet --eval_split 0.05 --output report.json
+    python launch/validate.py --model DIR --data pairs.jsonl --show 3
+    python launch/validate.py --model DIR --data pairs.jsonl --show 3 --json > rows.jsonl
 
 Takes training's flags that concern data and does what a run does at its door, by the same
 functions: reads every row, renders and tokenises it, and compares the model's configuration with
-the tokenizer. The tokens are kept, so that a run with the same flags finds them. The report is JSON
-on stdout; what is wrong is said in one line on stderr.
+the token ids in use. The tokens are kept, so that a run with the same flags finds them. The report
+is JSON on stdout; what is wrong is said in one line on stderr, what is worth knowing in some more.
+
+--show N prints rows in place of the report: the first N, and each further one that is cut or
+dropped, with text, token ids, where a response begins, which tokens are scored, and the end token
+(train/data/show.py explains the keys of --json).
 
 Exit codes: 0 usable, 2 flags, tokenizer or model, 4 data.
 """
@@ -15,6 +21,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 # Flags are read before torch and transformers are imported, which takes seconds.
 from train import config  # noqa: E402
-from train.settings import Data, sources  # noqa: E402
+from train.settings import Data, check_bounds, sources  # noqa: E402
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
@@ -35,6 +42,18 @@ class Settings(Data):
 
     output: str | None = None
     """A file for the report, besides stdout."""
+    show: int | None = None
+    """Print the first N rows, and any that are cut or dropped, as text and token ids in place of
+    the report.
+    """
+    json: bool = False
+    """Print the rows of --show as JSON lines."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_bounds(self, {"show": 0})
+        if self.json and self.show is None:
+            raise ValueError("--json is for the rows of --show N; the report is JSON in any case")
 
 
 def main():
@@ -55,7 +74,8 @@ def main():
             raise
         finally:
             text = json.dumps(report, indent=2)
-            print(text, flush=True)
+            if settings.show is None:
+                print(text, flush=True)
             if settings.output:
                 Path(settings.output).write_text(text + "\n", encoding="utf-8")
 
@@ -69,9 +89,13 @@ def examine(settings, report):
 
     path = settings.model or str(builtin.fetch(say=partial(print, file=sys.stderr)))
     tokenizer = pretrained.load_tokenizer(path, settings.trust_remote_code)
-    chat.check_fit(model_config(path, settings.trust_remote_code), tokenizer, settings.max_length)
+    chat.use_template(tokenizer, settings.chat_template)
+    lm_config = model_config(path, settings.trust_remote_code)
+    chat.check_fit(lm_config, tokenizer, settings.max_length)
+    end_id = chat.Chat(tokenizer).end_id
     data_sources, eval_sources = sources(settings)
-    kind = tokens.kind_of(data_sources)  # the held-out data are of the same kind
+    # The held-out data are of the same kind.
+    kind = tokens.kind_of(data_sources, columns=settings.columns)
     parts = {}
     for name, named in {"data": data_sources, "eval_data": eval_sources}.items():
         if named:
@@ -80,12 +104,20 @@ def examine(settings, report):
                 tokenizer,
                 max_length=settings.max_length,
                 max_prompt_length=settings.max_prompt_length,
+                truncate_prompt=settings.truncate_prompt,
                 allow_control_tokens=settings.allow_control_tokens,
+                allow_template_changes=settings.allow_template_changes,
+                columns=settings.columns,
                 kind=kind,
             )
             report[name] = describe(parts[name], named)
+            for note in parts[name].notes():
+                print(f"{name}: {note}", file=sys.stderr)
+            if settings.show is not None:
+                print_rows(tokenizer, end_id, parts[name], named, settings)
+    chat.check_fit(lm_config, tokenizer, settings.max_length, parts.values())
     for part in parts.values():
-        tokens.refuse_too_many(part, settings.max_dropped)
+        tokens.refuse_too_many(part, settings.max_dropped, settings.max_implausible)
     if settings.eval_split and not eval_sources:
         parts["data"], parts["eval_data"] = dataset.split_by_prompt(
             parts["data"], settings.eval_split, settings.data_split_seed
@@ -110,6 +142,29 @@ def model_config(path, trust_remote_code):
         ) from error
 
 
+def print_rows(tokenizer, end_id, data, named, settings):
+    """Print the first rows of one data set, and each further one that is cut or dropped, in the
+    order of the data.
+    """
+    from train.data import show, sources
+
+    names = ("chosen", "rejected") if data.labels is None else ("completion",)
+    cut = data.truncated.any(axis=1)
+    usable = {data.place(i): i for i in range(len(data))}
+    dropped = {(each.source, each.row): each for each in data.dropped}
+    is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for number, (source, row, content) in enumerate(sources.read_rows(named)):
+        place = (source, row)
+        if place in dropped:
+            record = show.dropped_record(dropped[place], content, names)
+        elif number < settings.show or cut[usable[place]]:
+            record = show.record(tokenizer, data, usable[place], end_id)
+        else:
+            continue
+        print(json.dumps(record) if settings.json else show.as_text(record, is_coloured))
+    sys.stdout.flush()
+
+
 def describe(data, named) -> dict:
     """What the report says of one data set, a `Tokenised`, and the sources as the user named them."""
     count, dropped = len(data), len(data.dropped)
@@ -130,6 +185,7 @@ def describe(data, named) -> dict:
         "duplicates": count - len({fingerprint(data, i) for i in range(count)}),
         "prompts": {"distinct": prompts, "repeats": count - prompts},
         "tokens": {**sizes, "pair": quantiles(data.lengths.sum(1)), "all": int(data.lengths.sum())},
+        "notes": data.notes(),
         "fingerprint": data.fingerprint,
     }
 

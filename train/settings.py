@@ -24,6 +24,8 @@ class Data:
     """Pairs to train on: jsonl, json, csv, parquet, save_to_disk folders or hub names. None: the
     built-in pairs.
     """
+    columns: list[str] | None = None
+    """Columns that have other names in the data, say prompt=question chosen=better rejected=worse."""
     eval_data: list[str] | None = None
     """Pairs to evaluate on. None: the built-in held-out pairs with built-in data, else what
     --eval_split sets apart.
@@ -37,18 +39,36 @@ class Data:
     max_length: int = 1024
     """Most tokens of a prompt and a response together; responses are cut at their end."""
     max_prompt_length: int | None = 256
-    """Most tokens of a prompt; longer ones keep their end. None: bounded by --max_length alone."""
+    """Most tokens of a prompt; longer ones keep their end. None: bounded by --max_length alone. The
+    default gives way to a --max_length that leaves no room beside it: half of that.
+    """
+    truncate_prompt: Literal["keep_end", "keep_system_and_end"] = "keep_end"
+    """What a prompt that is too long keeps: its end, or bos and the system turn, where they fit,
+    and its end.
+    """
+    chat_template: str | None = None
+    """A file with a chat template (Jinja) to use in place of the tokenizer's own."""
     allow_control_tokens: bool = False
     """Accept rows whose text spells out control tokens such as <|im_end|>, instead of dropping
     them.
     """
+    allow_template_changes: bool = False
+    """Keep answers that the chat template cuts or changes (thoughts that it leaves out, say) as it
+    renders them, instead of dropping them.
+    """
     max_dropped: float = 0.05
     """Largest share of unusable rows before a run refuses the data."""
+    max_implausible: float = 0.5
+    """Largest share of rows that can hardly be meant (the prompt at the head of its answers, a
+    conversation as JSON in an answer) before a run refuses the data; 1 takes all.
+    """
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code."""
 
     def __post_init__(self):
-        check_bounds(self, {}, shares=("eval_split", "max_dropped"))
+        check_bounds(self, {}, shares=("eval_split", "max_dropped", "max_implausible"))
+        if self.max_prompt_length == Data.max_prompt_length and 1 < self.max_length <= 256:
+            self.max_prompt_length = self.max_length // 2
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@ training gives.
 """
 
 import dataclasses
+import gzip
 import json
 import runpy
 import shutil
@@ -41,16 +42,17 @@ def without_weights(start, folder, **tokenizer):
 
 
 def larger(start, folder):
-    """A tokenizer with one token more than the model has."""
+    """A tokenizer with one token more than the model has, "<far>"."""
     without_weights(start, folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append(
-        {**content["added_tokens"][0], "content": "<far>", "id": tiny.VOCAB}
+        {**content["added_tokens"][0], "content": "<far>", "id": tiny.VOCAB, "special": False}
     )
     (folder / "tokenizer.json").write_text(json.dumps(content))
     return folder
 
 
+ROW_TURN = {"role": "assistant", "content": "Hey."}
 MIXED = [
     ROW,
     {**ROW, "chosen": "Hello!"},
@@ -79,15 +81,22 @@ def refused(model_dir, tmp_path):
             "no eos_token",
         ),
         (
-            ["--model", without_weights(model_dir, tmp_path / "padless", pad_token=None)],
+            [
+                "--model",
+                larger(model_dir, tmp_path / "larger"),
+                "--data",
+                write(tmp_path / "far.jsonl", {**ROW, "chosen": "How <far> is it?"}),
+            ],
             2,
-            "no pad_token",
+            "the data has token 1,024, '<far>', and the model's vocabulary is 1,024",
         ),
         (
-            ["--model", larger(model_dir, tmp_path / "larger")],
+            ["--chat_template", tmp_path / "none.jinja"],
             2,
-            "the tokenizer has 1,025 tokens, the model's vocabulary 1,024",
+            "none.jinja: cannot be read: No such file",
         ),
+        (["--data", good, "--columns", "promt=q"], 2, "--columns promt=q: expected WANTED=FOUND"),
+        (["--json"], 2, "--json is for the rows of --show N"),
         (["--model", tmp_path / "nowhere"], 2, "cannot load a tokenizer from"),
         (["--max_length", 513], 2, "--max_length 513 is more than the model's 512 positions"),
         (["--max_prompt_length", 600], 2, "leaves no room"),
@@ -104,7 +113,7 @@ def refused(model_dir, tmp_path):
             ],
             4,
             "no column 'rejected'; found 'question', 'chosen', 'rejecte'; expected 'prompt', 'chosen', 'rejected'; "
-            "rename 'rejecte'?",
+            "if these are the columns meant, pass --columns prompt=question rejected=rejecte",
         ),
         (
             ["--data", write(tmp_path / "mixed.jsonl", *MIXED)],
@@ -115,6 +124,11 @@ def refused(model_dir, tmp_path):
             ["--data", write(tmp_path / "all.jsonl", {**ROW, "prompt": ""}), "--max_dropped", 1],
             4,
             "1 of 1 rows",
+        ),
+        (
+            ["--data", write(tmp_path / "odd.jsonl", {**ROW, "chosen": json.dumps([ROW_TURN])})],
+            4,
+            "implausible data: 1 of 1 rows: a text is a conversation written out as JSON or Python",
         ),
         (["--data", good, "--eval_split", 0.5], 4, "of 1 distinct prompts leaves"),
         (["--data", good, "--eval_data", tmp_path / "none.jsonl"], 4, "none.jsonl: no such file"),
@@ -165,7 +179,7 @@ def test_reports_and_refusals(model_dir, tmp_path):
         assert found == str(code), (extra, found, err[-2000:])
         assert words in the_line(err), (extra, err)
         if (
-            extra[0] not in ("--max_legth",) and "share" not in words
+            extra[0] not in ("--max_legth", "--json") and "share" not in words
         ):  # flags that are none leave nothing to report on
             report = json.loads(out)
             assert report["verdict"] == "refused" and f"error: {report['reason']}" == the_line(err)
@@ -221,9 +235,9 @@ def test_training_says_the_same(model_dir, tmp_path):
     weights.
     """
     bad = refused(model_dir, tmp_path)
-    for folder in ("bare", "endless", "padless", "larger"):
+    for folder in ("bare", "endless", "larger"):
         shutil.copy(model_dir / "model.safetensors", tmp_path / folder)
-    bad = [extra for extra, *_ in bad]
+    bad = [extra for extra, *_ in bad if "--json" not in extra]  # validate's own
     fixed = ["--max_length", 512, "--model", model_dir]
     ours = several("launch/validate.py", [[*fixed, *extra] for extra in bad], tmp_path / "cache")
     lines = [[*fixed, *extra, "--output", tmp_path / f"out{i}"] for i, extra in enumerate(bad)]
@@ -241,4 +255,87 @@ def test_settings_are_training_s():
     ours, theirs = (
         {f.name: (f.type, f.default) for f in dataclasses.fields(each)} for each in settings
     )
-    assert {name for name in ours if ours[name] != theirs.get(name)} == {"output"}
+    assert {name for name in ours if ours[name] != theirs.get(name)} == {"output", "show", "json"}
+
+
+def test_what_is_no_longer_refused(model_dir, tmp_path):
+    """No pad token; a token that no text reaches; --max_length below the default of the prompt's; a
+    template of the user's own; columns of other names, compressed.
+    """
+    good = write(tmp_path / "good.jsonl", ROW)
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+    renamed = tmp_path / "renamed.jsonl.gz"
+    other = {"question": "Hi", "better": "Hey there!", "worse": "Greetings."}
+    renamed.write_bytes(gzip.compress(json.dumps(other).encode()))
+    bare = without_weights(model_dir, tmp_path / "bare", chat_template=None)
+    light = ["--max_length", 512, "--model", without_weights(model_dir, tmp_path / "light")]
+    lines = [
+        ["--model", without_weights(model_dir, tmp_path / "padless", pad_token=None)],
+        ["--model", larger(model_dir, tmp_path / "larger")],
+        [*light, "--max_length", 200],
+        ["--model", bare, "--chat_template", template],
+        [
+            *light,
+            "--data",
+            renamed,
+            "--columns",
+            "prompt=question",
+            "chosen=better",
+            "rejected=worse",
+        ],
+    ]
+    lines = [["--max_length", 512, "--data", good, *line] for line in lines]
+    results = several("launch/validate.py", lines, tmp_path / "cache")
+    for line, (code, out, err) in zip(lines, results, strict=True):
+        assert code == "0", (line, err[-2000:])
+        assert json.loads(out)["data"]["usable"] == 1
+    assert json.loads(results[2][1])["flags"]["max_prompt_length"] == 100
+
+
+def test_show(model_dir, tmp_path):
+    """The first two rows, and those that are cut or dropped, in the data's order; ids as transformers
+    makes them.
+    """
+    light = without_weights(model_dir, tmp_path / "light")
+    rows = [ROW, {**ROW, "chosen": "Hello!"}, {**ROW, "prompt": "Bye"}, *MIXED[2:]]
+    data = write(tmp_path / "rows.jsonl", *rows)
+    fixed = ["--max_length", 512, "--max_dropped", 0.5, "--model", light, "--data", data]
+    report = tmp_path / "report.json"
+    shown, text = several(
+        "launch/validate.py",
+        [[*fixed, "--show", 2, "--json", "--output", report], [*fixed, "--show", 1]],
+        tmp_path / "cache",
+    )
+    assert shown[0] == text[0] == "0", shown[2] + text[2]
+    records = [json.loads(line) for line in shown[1].splitlines()]
+    assert [record["row"] for record in records] == [0, 1, 3, 5, 6, 7]
+    assert json.loads(report.read_text())["verdict"] == "usable"
+    assert "cut to the length limits: the prompt of 0 (0.0%) and an answer of 1" in shown[2]
+    dropped = {record["row"]: record["dropped"] for record in records if record["dropped"]}
+    assert dropped == {
+        3: "empty prompt",
+        5: "the row has the key 'prompt' twice",
+        7: "control token '<|im_end|>' in the text",
+    }
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    first, _, _, _, cut, _ = records
+    turns = [{"role": "user", "content": "Hi"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert first["prompt_ids"] == prompt and first["source"] == str(data)
+    for name in ("chosen", "rejected"):
+        turn = {"role": "assistant", "content": ROW[name]}
+        whole = tokenizer.apply_chat_template([*turns, turn], return_dict=False)
+        ids = first[f"{name}_ids"]
+        assert [*prompt, *ids] == whole[: len(prompt) + len(ids)] and ids[-1] == 2
+        assert first["scored"][name] == [True] * len(ids) and first["end"][name] == len(ids) - 1
+        assert first[name] == f"{ROW[name]}<|im_end|>"
+        assert first["tokens"][name] == tokenizer.convert_ids_to_tokens(ids)
+    assert cut["cut"] == {"prompt": False, "chosen": True, "rejected": False}
+    assert cut["end"] == {"chosen": None, "rejected": len(cut["rejected_ids"]) - 1}
+    assert len(cut["prompt_ids"]) + len(cut["chosen_ids"]) == 512
+    # The same for people; no colour where no terminal reads it.
+    assert f"{data} row 0\n  prompt, {len(prompt)} tokens\n" in text[1] and "\033" not in text[1]
+    assert " ║ " in text[1] and "dropped: empty prompt" in text[1] and "cut: chosen" in text[1]
+    assert f"scored  all of {len(first['chosen_ids'])}; end token: the last, 2" in text[1]
+    assert text[1].count("rows.jsonl row ") == 5
