@@ -42,7 +42,7 @@ def main():
     settings = config.parse(Settings)
     from train import quiet
 
-    quiet.now()
+    quiet.silence_libraries()
     from train.models import builtin
     from train.run import session
 

@@ -144,7 +144,7 @@ def machine(job, _) -> dict:
 
 def in_house(job, micro) -> dict:
     """The loop of launch/train_dpo.py: packed rows, or with `micro` padded ones of that many pairs."""
-    quiet.now()
+    quiet.silence_libraries()
     device = dist.init()
     _, data = open_pairs(job)
     policy, reference, loss_of, budget, training = _open_models(

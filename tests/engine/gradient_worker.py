@@ -86,7 +86,7 @@ def one_step(model, data, device, stage, budget):
 
 def main():
     model, out, *stages = sys.argv[1:]
-    quiet.now()
+    quiet.silence_libraries()
     device = dist.init()
     data = made_pairs()
     results, norms = {}, {}
