@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from train import (
     config,
-    settings,  # noqa: E402
+    settings,
 )
 
 SHARDED = (
