@@ -34,21 +34,9 @@ CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
 
 
 @dataclasses.dataclass
-class Settings(settings.Training):
+class Settings(settings.Preference):
     """Train a causal language model on preference pairs with DPO."""
 
-    output: str = "runs/dpo"
-    """Folder for the model, TensorBoard, logs and run.json."""
-    loss: str = "sigmoid"
-    """The loss, a row of train/losses/composition.py's LOSSES, or a weighted sum:
-    sigmoid:0.8,sft:0.2.
-    """
-    beta: float = 0.1
-    """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
-    loss_args: dict = dataclasses.field(default_factory=dict)
-    """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha:
-    0.5}'.
-    """
     reference: Literal["live", "cached", "none"] = "live"
     """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the
     same, scored once and kept on disk. none: nowhere, for losses that need none.
@@ -59,7 +47,7 @@ class Settings(settings.Training):
     """Steps after which a live reference moves towards the policy (TR-DPO); 0: it stands still."""
     reference_mixup: float = 0.6
     """The policy's share in a reference that moves; 1 replaces it."""
-    reference_ds_config: str | None = None
+    reference_ds_config: str | None = settings.flag(None, may_change=True)
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
     else whole on each rank.
     """
@@ -74,7 +62,7 @@ class Settings(settings.Training):
 
     def __post_init__(self):
         super().__post_init__()
-        settings.check_bounds(self, {"reference_every": 0, "lora_rank": 0}, positive=("beta",))
+        settings.check_bounds(self, {"reference_every": 0, "lora_rank": 0})
 
 
 def main():
@@ -197,7 +185,7 @@ def refuse(settings, loss_of):
     """ValueError where the loss and the reference do not go together."""
     if settings.reference == "none" and loss_of.needs_reference:
         raise ValueError(f"--loss {settings.loss} needs a reference: --reference live or cached")
-    if settings.reference == "cached" and loss_of.wants_mismatched:
+    if settings.reference == "cached" and loss_of.needs_mismatched:
         raise ValueError(
             f"--loss {settings.loss} scores responses to other prompts, drawn anew at each step: --reference live"
         )

@@ -35,10 +35,10 @@ def scored(logps, ref_logps, row, loss_of) -> Scored:
     """logps: (T,) nats of the policy, or that and log sum p^2 where the loss weighs by it;
     ref_logps: (T,).
     """
-    across, lengths = loss_of.across, row.lengths
+    across, lengths = loss_of.shared, row.lengths
     logps, log_p2 = logps if across.use_weighting else (logps, None)
     labelled, mismatched = row.labels is not None, logps.new_zeros(0)
-    if loss_of.wants_mismatched and row.num_responses:  # the first k of a group are its own
+    if loss_of.needs_mismatched and row.num_responses:  # the first k of a group are its own
         k = 1 if labelled else 2
         own = torch.tensor(
             [j < k for _, *sizes in row.shape for j in range(len(sizes))], device=logps.device
@@ -109,7 +109,7 @@ def collect(policy, reference, source, plan, place, loss_of, device, watch=iter)
     mine = []  # (place, columns of the example, weight, mismatched log-ratios)
     for groups, (row,) in watch(ahead(plan, source, device, rows_of=lambda groups: [groups])):
         ref_logps = reference(row)
-        found = scored(policy(row, loss_of.across.use_weighting), ref_logps, row, loss_of)
+        found = scored(policy(row, loss_of.shared.use_weighting), ref_logps, row, loss_of)
         if not groups:
             continue
         k = 1 if row.labels is not None else 2
@@ -126,8 +126,8 @@ def collect(policy, reference, source, plan, place, loss_of, device, watch=iter)
     examples = Labelled(*columns[:-1], columns[-1].bool()) if labelled else Pairs(*columns)
     return Step(
         examples,
-        torch.stack(weight) if loss_of.across.use_weighting else None,
-        torch.cat(extra) if loss_of.wants_mismatched else None,
+        torch.stack(weight) if loss_of.shared.use_weighting else None,
+        torch.cat(extra) if loss_of.needs_mismatched else None,
     )
 
 
@@ -146,7 +146,7 @@ def whole_step(
     this.
     """
     source, rows = data, step.rows
-    if loss_of.wants_mismatched:
+    if loss_of.needs_mismatched:
         source = Mismatched(data, step.groups, max_length)
         plan = plan_batches(source.tokens(), budget, dist.world_size())[dist.rank()]
         rows = [tuple(step.groups[i] for i in row) for row in plan]
@@ -168,13 +168,13 @@ def of_row(policy, reference, row, loss_of, share: Share | None = None):
     pass, if any.
     """
     if share is not None:
-        logps = policy(row, loss_of.across.use_weighting)
+        logps = policy(row, loss_of.shared.use_weighting)
         scores = scored(
             logps, torch.zeros(row.target.shape, device=row.target.device), row, loss_of
         ).scores
         return share.examples, share.losses, (scores * share.gradient.to(scores)).sum()
     ref_logps = reference(row)  # first, while the policy's activations are not there yet
-    found = scored(policy(row, loss_of.across.use_weighting), ref_logps, row, loss_of)
+    found = scored(policy(row, loss_of.shared.use_weighting), ref_logps, row, loss_of)
     losses = loss_of(found.examples, found.weights)
     return found.examples, losses, losses.sum()
 
@@ -185,8 +185,8 @@ class HeldOut:
     def __init__(self, data, budget: int, device: torch.device, loss_of, max_length: int):
         everything = range(len(data))
         self.data, self.device, self.loss_of = data, device, loss_of
-        self.source = Mismatched(data, everything, max_length) if loss_of.wants_mismatched else data
-        sizes = self.source.tokens() if loss_of.wants_mismatched else data.lengths.sum(1)
+        self.source = Mismatched(data, everything, max_length) if loss_of.needs_mismatched else data
+        sizes = self.source.tokens() if loss_of.needs_mismatched else data.lengths.sum(1)
         self.plan = plan_pass(sizes, budget, rank=dist.rank(), world=dist.world_size())
         self.place = {i: i for i in everything}
         self.known, self.version = [], 0  # the reference's log-probs of each row of the plan

@@ -7,22 +7,14 @@ from tqdm import tqdm
 
 from train.engine import dist
 from train.losses import metrics
-from train.losses.composition import Labelled
+from train.losses.preference import Labelled
 from train.models.flops import Counter
 from train.run import card
 from train.run.meter import Meter, peak_flops
 from train.run.tensorboard import Board
 
-TRAIN_NAMES = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "logps/chosen_per_token",
-    "logps/rejected_per_token",
-)
+# chosen_fell has a place of its own on the board: see _displaced
+LOGGED = tuple(metric.name for metric in metrics.METRICS if metric.name != "chosen_fell")
 
 
 class Training:
@@ -43,7 +35,7 @@ class Training:
 
     def add(self, row, examples, losses):
         """A row is done. No value leaves the device here."""
-        sums = metrics.of_pairs(examples, losses, self.settings.beta).to(self.device)
+        sums = metrics.preference_sums(examples, losses, self.settings.beta).to(self.device)
         shown = distributions(examples, self.settings.beta)
         self.names = tuple(shown)
         kept = torch.stack(list(shown.values()), 1).detach()
@@ -66,9 +58,7 @@ class Training:
                 "accuracy": "rewards/accuracies",
             }
             self.last = {short: mean[name] for short, name in shorter.items()} | perf
-            self.board.scalars(
-                {name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "train/"
-            )
+            self.board.scalars({name: mean[name] for name in LOGGED}, number, "train/")
             self.board.scalars(
                 {
                     "train/grad_norm": update.grad_norm,
@@ -116,10 +106,8 @@ class Training:
                 dynamic_ncols=True,
             )
             examples, losses = held_out.score(policy, reference, running, watch)
-            mean = metrics.means(metrics.of_pairs(examples, losses, self.settings.beta))
-            self.board.scalars(
-                {name: mean[name] for name in ("loss", *TRAIN_NAMES)}, number, "val/"
-            )
+            mean = metrics.means(metrics.preference_sums(examples, losses, self.settings.beta))
+            self.board.scalars({name: mean[name] for name in LOGGED}, number, "val/")
             self.board.scalars(self._displaced(mean, "val/"), number)
             for name, values in distributions(examples, self.settings.beta).items():
                 self.board.histogram(f"val/histogram/{name}", values, number)
@@ -192,7 +180,7 @@ class Training:
         export.
         """
         first, last = (self.evaluated.get(end(self.evaluated, default=0), {}) for end in (min, max))
-        results = {name: last[name] for _, name in metrics.ROWS_OF_TABLE if name in last}
+        results = {m.name: last[m.name] for m in metrics.METRICS if m.in_table and m.name in last}
         results = results or {"train_loss": self.last["loss"]}
         self.board.hparams(
             self.folder.record["flags"],
@@ -268,7 +256,7 @@ def intervals(mean: dict, examples, beta: float) -> dict[str, list[float]]:
 def table(first: dict, last: dict) -> list[str]:
     """What the held-out pairs say, before and after, as lines of text."""
     lines = ["", f"{last['pairs']} held-out pairs      before      after   95 % interval"]
-    for title, name in metrics.ROWS_OF_TABLE:
+    for title, name in ((m.title, m.name) for m in metrics.METRICS if m.in_table):
         interval = last.get(f"{name}_interval")
         shown = f"   [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         lines.append(f"{title:<22} {first[name]:>9.4f}  {last[name]:>9.4f}{shown}")
