@@ -23,6 +23,8 @@ class Metric(NamedTuple):
     # empty where a number has none: a share, or what the loss or beta gives a scale of its own
     unit: str = ""
     in_table: bool = False  # whether the closing table and the model card show it
+    # whether the board has it at train/NAME and val/NAME, for every loss
+    logged: bool = True
 
     @property
     def label(self) -> str:
@@ -42,8 +44,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("logps/rejected", "log-prob of rejected", "nats", in_table=True),
     Metric("logps/chosen_per_token", "log-prob of chosen", "nats a token"),
     Metric("logps/rejected_per_token", "log-prob of rejected", "nats a token"),
-    # likelihood displacement: Razin et al. 2024 (arXiv 2410.08847)
-    Metric("chosen_fell", "chosen became less likely"),
+    # Likelihood displacement (Razin et al. 2024, arXiv 2410.08847). Only a run with a reference has
+    # it, and it stands among the measures of health.
+    Metric("chosen_fell", "chosen became less likely", logged=False),
 )
 LABELS: dict[str, str] = {metric.name: metric.label for metric in METRICS}
 

@@ -13,8 +13,7 @@ from train.run import card
 from train.run.meter import Meter, peak_flops
 from train.run.tensorboard import Board
 
-# chosen_fell has a place of its own on the board: see _displaced
-LOGGED = tuple(metric.name for metric in metrics.METRICS if metric.name != "chosen_fell")
+LOGGED = tuple(metric.name for metric in metrics.METRICS if metric.logged)
 
 
 class Training:
