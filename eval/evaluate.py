@@ -56,7 +56,7 @@ class Settings:
     """A directory that AutoModelForSequenceClassification loads, which scores what the models
     write.
     """
-    output: str = "runs/eval"
+    output: str = settings.flag("runs/eval", may_change=True)
     """Folder for the report."""
     max_rows: int | None = None
     """Most pairs, and most texts, the first ones. None: all."""
@@ -94,13 +94,13 @@ class Settings:
     """
     max_dropped: float = 0.05
     """Largest share of unusable pairs before the data is refused; texts may be dropped freely."""
-    micro_tokens: int | None = None
-    """Tokens a packed row may hold. None: as many as keep the machine busy
+    micro_tokens: int | None = settings.flag(None, may_change=True)
+    """Tokens a packed batch may hold. None: as many as keep the machine busy
     (train/engine/memory.py), on any ranks.
     """
     batch_size: int = 32
     """Answers decoded at once."""
-    ds_config: str | None = None
+    ds_config: str | None = settings.flag(None, may_change=True)
     """DeepSpeed JSON: ds_configs/frozen_zero3.json shards the models over the ranks, which then are
     scored but write nothing. None: whole on each rank.
     """

@@ -15,6 +15,7 @@ from train.data.rows import PAIR_COLUMNS, DataError, Dropped, check_pair
 from train.engine import dist
 from train.models import pretrained
 from train.run import card
+from train.settings import Preference, inherited_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "train/data/builtin/held_out.jsonl"
@@ -24,16 +25,7 @@ KNOWN_TEXTS = dict.fromkeys(
     ("wikitext", "wikitext-2-raw-v1"), "Salesforce/wikitext:wikitext-2-raw-v1@test"
 )
 # Flags of training that an evaluation takes over, and what holds where there is no run.json.
-INHERITED = {
-    "beta": 0.1,
-    "loss": "sigmoid",
-    "loss_args": {},
-    "max_length": 1024,
-    "max_prompt_length": 256,
-    "layout": "packed",
-    "precision": "auto",
-    "allow_control_tokens": False,
-}
+INHERITED = inherited_defaults(Preference)
 PROBES = 64  # texts that both tokenizers must split alike
 
 
@@ -95,10 +87,9 @@ def recipe(settings, record: dict, where: str | None) -> dict:
     trained = record.get("flags", {})
     if "precision" in record:
         trained = trained | {"precision": record["precision"]}  # what "auto" came to
-    found = {name: trained.get(name, default) for name, default in INHERITED.items()}
-    given = {
-        name: getattr(settings, name) for name in INHERITED if getattr(settings, name) is not None
-    }
+    names = [f.name for f in dataclasses.fields(settings) if f.name in INHERITED]
+    found = {name: trained.get(name, INHERITED[name]) for name in names}
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     stage = record.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
     return found | given | {"stage": stage, "from": where}
 

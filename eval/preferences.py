@@ -15,7 +15,7 @@ import torch
 
 from eval import intervals, statistics
 from train.losses import metrics
-from train.losses.composition import Pairs
+from train.losses.preference import Pairs
 
 # Chosen's length against rejected's, (chosen - rejected) / the longer of the two.
 LENGTH_EDGES = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
@@ -104,7 +104,7 @@ def by_pair(loss_of) -> bool:
     """Whether a pair's loss here is the one that training would take; else it lacks what steps and
     tokens add.
     """
-    return not loss_of.couples and not loss_of.across.use_weighting and loss_of.across.ld_alpha == 1
+    return not loss_of.couples and not loss_of.shared.use_weighting and loss_of.shared.ld_alpha == 1
 
 
 def likelihoods(pairs: Pairs, units) -> dict:

@@ -9,20 +9,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from train.losses.metrics import LABELS
+
 MATERIAL = 0.02  # a perplexity that is shown to move by less than this share is called unchanged
-TITLES = {
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "reward margin",
-    "rewards/chosen": "reward of chosen",
-    "rewards/rejected": "reward of rejected",
-    "loss": "loss",
-    "chosen_fell": "chosen became less likely",
-    "logps/chosen": "log-prob of chosen, nats",
-    "logps/rejected": "log-prob of rejected, nats",
+# Training's metrics, and what evaluation adds of its own.
+TITLES = LABELS | {
     "logps/margins": "log-prob difference, nats",
     "logps/accuracies": "chosen is the likelier",
-    "logps/chosen_per_token": "log-prob of chosen, nats a token",
-    "logps/rejected_per_token": "log-prob of rejected, nats a token",
     "logps/accuracies_per_token": "chosen is the likelier a token",
 }
 ANSWERS = {
@@ -243,9 +236,8 @@ def table(header: list, rows: list[list]) -> list[str]:
 def _preferences(section, baselines) -> list[str]:
     sides = _sides(section)
     rows = [
-        [title, *(show(section[side].get(name)) for side in sides)]
-        for name, title in TITLES.items()
-        if name in section["model"]
+        [TITLES[name], *(show(section[side].get(name)) for side in sides)]
+        for name in section["model"]
     ]
     lines = table(["measure", *sides.values()], rows)
     if not section.get("loss_by_pair", True):

@@ -30,21 +30,9 @@ from train.engine import preemption
 
 
 @dataclasses.dataclass
-class Settings(shared_flags.Training):
+class Settings(shared_flags.Preference):
     """Train a causal language model on preference pairs with DPO."""
 
-    output: str = "runs/dpo"
-    """Folder for the model, TensorBoard, logs and run.json."""
-    loss: str = "sigmoid"
-    """The loss, a row of train/losses/composition.py's LOSSES, or a weighted sum:
-    sigmoid:0.8,sft:0.2.
-    """
-    beta: float = 0.1
-    """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
-    loss_args: dict = dataclasses.field(default_factory=dict)
-    """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha:
-    0.5}'.
-    """
     reference: Literal["live", "cached", "none"] = "live"
     """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the
     same, scored once and kept on disk. none: nowhere, for losses that need none.
@@ -55,7 +43,7 @@ class Settings(shared_flags.Training):
     """Steps after which a live reference moves towards the policy (TR-DPO); 0: it stands still."""
     reference_mixup: float = 0.6
     """The policy's share in a reference that moves; 1 replaces it."""
-    reference_ds_config: str | None = None
+    reference_ds_config: str | None = shared_flags.flag(None, may_change=True)
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
     else whole on each rank.
     """
@@ -70,7 +58,7 @@ class Settings(shared_flags.Training):
 
     def __post_init__(self):
         super().__post_init__()
-        shared_flags.check_bounds(self, {"reference_every": 0, "lora_rank": 0}, positive=("beta",))
+        shared_flags.check_bounds(self, {"reference_every": 0, "lora_rank": 0})
 
 
 def main():

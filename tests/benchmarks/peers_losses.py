@@ -258,10 +258,10 @@ def of_ours(case: Case, tokens: Made) -> torch.Tensor:
     loss = choose(case.loss, BETA, case.ours)
     logps, ref_logps, lengths = tokens.logps, tokens.ref_logps, tokens.lengths
     of_pair = None
-    if loss.across.use_weighting:
+    if loss.shared.use_weighting:
         each = weights(logps, tokens.log_p2, lengths)
         of_pair = each[0::2] * each[1::2]
-    values = (damped(x, lengths, loss.across.ld_alpha) for x in (logps, ref_logps))
+    values = (damped(x, lengths, loss.shared.ld_alpha) for x in (logps, ref_logps))
     return loss(Pairs.of(*(score(x, lengths) for x in values), lengths), of_pair).mean()
 
 

@@ -108,7 +108,7 @@ def test_each_loss_learns_the_rule(warm, model_dir, tmp_path, loss):
         made(tmp_path / "train.jsonl", 192, 0),
         made(tmp_path / "held_out.jsonl", 96, 1),
     )
-    free = not LOSSES[loss].reference
+    free = not LOSSES[loss].needs_reference
     extra = ["--reference", "none"] if free else []
     _, first, last = trained(
         warm, line(model_dir, data, held_out, tmp_path / "out", loss, *extra), tmp_path / "out"
@@ -123,7 +123,7 @@ def test_each_loss_learns_the_rule(warm, model_dir, tmp_path, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [name for name, row in LOSSES.items() if row.unpaired])
+@pytest.mark.parametrize("loss", [name for name, row in LOSSES.items() if row.of_labelled])
 def test_answers_with_labels(warm, model_dir, tmp_path, loss):
     data, held_out = (
         made(tmp_path / "a.jsonl", 256, 0, True),

@@ -17,7 +17,10 @@ def plain(hidden, weight, target, bias=None):
 
 def inputs(tokens=11, vocabulary=37, width=8, dtype=torch.float64):
     random = torch.Generator().manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, dtype=dtype, generator=random).requires_grad_()
+
+    def make(*shape):
+        return torch.randn(*shape, dtype=dtype, generator=random).requires_grad_()
+
     return (
         make(tokens, width),
         make(vocabulary, width),
@@ -60,7 +63,7 @@ def test_second_backward_is_the_same():
     assert all(torch.allclose(a, b, rtol=1e-13) for a, b in zip(first, second, strict=True))
 
 
-def test_rows_that_wait_for_each_other_keep_their_logits(monkeypatch):
+def test_batches_that_wait_for_each_other_keep_their_logits(monkeypatch):
     monkeypatch.setattr(lm_head, "SLICE", 10)  # of a vocabulary of 37
     hidden, weight, target, bias = inputs()
     other = (hidden * 2).detach().requires_grad_()
