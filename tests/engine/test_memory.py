@@ -28,14 +28,18 @@ def _rows(monkeypatch, backbone, device, free, max_length=1024, checkpointing=Fa
     return memory.default_batch_tokens(backbone, device, 0, checkpointing, max_length)
 
 
-def test_out_of_memory_names_the_row_and_a_smaller_budget(capsys):
-    row = pack([Group(tuple(range(500)), ((1,) * 500, (2,) * 500))])
-    with pytest.raises(SystemExit) as ended, memory.room_for_batch(row, 2048):
+def room_for_batch(batch, batch_tokens):
+    return memory.room_for(*memory.describe_batch(batch, batch_tokens))
+
+
+def test_out_of_memory_names_the_batch_and_a_smaller_budget(capsys):
+    batch = pack([Group(tuple(range(500)), ((1,) * 500, (2,) * 500))])
+    with pytest.raises(SystemExit) as ended, room_for_batch(batch, 2048):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert (
-        "a row of 1,500 tokens (--micro_tokens is 2,048): try --micro_tokens 768" in said
+        "a batch of 1,500 tokens (--micro_tokens is 2,048): try --micro_tokens 768" in said
         and "Traceback" not in said
     )
 
@@ -57,5 +61,5 @@ def test_the_check_at_the_start_has_advice_too(capsys):
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="shape"), memory.room_for_batch(pack([]), 2048):
+    with pytest.raises(RuntimeError, match="shape"), room_for_batch(pack([]), 2048):
         raise RuntimeError("shape mismatch")

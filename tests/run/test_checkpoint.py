@@ -102,3 +102,16 @@ def test_a_checkpoint_of_the_old_format_is_refused_in_one_line(
         f"error: {old} was written by zeropref 0.1 (checkpoint format 1); zeropref 0.2.0 reads format "
         "2: finish the run with the version that began it"
     ]
+
+
+def test_what_goes_wrong_in_a_step(two_models, model_dir, pairs, tmp_path):
+    """Running out of memory is one line with advice; anything else is a failure, not a refusal."""
+    command = flags(model_dir, pairs, tmp_path / "memory", 0)
+    codes, text = two_models.run([*command, "--fault", "memory"])
+    assert codes == [1] and "Traceback" not in text
+    assert "out of memory in a batch of " in text and "(--micro_tokens is 300): lower --max_length" in text
+    assert (tmp_path / "memory/status").read_text() == "failed\n"
+    command = flags(model_dir, pairs, tmp_path / "value", 0)
+    codes, text = two_models.run([*command, "--fault", "value"])
+    assert codes == [1] and "ValueError: something of the trainer's own" in text
+    assert (tmp_path / "value/status").read_text() == "failed\n"

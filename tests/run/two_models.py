@@ -23,6 +23,14 @@ class Settings(shared_flags.Training):
 
     output: str = "runs/two"
     """Folder for checkpoints."""
+    fault: str | None = None
+    """What goes wrong in the second step: memory, value."""
+
+
+FAULTS = {
+    "memory": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 GB"),
+    "value": ValueError("something of the trainer's own"),
+}
 
 
 def main():
@@ -104,6 +112,8 @@ def main():
         state = {"policy": policy, "value": value, "report": report}
         for step in loop.steps(run, settings, pairs, state, report):
             for batch in step.batches():
+                if settings.fault and step.number == 1:
+                    raise FAULTS[settings.fault]
                 responses = torch.arange(batch.num_responses) % 2  # chosen and rejected in turn
                 side = responses.repeat_interleave(batch.lengths)  # (T,)
                 losses = [-model(batch)[side == i].sum() for i, model in enumerate(models)]
