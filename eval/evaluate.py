@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from train import (
     config,
-    settings,  # noqa: E402
+    settings,
 )
 
 SHARDED = (
@@ -138,7 +138,7 @@ def main():
     settings = config.parse(Settings)
     from train import quiet
 
-    quiet.now()  # before the libraries that it quiets
+    quiet.silence_libraries()  # before the libraries that it quiets
     from eval import scores
     from train.engine import dist, memory
     from train.losses import composition

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from train.config import (
     Exit,
-    fail,  # noqa: E402
+    fail,
 )
 
 

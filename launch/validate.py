@@ -1,5 +1,4 @@
-"""Check a model and preference pairs before a run: on any machine, without a GPU, without loading a
-weight.
+"""Check a model and preference pairs before a run, on any machine: no GPU, no weight is loaded.
 
     python launch/validate.py --model DIR --data pairs.jsonl > report.json
     python launch/validate.py --data a.jsonl b.parquet --eval_split 0.05 --output report.json
@@ -17,21 +16,21 @@ import dataclasses
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import (
-    config,
-    settings,  # noqa: E402
-)
+# Flags are read before torch and transformers are imported, which takes seconds.
+from train import config
+from train.settings import Data, sources
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
 
 @dataclasses.dataclass
-class Settings(settings.Data):
+class Settings(Data):
     """Check a model and preference pairs for training; writes a JSON report to stdout."""
 
     output: str | None = None
@@ -42,12 +41,12 @@ def main():
     settings = config.parse(Settings)
     from train import quiet
 
-    quiet.now()
+    quiet.silence_libraries()  # before the libraries that it quiets
     from train.models import builtin
     from train.run import session
 
     report = {"verdict": "refused", "reason": None, "flags": config.as_dict(settings)}
-    with session.at_the_door():
+    with session.refusals():
         try:
             examine(settings, report)
             report["verdict"] = "usable"
@@ -68,12 +67,13 @@ def examine(settings, report):
     from train.data import chat, dataset, tokens
     from train.models import builtin, pretrained
 
-    path = settings.model or str(builtin.fetch(say=lambda line: print(line, file=sys.stderr)))
+    path = settings.model or str(builtin.fetch(say=partial(print, file=sys.stderr)))
     tokenizer = pretrained.load_tokenizer(path, settings.trust_remote_code)
     chat.check_fit(model_config(path, settings.trust_remote_code), tokenizer, settings.max_length)
-    sources, eval_sources = settings.sources(settings)
+    data_sources, eval_sources = sources(settings)
+    kind = tokens.kind_of(data_sources)  # the held-out data are of the same kind
     parts = {}
-    for name, named in {"data": sources, "eval_data": eval_sources}.items():
+    for name, named in {"data": data_sources, "eval_data": eval_sources}.items():
         if named:
             parts[name] = tokens.collect(
                 named,
@@ -81,9 +81,9 @@ def examine(settings, report):
                 max_length=settings.max_length,
                 max_prompt_length=settings.max_prompt_length,
                 allow_control_tokens=settings.allow_control_tokens,
-                kind=tokens.kind_of(sources),
+                kind=kind,
             )
-            report[name] = described(parts[name], named)
+            report[name] = describe(parts[name], named)
     for part in parts.values():
         tokens.refuse_too_many(part, settings.max_dropped)
     if settings.eval_split and not eval_sources:
@@ -92,9 +92,10 @@ def examine(settings, report):
         )
         report["split"] = {"train": len(parts["data"]), "held_out": len(parts["eval_data"])}
     if "eval_data" in parts:
-        report["prompts_in_both"] = len(
-            set(parts["data"].prompts.tolist()) & set(parts["eval_data"].prompts.tolist())
+        train_prompts, held_out_prompts = (
+            set(parts[name].prompts.tolist()) for name in ("data", "eval_data")
         )
+        report["prompts_in_both"] = len(train_prompts & held_out_prompts)
 
 
 def model_config(path, trust_remote_code):
@@ -109,15 +110,15 @@ def model_config(path, trust_remote_code):
         ) from error
 
 
-def described(data, sources) -> dict:
-    """What the report says of one data set, a `Tokenised`."""
+def describe(data, named) -> dict:
+    """What the report says of one data set, a `Tokenised`, and the sources as the user named them."""
     count, dropped = len(data), len(data.dropped)
     names = ("prompt", "chosen", "rejected") if data.labels is None else ("prompt", "completion")
     prompts = len(set(data.prompts.tolist()))
     cut = dict(zip(names, data.truncated.sum(0).tolist(), strict=True))
     sizes = {name: quantiles(column) for name, column in zip(names, data.lengths.T, strict=True)}
     return {
-        "sources": sources,
+        "sources": named,
         "rows": count + dropped,
         "usable": count,
         "dropped": dropped,
@@ -143,13 +144,13 @@ def fingerprint(data, i) -> bytes:
 
 def quantiles(lengths) -> dict | None:
     """Tokens at each share of the pairs; lengths that occur, none in between."""
-    import numpy as np
+    import numpy as np  # not at the top: see there
 
     if not len(lengths):
         return None
-    found = np.quantile(lengths, QUANTILES, method="inverted_cdf")
-    at = {f"{share:g}": int(value) for share, value in zip(QUANTILES, found, strict=True)}
-    return at | {"mean": round(float(lengths.mean()), 1)}
+    values = np.quantile(lengths, QUANTILES, method="inverted_cdf")
+    tokens_at = {f"{share:g}": int(value) for share, value in zip(QUANTILES, values, strict=True)}
+    return tokens_at | {"mean": round(float(lengths.mean()), 1)}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import warnings
 LIBRARIES = ("DeepSpeed", "deepspeed", "torch.distributed", "datasets", "transformers")
 
 
-def now():
-    """Call before deepspeed is imported."""
+def silence_libraries():
+    """Keep the libraries quiet; called before deepspeed is imported."""
     env = os.environ
     env.setdefault("TOKENIZERS_PARALLELISM", "true")
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -22,15 +22,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train.data import tokens  # noqa: E402
-from train.data.packing import pack  # noqa: E402
-from train.data.steps import plan_pass  # noqa: E402
+from train.data import tokens
+from train.data.packing import pack
+from train.data.steps import plan_pass
 from train.engine import memory
-from train.losses.logprobs import score  # noqa: E402
+from train.losses.logprobs import score
 from train.models import (
     backbone,
-    builtin,  # noqa: E402
-    pretrained,  # noqa: E402
+    builtin,
+    pretrained,
 )
 
 PACKED = "packed"

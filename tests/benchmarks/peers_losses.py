@@ -18,19 +18,19 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-import torch  # noqa: E402
+import torch
 
-from train.losses.composition import choose  # noqa: E402
+from train.losses.composition import choose
 from train.losses.logprobs import (
     damped,
     score,
-    weights,  # noqa: E402
+    weights,
 )
 from train.losses.preference import (
     Labelled,
     Pairs,
     kto,
-    orpo,  # noqa: E402
+    orpo,
 )
 
 BETA = 0.3

@@ -52,37 +52,13 @@ def with_template(tokenizer, template):
 
 def test_ids_by_hand(letters):
     chat = Chat(letters)
-    header = [
-        START,
-        67,
-        85,
-        85,
-        75,
-        85,
-        86,
-        67,
-        80,
-        86,
-        NEWLINE,
-    ]  # <|im_start|> a s s i s t a n t \n
-    hello = [
-        START,
-        87,
-        85,
-        71,
-        84,
-        NEWLINE,
-        42,
-        75,
-        END,
-        NEWLINE,
-    ]  # <|im_start|> u s e r \n H i <|im_end|> \n
+    # <|im_start|> a s s i s t a n t \n
+    header = [START, 67, 85, 85, 75, 85, 86, 67, 80, 86, NEWLINE]
+    # <|im_start|> u s e r \n H i <|im_end|> \n
+    hello = [START, 87, 85, 71, 84, NEWLINE, 42, 75, END, NEWLINE]
     assert chat.prompt_ids(HI) == spell(SYSTEM) + hello + header == spell(HI_TEXT)
-    assert chat.response_ids(HI, "ok") == [
-        81,
-        77,
-        END,
-    ]  # o k <|im_end|>, without the newline behind it
+    # o k <|im_end|>, without the newline behind it
+    assert chat.response_ids(HI, "ok") == [81, 77, END]
     assert (chat.end, chat.end_id, chat.header_length) == ("<|im_end|>", END, 11)
     assert encode(chat, pair(row=7), 200) == Group(
         tuple(spell(HI_TEXT)), ((81, 77, END), (80, 81, END)), 7
@@ -117,12 +93,8 @@ def test_template_without_end_token_gets_eos(letters):
     chat = Chat(with_template(letters, PLAIN))
     assert chat.prompt_ids(HI) == spell("user: Hi\nassistant: ")
     assert chat.response_ids(HI, "ok") == [81, 77, END]
-    assert chat.response_ids(HI, "ok\n") == [
-        81,
-        77,
-        NEWLINE,
-        END,
-    ]  # the answer's own newline stays, the template's goes
+    # The answer's own newline stays, the template's goes.
+    assert chat.response_ids(HI, "ok\n") == [81, 77, NEWLINE, END]
     assert chat.header_length == len("assistant: ")
 
 
@@ -227,7 +199,10 @@ def test_model_and_tokenizer_that_do_not_fit(letters):
     """Ids 0 to 258, then one more with a gap before it: it is the largest id that needs an
     embedding.
     """
-    config = lambda size: transformers.LlamaConfig(vocab_size=size, max_position_embeddings=64)
+
+    def config(size):
+        return transformers.LlamaConfig(vocab_size=size, max_position_embeddings=64)
+
     check_fit(config(259), letters, 64)
     with pytest.raises(
         ValueError, match="the tokenizer has 259 tokens, the model's vocabulary 258"
@@ -255,11 +230,8 @@ def test_control_tokens(letters, place, token):
 
 
 def test_an_allowed_end_token_stands_once(letters):
-    assert Chat(letters, allow_control_tokens=True).response_ids(HI, "ok<|im_end|>") == [
-        81,
-        77,
-        END,
-    ]
+    chat = Chat(letters, allow_control_tokens=True)
+    assert chat.response_ids(HI, "ok<|im_end|>") == [81, 77, END]
 
 
 def test_added_special_tokens_count_as_control(letters):

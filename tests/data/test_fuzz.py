@@ -301,10 +301,14 @@ FATAL = [
 
 def members(draw, row, more=()):
     """A JSON object whose members stand in any order, escaped or not."""
-    write = lambda value: json.dumps(value, ensure_ascii=ascii_only)
     ascii_only = draw(st.booleans())
+
+    def write(value):
+        return json.dumps(value, ensure_ascii=ascii_only)
+
     parts = [f"{write(name)}: {write(value)}" for name, value in row.items()] + list(more)
-    return "{" + draw(st.sampled_from([", ", ",", " ,\t"])).join(draw(st.permutations(parts))) + "}"
+    comma = draw(st.sampled_from([", ", ",", " ,\t"]))
+    return "{" + comma.join(draw(st.permutations(parts))) + "}"
 
 
 def drawn(draw, kinds, most):

@@ -1,4 +1,4 @@
-"""Packed rows by hand, and what every deal of groups to ranks and rows must keep."""
+"""Packed batches by hand, and what every deal of groups to ranks and batches must keep."""
 
 import pytest
 import torch
@@ -9,20 +9,20 @@ from train.data.packing import Group, digest, pack, plan_batches
 from train.data.steps import num_steps, plan_pass, plan_steps, shuffled
 
 
-def test_row_by_hand():
+def test_batch_by_hand():
     # P = 7 8, A = 1 2 3, B = 4; then plain text 9 5
-    row = pack([Group((7, 8), ((1, 2, 3), (4,)), row=11), Group((), ((9, 5),), row=12)])
-    assert row.input_ids.tolist() == [7, 8, 1, 2, 3, 4, 9, 5]
-    assert row.positions.tolist() == [0, 1, 2, 3, 4, 2, 0, 1]
-    assert row.cu_q.tolist() == [0, 5, 6, 8]  # [P A] [B] [text]
-    assert row.cu_k.tolist() == [0, 5, 8, 10]  # [P A] [P B] [text]
-    assert row.kv_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
+    batch = pack([Group((7, 8), ((1, 2, 3), (4,)), row=11), Group((), ((9, 5),), row=12)])
+    assert batch.input_ids.tolist() == [7, 8, 1, 2, 3, 4, 9, 5]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 2, 0, 1]
+    assert batch.cu_q.tolist() == [0, 5, 6, 8]  # [P A] [B] [text]
+    assert batch.cu_k.tolist() == [0, 5, 8, 10]  # [P A] [P B] [text]
+    assert batch.kv_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
     # 8 predicts 1 and 4; 1 predicts 2; 2 predicts 3; 9 predicts 5; nothing predicts 9
-    assert row.hidden_index.tolist() == [1, 2, 3, 1, 6]
-    assert row.target.tolist() == [1, 2, 3, 4, 5]
-    assert row.digests == (digest((7, 8), (1, 2, 3)), digest((7, 8), (4,)), digest((), (9, 5)))
-    assert row.lengths.tolist() == [3, 1, 1]
-    assert row.kv_users.tolist() == [
+    assert batch.hidden_index.tolist() == [1, 2, 3, 1, 6]
+    assert batch.target.tolist() == [1, 2, 3, 4, 5]
+    assert batch.digests == (digest((7, 8), (1, 2, 3)), digest((7, 8), (4,)), digest((), (9, 5)))
+    assert batch.lengths.tolist() == [3, 1, 1]
+    assert batch.kv_users.tolist() == [
         [0, 5],
         [1, 6],
         [2, 10],
@@ -32,8 +32,8 @@ def test_row_by_hand():
         [8, 10],
         [9, 10],
     ]
-    assert row.group_rows == (11, 12)
-    assert [(ids.tolist(), first) for ids, first in row.sequences()] == [
+    assert batch.group_rows == (11, 12)
+    assert [(ids.tolist(), first) for ids, first in batch.sequences()] == [
         ([7, 8, 1, 2, 3], 2),
         ([7, 8, 4], 2),
         ([9, 5], 1),
@@ -54,10 +54,10 @@ def test_digests_tell_ids_and_borders_apart():
     assert len({same, *others}) == 7
 
 
-def test_empty_row_scores_nothing():
-    row = pack([])
-    assert row.input_ids.shape == (2,) and row.num_responses == 0 and row.target.numel() == 0
-    assert list(row.sequences()) == [] and row.group_rows == ()
+def test_empty_batch_scores_nothing():
+    batch = pack([])
+    assert batch.input_ids.shape == (2,) and batch.num_responses == 0 and batch.target.numel() == 0
+    assert list(batch.sequences()) == [] and batch.group_rows == ()
 
 
 def test_empty_response_is_refused_with_its_row():
@@ -67,21 +67,23 @@ def test_empty_response_is_refused_with_its_row():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 400), max_size=40), st.integers(50, 900), st.integers(1, 5))
-def test_deal_keeps_every_group_once_and_rows_even(tokens, budget, world):
+def test_plans_keep_every_group_once_and_batches_even(tokens, budget, world):
     plan = plan_batches(tokens, budget, world)
     assert len(plan) == world
-    assert len({len(rows) for rows in plan}) == 1 and len(plan[0]) >= 1
-    assert sorted(i for rows in plan for row in rows for i in row) == list(range(len(tokens)))
-    for rows in plan:
-        for row in rows:
-            assert sum(tokens[i] for i in row) <= budget or len(row) == 1
+    assert len({len(batches) for batches in plan}) == 1 and len(plan[0]) >= 1
+    assert sorted(i for batches in plan for batch in batches for i in batch) == list(
+        range(len(tokens))
+    )
+    for batches in plan:
+        for batch in batches:
+            assert sum(tokens[i] for i in batch) <= budget or len(batch) == 1
     assert plan == plan_batches(tokens, budget, world)
 
 
-def test_deal_balances_what_ranks_run_at_the_same_time():
-    # 16 groups of 100 and 300 tokens, 2 ranks, rows of 1,000: 3,200 tokens need 4 rows, of 800 each
+def test_plans_balance_what_ranks_run_at_the_same_time():
+    # 16 groups of 100 and 300 tokens, 2 ranks, batches of 1,000: 3,200 tokens need 4, of 800 each
     plan = plan_batches([100, 300] * 8, 1000, 2)
-    loads = [[sum([100, 300][i % 2] for i in row) for row in rows] for rows in plan]
+    loads = [[sum([100, 300][i % 2] for i in batch) for batch in batches] for batches in plan]
     assert loads == [[800, 800], [800, 800]]
 
 
@@ -94,7 +96,8 @@ def test_steps_are_the_same_groups_for_any_ranks_and_budget():
             for r in range(world)
         ]
         dealt = [
-            sorted(i for rank in ranks for row in rank[s].rows for i in row) for s in range(10)
+            sorted(i for rank in ranks for batch in rank[s].batches for i in batch)
+            for s in range(10)
         ]
         assert dealt == [sorted(ranks[0][s].groups) for s in range(10)]
         return [step.groups for step in ranks[0]]
@@ -135,17 +138,17 @@ def test_num_steps(count, batch, epochs, most, expected):
     assert num_steps(count, batch, epochs, most) == expected
 
 
-def test_passes_plan_rows_whatever_the_ranks():
+def test_passes_plan_batches_whatever_the_ranks():
     tokens = [30, 10, 20, 40, 50, 10, 20]
     alone = plan_pass(tokens, 60)
     for world in (2, 3, 4):
         dealt = [plan_pass(tokens, 60, rank=r, world=world) for r in range(world)]
-        assert len({len(rows) for rows in dealt}) == 1
-        together = [row for rows in zip(*dealt, strict=True) for row in rows]
-        assert [row for row in together if row] == [row for row in alone if row]
+        assert len({len(batches) for batches in dealt}) == 1
+        together = [batch for batches in zip(*dealt, strict=True) for batch in batches]
+        assert [batch for batch in together if batch] == [batch for batch in alone if batch]
 
 
 def test_sequences_are_views_of_the_prompt_and_one_response():
-    row = pack([Group((1, 2), ((3,), (4, 5), (6,)))])
-    assert [ids.tolist() for ids, _ in row.sequences()] == [[1, 2, 3], [1, 2, 4, 5], [1, 2, 6]]
-    assert torch.equal(row.lengths, torch.tensor([1, 2, 1]))
+    batch = pack([Group((1, 2), ((3,), (4, 5), (6,)))])
+    assert [ids.tolist() for ids, _ in batch.sequences()] == [[1, 2, 3], [1, 2, 4, 5], [1, 2, 6]]
+    assert torch.equal(batch.lengths, torch.tensor([1, 2, 1]))

@@ -11,14 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import tiny  # noqa: E402
-import torch  # noqa: E402
+import tiny
+import torch
 
 from eval import generations
-from train.engine import dist  # noqa: E402
-from train.methods import rewards  # noqa: E402
-from train.methods.reference import Live  # noqa: E402
-from train.models.backbone import Backbone  # noqa: E402
+from train.engine import dist
+from train.methods import rewards
+from train.methods.reference import Live
+from train.models.backbone import Backbone
 
 
 def models():

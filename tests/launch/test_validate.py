@@ -190,17 +190,17 @@ def _check_mixed(report, model_dir, tmp_path):
     assert data["truncated"] == {"pairs": 1, "prompt": 0, "chosen": 1, "rejected": 0}
     assert data["prompts"] == {"distinct": 2, "repeats": 2} and report["prompts_in_both"] == 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
-    count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    frame = lambda text: (
-        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\n"
-        + text
-        + ("<|im_end|>\n<|im_start|>assistant\n")
-    )
-    prompts = sorted([count(frame("Hi"))] * 3 + [count(frame("Another"))])
+
+    def prompt_tokens(text):
+        system = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+        turn = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        return len(tokenizer(system + turn, add_special_tokens=False)["input_ids"])
+
+    prompts = sorted([prompt_tokens("Hi")] * 3 + [prompt_tokens("Another")])
     tokens = data["tokens"]["prompt"]
     assert tokens["0"] == prompts[0] and tokens["0.75"] == prompts[2] and tokens["1"] == prompts[3]
     assert tokens["mean"] == round(float(np.mean(prompts)), 1)
-    assert data["tokens"]["chosen"]["1"] == 512 - count(frame("Another"))
+    assert data["tokens"]["chosen"]["1"] == 512 - prompt_tokens("Another")
     trained = prepare(
         [tmp_path / "mixed.jsonl"],
         tokenizer,

@@ -35,26 +35,28 @@ def saved_folder(source: str, path: str, split: str) -> Iterator[dict]:
 
 def hub(source: str, name: str, config: str | None, split: str) -> Iterator[dict]:
     """The rows of a data set on the hub, or in the hub's cache on this machine."""
-    load = lambda: datasets.load_dataset(name, config, split=split)
-    return _rows(source, lambda: _batches(load()), "neither a file here nor readable from the hub")
+
+    def batches():
+        return _batches(datasets.load_dataset(name, config, split=split))
+
+    return _rows(source, batches, "neither a file here nor readable from the hub")
 
 
 def _load(path: str, split: str) -> datasets.Dataset:
     """Raises DataError."""
-    if not any(
-        os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")
-    ):
+    written = [os.path.join(path, name) for name in ("state.json", "dataset_dict.json")]
+    if not any(map(os.path.isfile, written)):
         raise DataError(
             f"{path}: a folder that save_to_disk did not write; name the files in it one by one"
         )
-    found = datasets.load_from_disk(path)
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if split not in found:
+    saved = datasets.load_from_disk(path)
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
         raise DataError(
-            f"{path}: no split {split!r}; found {listed(found)}; name one as {path}@SPLIT"
+            f"{path}: no split {split!r}; found {listed(saved)}; name one as {path}@SPLIT"
         )
-    return found[split]
+    return saved[split]
 
 
 def _batches(data: datasets.Dataset) -> Iterator:
@@ -67,7 +69,7 @@ def _rows(
     """The rows of all `batches()`, without progress bars; whatever reading them raises becomes a
     DataError.
     """
-    shown = not datasets.are_progress_bars_disabled()
+    bars_were_shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         for batch in batches():
@@ -77,16 +79,16 @@ def _rows(
             yield from _objects(batch)
     except DataError:
         raise
-    except Exception as error:  # readers and the hub's client raise a dozen unrelated types, and the cure is the same
-        while (
-            error.__cause__ is not None
-        ):  # datasets wraps "Expected 2 fields, saw 3" in "An error occurred"
+    # Readers and the hub's client raise a dozen unrelated types, and the cure is the same.
+    except Exception as error:
+        # datasets wraps "Expected 2 fields, saw 3" in "An error occurred".
+        while error.__cause__ is not None:
             error = error.__cause__
         raise DataError(
             f"{source}: {problem}: {type(error).__name__}: {one_line(error)}"
         ) from error
     finally:
-        if shown:
+        if bars_were_shown:
             datasets.enable_progress_bars()
 
 

@@ -127,10 +127,9 @@ class Chat:
             raise ValueError(
                 f"the chat template of {name} renders {whole!r}, which does not start with the prompt {prompt!r}"
             )
-        # of turns that are over, which keep no <think>: answers to train on may have that
-        turns = self._render(
-            [(QUESTION + [{"role": "assistant", "content": ANSWER}] + QUESTION, False)]
-        )[0]
+        # Of turns that are over, which keep no <think>: answers to train on may have that.
+        turns_over = QUESTION + [{"role": "assistant", "content": ANSWER}] + QUESTION
+        turns = self._render([(turns_over, False)])[0]
         self.control = ControlTokens(
             self.tokenizer, self.control.allowed, turns if isinstance(turns, str) else ""
         )
@@ -142,7 +141,8 @@ class Chat:
         found = self.control.first(self._tail)
         self.end = self.tokenizer.eos_token if found is None else found
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end)
-        if found is None:  # no model would learn to stop at white space
+        if found is None:
+            # No model would learn to stop at white space.
             self._kept_tail = self._tail.rstrip() + self.end
         else:
             self._kept_tail = self._tail[: self._tail.index(found) + len(found)]
@@ -165,9 +165,11 @@ class Chat:
         for header in (True, False):
             places = [i for i, request in enumerate(requests) if request[1] == header]
             conversations = [requests[i][0] for i in places]
-            try:  # many at once cost half of one by one (16 against 33 us each)
+            try:
+                # Many at once cost half of one by one (16 against 33 us each).
                 texts = self._apply(conversations, header) if conversations else []
-            except Exception:  # one is refused: find out which
+            except Exception:
+                # One is refused: find out which.
                 texts = [self._render_one(messages, header) for messages in conversations]
             for place, text in zip(places, texts, strict=True):
                 rendered[place] = text
@@ -176,9 +178,8 @@ class Chat:
     def _render_one(self, messages: list, header: bool) -> str | RowError:
         try:
             return self._apply([messages], header)[0]
-        except (
-            Exception
-        ) as error:  # a template is a program: raise_exception(), a type error, an undefined name
+        # A template is a program: raise_exception(), a type error, an undefined name.
+        except Exception as error:
             return RowError(f"the chat template refuses it: {one_line(error)}")
 
     def _apply(self, conversations: list, header: bool) -> list[str]:
@@ -208,9 +209,8 @@ class Chat:
         for messages, *answers in items:
             places.append(slice(len(requests), len(requests) + 1 + len(answers)))
             requests.append((messages, True))
-            for answer in (
-                answers
-            ):  # an allowed end token at the end of a text is the one that the template adds
+            for answer in answers:
+                # An allowed end token at the end of a text is the one that the template adds.
                 turn = {"role": "assistant", "content": answer.removesuffix(self.end)}
                 requests.append((messages + [turn], False))
         rendered = self._render(requests)
@@ -251,7 +251,8 @@ def tokenise_rows(
     try:
         ids = iter(tokenise(tokenizer, [text for texts in rows for text in texts]))
         return [[next(ids) for _ in texts] for texts in rows]
-    except Exception as error:  # say, an unknown character and no token for it; halves find the row
+    # Say, an unknown character and no token for it; halves find the row.
+    except Exception as error:
         if len(rows) == 1:
             return [RowError(f"the tokenizer refuses it: {one_line(error)}")]
         half = len(rows) // 2

@@ -19,7 +19,8 @@ class Tokenised:
     lengths: np.ndarray  # (N, 1 + k) int32 tokens of the prompt and of each response
     truncated: np.ndarray  # (N, 1 + k) bool: which of them were cut
     rows: np.ndarray  # (N,) int64 number of the row over all sources
-    prompts: np.ndarray  # (N,) int64 hash of the prompt's messages, or of a plain text; no template or truncation in it
+    # (N,) int64 hash of the prompt's messages, or of a plain text; no template or truncation in it.
+    prompts: np.ndarray
     dropped: list  # of Dropped, of all sources, also in a view
     fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
     labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
@@ -29,25 +30,25 @@ class Tokenised:
 
     def group(self, i: int) -> Group:
         """Group i as tuples of Python ints. Raises IndexError."""
-        first, *rest = self.lengths[i].tolist()
+        prompt, *lengths = self.lengths[i].tolist()
         start = int(self.offsets[i])
-        flat = tuple(self.ids[start : start + first + sum(rest)].tolist())
-        responses, at = [], first
-        for length in rest:
-            responses.append(flat[at : at + length])
-            at += length
+        ids = tuple(self.ids[start : start + prompt + sum(lengths)].tolist())
+        responses = []
+        offset = prompt
+        for length in lengths:
+            responses.append(ids[offset : offset + length])
+            offset += length
         label = None if self.labels is None else bool(self.labels[i])
-        return Group(flat[:first], tuple(responses), int(self.rows[i]), label)
+        return Group(ids[:prompt], tuple(responses), int(self.rows[i]), label)
 
     def select(self, indices: Sequence[int]) -> "Tokenised":
         """A view of the groups `indices`, in that order. Raises IndexError."""
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
         per_group = ("offsets", "lengths", "truncated", "rows", "prompts", "labels")
-        picked = {
-            name: values[index] for name in per_group if (values := getattr(self, name)) is not None
-        }
-        return dataclasses.replace(self, fingerprint=digest, **picked)
+        columns = {name: getattr(self, name) for name in per_group}
+        selected = {name: column[index] for name, column in columns.items() if column is not None}
+        return dataclasses.replace(self, fingerprint=digest, **selected)
 
 
 def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Tokenised, Tokenised]:
@@ -59,20 +60,22 @@ def split_by_prompt(tokenised: Tokenised, share: float, seed: int) -> tuple[Toke
     """
     if not 0 <= share < 1:
         raise ValueError(f"the share of held-out prompts is {share}; expected 0 <= share < 1")
-    distinct, places = np.unique(tokenised.prompts, return_inverse=True)
+    distinct, inverse = np.unique(tokenised.prompts, return_inverse=True)
+    # Uniform in [0, 1) and a function of seed and prompt alone.
     draws = [
         int.from_bytes(sha256_of_text(f"{seed}:{prompt}")[:8], "big") / 2**64
         for prompt in distinct.tolist()
     ]
-    held = (np.array(draws) < share)[places.reshape(-1)]
-    if share > 0 and (held.all() or not held.any()):
-        lacking = "none to train on" if held.any() else "none held out"
+    held_out = (np.array(draws) < share)[inverse.reshape(-1)]  # (N,) bool
+    if share > 0 and (held_out.all() or not held_out.any()):
+        lacking = "none to train on" if held_out.any() else "none held out"
         raise DataError(
             f"holding out {share:.1%} of {len(distinct)} distinct prompts leaves {lacking}: take another share or seed,"
             " or name held-out data of its own"
         )
-    return tokenised.select(np.flatnonzero(~held)), tokenised.select(np.flatnonzero(held))
+    return tokenised.select(np.flatnonzero(~held_out)), tokenised.select(np.flatnonzero(held_out))
 
 
 def sha256_of_text(text: str) -> bytes:
+    """The sha256 of a text; halves of surrogate pairs, which JSON's \\ud800 makes, count too."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -14,7 +14,9 @@ class MissingColumn(RowError):
     tokens.check_rows.
     """
 
-    column = property(lambda self: self.args[0])
+    @property
+    def column(self) -> str:
+        return self.args[0]
 
     def __str__(self) -> str:
         return f"no column {self.column!r}"
@@ -31,6 +33,5 @@ def one_line(error: BaseException) -> str:
 def listed(names) -> str:
     """Names in quotation marks, the first 20 of them."""
     names = list(names)
-    return (
-        ", ".join(repr(name)[:60] for name in names[:20]) + (", ..." if len(names) > 20 else "")
-    ) or "none"
+    shown = ", ".join(repr(name)[:60] for name in names[:20])
+    return (shown + (", ..." if len(names) > 20 else "")) or "none"

@@ -1,16 +1,8 @@
-"""Rows of the user's data, read from files, folders and the hub, and checked one by one.
-
-A source is one of
-    pairs.jsonl, pairs.json    one JSON object a line; a .json may also be one array of objects
-    pairs.csv, pairs.parquet a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk`
-    wrote, or folder@split org/name, org/name:config, org/name@split, org/name:config@split    on
-    the hub; a split such as train[:10%] too
-A file or folder that exists goes before a hub name. Globs and plain folders of files are refused.
+"""Rows of the user's data, checked one by one.
 
 What is wrong with a whole file is a DataError. What is wrong with one row is a RowError: that row
-is dropped with the reason, the others stand. JSON is read here, line by line, because Arrow allows
-one type a column and would refuse a whole file for one odd row. A row that names a key twice, or a
-message in it that does, is dropped: nobody knows which of the two is meant.
+is dropped with the reason, the others stand. A row that names a key twice, or a message in it that
+does, is dropped: nobody knows which of the two is meant.
 """
 
 import difflib
@@ -24,16 +16,8 @@ ROLES = ("system", "user", "assistant")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 LABELLED_COLUMNS = ("prompt", "completion", "label")
 TEXT_COLUMNS = ("text",)
-LABELS = {
-    True: True,
-    False: False,
-    "true": True,
-    "false": False,
-    "1": True,
-    "0": False,
-}  # text: of a CSV
-
-
+# Values of a label; 1, 0 and 1.0 equal True and False as keys. Text: of a CSV.
+LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 TYPE_WORDS = {
     dict: "an object",
     TwoValues: "an object",
@@ -56,11 +40,12 @@ class Dropped(NamedTuple):
 
 
 def columns_missing(source: str, column: str, found: list, columns: Sequence[str]) -> DataError:
+    """The error for a source without `column`: what it has instead, and the nearest name."""
     lower = {str(name).lower(): name for name in found}
     near = [lower[name] for name in difflib.get_close_matches(column, list(lower), 2, 0.5)]
+    advice = f"; rename {near[0]!r}?" if near else ""
     return DataError(
-        f"{source}: no column {column!r}; found {listed(found)}; expected {listed(columns)}"
-        + (f"; rename {near[0]!r}?" if near else "")
+        f"{source}: no column {column!r}; found {listed(found)}; expected {listed(columns)}{advice}"
     )
 
 
@@ -104,11 +89,12 @@ def check_labelled(row: Any) -> tuple[list, str, bool]:
     label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
     if not isinstance(label, (bool, int, float, str)) or label not in LABELS:
         raise RowError(f"label is {_type(label)} other than true and false")
-    before, completion = _response(row["completion"], "completion")
-    if row.get("prompt") is None and before is None:
+    conversation, completion = _response(row["completion"], "completion")
+    has_prompt = row.get("prompt") is not None
+    if not has_prompt and conversation is None:
         raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
-    messages = before or _prompt(row["prompt"])
-    if before is not None and row.get("prompt") is not None and _prompt(row["prompt"]) != before:
+    messages = conversation or _prompt(row["prompt"])
+    if conversation is not None and has_prompt and _prompt(row["prompt"]) != conversation:
         raise RowError("prompt differs from the conversation in completion")
     _check_turns(messages)
     return messages, completion, LABELS[label]
@@ -133,9 +119,9 @@ def _need(row: Any, column: str) -> None:
         raise MissingColumn(column)
 
 
-def _unambiguous(found: dict, name: str) -> None:
-    if isinstance(found, TwoValues):
-        raise RowError(f"{name} has the key {found.key[:40]!r} twice")
+def _unambiguous(members: dict, name: str) -> None:
+    if isinstance(members, TwoValues):
+        raise RowError(f"{name} has the key {members.key[:40]!r} twice")
 
 
 def _type(value: Any) -> str:
@@ -171,12 +157,8 @@ def _messages(value: list, name: str) -> list[dict]:
         role = _string(message.get("role"), f"{name} message {number}: role")
         if role not in ROLES:
             raise RowError(f"unknown role {role[:40]!r} in {name}; known: {', '.join(ROLES)}")
-        messages.append(
-            {
-                "role": role,
-                "content": _string(message.get("content"), f"{name} message {number}: content"),
-            }
-        )
+        content = _string(message.get("content"), f"{name} message {number}: content")
+        messages.append({"role": role, "content": content})
     return messages
 
 

@@ -1,4 +1,17 @@
-"""Where rows come from: jsonl, json, csv, parquet, folders of save_to_disk, data sets on the hub."""
+"""Where rows come from.
+
+A source is one of
+
+    pairs.jsonl, pairs.json    one JSON object a line; a .json may also be one array of objects
+    pairs.csv, pairs.parquet
+    a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or folder@split
+    org/name, org/name:config, org/name@split, org/name:config@split
+                               on the hub; a split such as train[:10%] too
+
+A file or folder that exists goes before a hub name. Globs and plain folders of files are refused.
+JSON is read here, line by line, because Arrow allows one type a column and would refuse a whole
+file for one odd row.
+"""
 
 import csv
 import difflib
@@ -14,7 +27,6 @@ from train.data.errors import DataError, RowError, listed
 
 # With an organisation always: `load_dataset("csv")` would read whatever lies in the working folder.
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
-
 
 JSON_SHAPES = "one JSON object a line (.jsonl, .json) or one array of objects (.json)"
 
@@ -53,14 +65,13 @@ def _read(source: str, split: str) -> Iterator[Any]:
                 f"{source}: files of type {suffix!r} are not read; expected one of {', '.join(READERS)}"
             )
         return READERS[suffix](path)
-    folder, _, named = path.rpartition("@")
+    folder, _, named_split = path.rpartition("@")
     if os.path.isdir(path):
         return arrow.saved_folder(source, path, split)
     if os.path.isdir(folder):
-        return arrow.saved_folder(source, folder, named)
-    if (
-        "://" in source
-    ):  # what follows the host may hold a password or a signature, and this line goes to a log
+        return arrow.saved_folder(source, folder, named_split)
+    if "://" in source:
+        # What follows the host may hold a password or a signature, and this line goes to a log.
         scheme, _, rest = source.partition("://")
         host = re.split("[/?#]", rest)[0].rpartition("@")[2]
         raise DataError(
@@ -94,9 +105,8 @@ def _open_lines(path: str) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
-                    line = line.removeprefix(
-                        b"\xef\xbb\xbf"
-                    )  # the byte order mark that some editors put first
+                    # The byte order mark that some editors put first.
+                    line = line.removeprefix(b"\xef\xbb\xbf")
                 try:
                     yield number, line.decode("utf-8")
                 except UnicodeDecodeError as error:
@@ -109,15 +119,16 @@ def _open_lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _integer(digits: str) -> int | float:
-    """Python refuses to parse integers of more than 4,300 digits; one in an unused column is no
-    reason to stop.
+    """An integer of JSON; as a float where it has more digits than Python parses (4,300).
+
+    One in a column that nobody reads is no reason to stop.
     """
     return int(digits) if len(digits) < 4000 else float(digits)
 
 
 def _object(pairs: list) -> dict:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else TwoValues(pairs)
+    members = dict(pairs)
+    return members if len(members) == len(pairs) else TwoValues(pairs)
 
 
 DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
@@ -133,11 +144,8 @@ def _parse(text: str, path: str, line: int) -> Any:
         return RowError("nested too deeply")
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
-        found = (
-            f"found {text[error.pos : error.pos + 40]!r}"
-            if text[error.pos :].strip()
-            else "it ends too early"
-        )
+        rest = text[error.pos :]
+        found = f"found {rest[:40]!r}" if rest.strip() else "it ends too early"
         raise DataError(
             f"{where}: not JSON ({error.msg}): {found}; expected {JSON_SHAPES}"
         ) from error
@@ -174,9 +182,10 @@ def _read_csv(path: str) -> Iterator[Any]:
             raise DataError(
                 f"{path}, line {reader.line_num}: a column stands twice in {listed(names)}"
             )
-        for row in reader:  # fields beyond the header come under None, missing ones as None
-            odd = None in row or None in row.values()
-            yield RowError(f"not {len(names)} fields, as the header has") if odd else row
+        for row in reader:
+            # csv puts fields beyond the header under the key None, and None for those missing.
+            is_odd = None in row or None in row.values()
+            yield RowError(f"not {len(names)} fields, as the header has") if is_odd else row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from error
 

@@ -1,5 +1,5 @@
-"""Which groups, at which step, on which rank, in which row: pure functions of (seed, epoch, step,
-rank, world).
+"""Which groups, at which step, on which rank, in which batch: pure functions of (seed, epoch,
+step, rank, world).
 
 A step is drawn first and packed afterwards, so that neither the number of ranks nor the token
 budget can change what a step is made of.
@@ -15,14 +15,13 @@ from train.data.packing import plan_batches
 
 
 class PlannedStep(NamedTuple):
-    """One optimiser step: the groups of all ranks, and the rows of one rank."""
+    """One optimiser step: the groups of all ranks, and the batches of one rank."""
 
     number: int  # 0-based, over all epochs
     epoch: int
     groups: tuple[int, ...]  # the whole step's groups, as indices into the data set
-    rows: tuple[
-        tuple[int, ...], ...
-    ]  # this rank's rows, each a tuple of groups; as many on every rank
+    # This rank's packed batches, each a tuple of groups; as many batches on every rank.
+    batches: tuple[tuple[int, ...], ...]
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -36,19 +35,21 @@ def num_steps(count: int, batch_size: int, epochs: float, max_steps: int = 0) ->
     """Steps in `epochs` passes over `count` groups; each pass ends with a smaller step where it
     must.
 
-    `max_steps` above 0 bounds them. A broken number of epochs rounds the last pass up to a whole
-    pair and step.
+    `max_steps` above 0 bounds them. A fractional number of epochs rounds the last pass up to a
+    whole pair and step.
     """
     per_epoch = -(-count // batch_size)
     whole, part = divmod(epochs, 1)
-    plan_steps = int(whole) * per_epoch + -(-math.ceil(part * count - 1e-9) // batch_size)
-    return min(plan_steps, max_steps) if max_steps > 0 else plan_steps
+    # 1e-9: 0.1 * 30 is 3.0000000000000004, and 3 groups were meant.
+    in_last_pass = -(-math.ceil(part * count - 1e-9) // batch_size)
+    total = int(whole) * per_epoch + in_last_pass
+    return min(total, max_steps) if max_steps > 0 else total
 
 
 def plan_steps(
     tokens: Sequence[int],
     batch_size: int,
-    budget: int,
+    batch_tokens: int,
     *,
     seed: int,
     total: int,
@@ -56,30 +57,33 @@ def plan_steps(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[PlannedStep]:
-    """Steps `start` to `total` for one rank. `tokens`: each group's size, (len(data),). Starts
-    anywhere at no cost.
+    """Yield steps `start` to `total` for one rank; starting anywhere costs nothing.
+
+    `tokens`: each group's size, (len(data),). `batch_size`: groups a step, over all ranks.
+    `batch_tokens`: the token budget of a packed batch.
     """
-    count, per_epoch = len(tokens), -(-len(tokens) // batch_size)
-    order, drawn = None, -1
+    per_epoch = -(-len(tokens) // batch_size)
+    order = None
+    order_epoch = -1
     for number in range(start, total):
         epoch, within = divmod(number, per_epoch)
-        if epoch != drawn:
-            order, drawn = shuffled(count, seed, epoch), epoch
+        if epoch != order_epoch:
+            order = shuffled(len(tokens), seed, epoch)
+            order_epoch = epoch
         groups = tuple(int(i) for i in order[within * batch_size : (within + 1) * batch_size])
-        plan = plan_batches([int(tokens[i]) for i in groups], budget, world)[rank]
-        yield PlannedStep(
-            number, epoch, groups, tuple(tuple(groups[i] for i in row) for row in plan)
-        )
+        plan = plan_batches([int(tokens[i]) for i in groups], batch_tokens, world)[rank]
+        batches = tuple(tuple(groups[i] for i in batch) for batch in plan)
+        yield PlannedStep(number, epoch, groups, batches)
 
 
 def plan_pass(
-    tokens: Sequence[int], budget: int, *, rank: int = 0, world: int = 1
+    tokens: Sequence[int], batch_tokens: int, *, rank: int = 0, world: int = 1
 ) -> list[tuple[int, ...]]:
-    """One pass over everything in rows, for evaluation: this rank's rows, of as many on every rank.
+    """One pass over everything, for evaluation: this rank's batches, of as many on every rank.
 
-    The rows are planned for the whole job and dealt afterwards, so each holds the same groups
+    The batches are planned for the whole job and dealt afterwards, so each holds the same groups
     whatever the number of ranks, and no digit of what is measured depends on it.
     """
-    rows = plan_batches([int(n) for n in tokens], budget)[0]
-    rows += [[]] * (-len(rows) % world)
-    return [tuple(row) for row in rows[rank::world]]
+    batches = plan_batches([int(n) for n in tokens], batch_tokens)[0]
+    batches += [[]] * (-len(batches) % world)  # empty ones, so that every rank has as many
+    return [tuple(batch) for batch in batches[rank::world]]

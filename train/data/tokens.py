@@ -43,9 +43,8 @@ from train.data.sources import read_rows
 from train.files import user_cache
 
 FORMAT = 2  # raise it when the same rows would give other ids or another file
-CHUNK = (
-    4096  # rows rendered and tokenised at once: enough for every core, and a bounded peak of memory
-)
+# Rows rendered and tokenised at once: enough for every core, and a bounded peak of memory.
+CHUNK = 4096
 
 
 class Row(NamedTuple):
@@ -63,10 +62,10 @@ class Kind(NamedTuple):
     check: Callable[[Any], Any]  # row -> item; raises RowError
     columns: tuple  # those named to a user who has none of them
     k: int  # responses a group
-    prompt_of: Callable[
-        [Any], Any
-    ]  # item -> what two rows with the same prompt have in common, for splitting
-    encoder: Callable  # (tokenizer, max_length, max_prompt_length, allow_control_tokens) -> encoder
+    # item -> what two rows with the same prompt have in common, for splitting.
+    prompt_of: Callable[[Any], Any]
+    # (tokenizer, max_length, max_prompt_length, allow_control_tokens) -> encoder.
+    encoder: Callable
     label_of: Callable[[Any], bool] | None = None  # item -> its label, where it has one
 
 
@@ -151,9 +150,12 @@ def collect(
             raise OSError(
                 f"{path}: the token cache cannot be read back after writing it; is the disk sound?"
             )
-    arrays, late = cached
-    places = {row.number: row for row in rows}
-    dropped = refused + [Dropped(places[n].source, places[n].index, reason) for n, reason in late]
+    arrays, refused_by_encoder = cached
+    by_number = {row.number: row for row in rows}
+    dropped = list(refused)
+    for number, reason in refused_by_encoder:
+        row = by_number[number]
+        dropped.append(Dropped(row.source, row.index, reason))
     return Tokenised(**arrays, dropped=dropped, fingerprint=key)
 
 
@@ -163,20 +165,22 @@ def kind_of(sources: Sequence[str], split: str = "train") -> str:
     """
     _, _, row = next(read_rows(sources, split))
     columns = row if isinstance(row, dict) else {}
-    return (
-        "labelled" if {"completion", "label"} <= {*columns} and "chosen" not in columns else "pair"
-    )
+    is_labelled = "completion" in columns and "label" in columns and "chosen" not in columns
+    return "labelled" if is_labelled else "pair"
 
 
-def refuse_too_many(tokenised: Tokenised, most: float) -> None:
-    """Raises DataError when more than the share `most` of the rows is dropped, or all of them."""
-    dropped, total = tokenised.dropped, len(tokenised) + len(tokenised.dropped)
-    if len(dropped) <= most * total and len(dropped) < total:
+def refuse_too_many(tokenised: Tokenised, max_dropped: float) -> None:
+    """Raises DataError when more than the share `max_dropped` of the rows is dropped, or all of
+    them.
+    """
+    dropped = tokenised.dropped
+    total = len(tokenised) + len(dropped)
+    if len(dropped) <= max_dropped * total and len(dropped) < total:
         return
-    first = "; ".join(f"{d.source} row {d.row}: {d.reason}" for d in dropped[:5])
+    examples = "; ".join(f"{d.source} row {d.row}: {d.reason}" for d in dropped[:5])
     raise DataError(
-        f"{len(dropped)} of {total} rows ({len(dropped) / total:.1%}) cannot be used, more than the {most:.1%} allowed"
-        f" or all of them; the first: {first}"
+        f"{len(dropped)} of {total} rows ({len(dropped) / total:.1%}) cannot be used, more than the "
+        f"{max_dropped:.1%} allowed or all of them; the first: {examples}"
     )
 
 
@@ -192,22 +196,25 @@ def check_rows(
     Raises DataError: as read_rows does; or no row of a source is sound and none has some column
     (`columns` are those expected).
     """
-    rows, dropped, number = [], [], -1
+    rows, dropped = [], []
+    number = -1  # over all sources
     for source in [sources] if isinstance(sources, str) else sources:
-        found, missing, before = {}, [], len(rows)
+        columns_found = {}  # a dict for its order: the message shows them as they stand
+        missing = []
+        rows_before = len(rows)
         for _, index, row in read_rows([source], split):
             number += 1
             if isinstance(row, dict):
-                found.update(dict.fromkeys(row))
+                columns_found.update(dict.fromkeys(row))
             try:
                 rows.append(Row(source, index, number, check(row)))
             except RowError as error:
                 dropped.append(Dropped(source, index, str(error)))
                 if isinstance(error, MissingColumn):
                     missing.append(error.column)
-        absent = [column for column in missing if column not in found]
-        if absent and len(rows) == before:
-            raise columns_missing(source, absent[0], list(found), columns)
+        absent = [column for column in missing if column not in columns_found]
+        if absent and len(rows) == rows_before:
+            raise columns_missing(source, absent[0], list(columns_found), columns)
     if number < 0:
         raise DataError("no source of data was named")
     return rows, dropped
@@ -220,18 +227,19 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list
     cores. A worker started without fork (unsafe beside Rust's threads) needs 4 s to import
     transformers: the time of 25,000 pairs.
     """
-    flat, lengths, truncated, numbers, prompts, dropped, labels = [], [], [], [], [], [], []
+    flat, lengths, truncated = [], [], []
+    numbers, prompts, labels, dropped = [], [], [], []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         rendered = encoder.render([row.item for row in chunk])
-        sound = [texts for texts in rendered if not isinstance(texts, RowError)]
-        ids = iter(tokenise_rows(tokenizer, sound))
+        usable = [texts for texts in rendered if not isinstance(texts, RowError)]
+        tokenised = iter(tokenise_rows(tokenizer, usable))
         for row, texts in zip(chunk, rendered, strict=True):
             try:
-                found = texts if isinstance(texts, RowError) else next(ids)
-                if isinstance(found, RowError):
-                    raise found
-                encoded = encoder.finish(found)
+                ids = texts if isinstance(texts, RowError) else next(tokenised)
+                if isinstance(ids, RowError):
+                    raise ids
+                encoded = encoder.finish(ids)
             except RowError as error:
                 dropped.append([row.number, str(error)])
                 continue
@@ -242,20 +250,20 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, list
             numbers.append(row.number)
             if kind.label_of:
                 labels.append(kind.label_of(row.item))
-            prompts.append(
-                int.from_bytes(
-                    sha256_of_text(json.dumps(kind.prompt_of(row.item)))[:8], "big", signed=True
-                )
-            )
-    sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)
+            digest = sha256_of_text(json.dumps(kind.prompt_of(row.item)))
+            prompts.append(int.from_bytes(digest[:8], "big", signed=True))
+    sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)  # (N, 1 + k) tokens
+    totals = sizes.sum(axis=1, dtype=np.int64)  # (N,) tokens
     arrays = {
         "ids": np.concatenate([np.zeros(0, dtype=np.int32), *flat]),
-        "offsets": np.cumsum(sizes.sum(axis=1, dtype=np.int64)) - sizes.sum(axis=1, dtype=np.int64),
+        "offsets": np.cumsum(totals) - totals,
         "lengths": sizes,
         "truncated": np.array(truncated, dtype=bool).reshape(-1, 1 + kind.k),
         "rows": np.array(numbers, dtype=np.int64),
         "prompts": np.array(prompts, dtype=np.int64),
-    } | ({"labels": np.array(labels, dtype=bool)} if kind.label_of else {})
+    }
+    if kind.label_of:
+        arrays["labels"] = np.array(labels, dtype=bool)
     return arrays, dropped
 
 
@@ -263,9 +271,8 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that decides how this tokenizer renders a conversation and splits a text."""
     if tokenizer.is_fast:
         core = json.loads(tokenizer.backend_tokenizer.to_str())
-        core.update(
-            padding=None, truncation=None
-        )  # left behind by whoever called the tokenizer last; unused here
+        # Left behind by whoever called the tokenizer last; unused here.
+        core.update(padding=None, truncation=None)
     else:
         core = [
             type(tokenizer).__name__,
@@ -292,21 +299,20 @@ def _checksum(arrays: dict, dropped: str) -> str:
 
 
 def _save(path: Path, key: str, arrays: dict, dropped: list) -> None:
-    """Write beside and rename: whoever reads `path` finds a whole file, whoever writes it at the
-    same time too.
+    """Write the file beside and rename it: whoever reads `path`, or writes it at the same time,
+    finds a whole file.
     """
     listed = json.dumps(dropped)
     metadata = {"key": key, "dropped": listed, "checksum": _checksum(arrays, listed)}
-    beside = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(
-                {name: torch.from_numpy(array) for name, array in arrays.items()}, beside, metadata
-            )
-            os.replace(beside, path)
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         advice = "set ZEROPREF_CACHE to a folder that can be written"
         raise OSError(f"{path.parent}: cannot write the token cache ({error}); {advice}") from error
