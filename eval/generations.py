@@ -163,14 +163,14 @@ def write(
                 answers = generate(
                     backbone.lm,
                     [prompts[i].ids for i in places],
-                    ends=ends,
+                    eos_token_ids=ends,
                     seed=seed,
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     batch_size=len(places),
-                    numbers=[prompts[i].row for i in places],
+                    prompt_numbers=[prompts[i].row for i in places],
                     autocast=backbone.autocast,
-                    watch=bar.update,
+                    progress=bar.update,
                 )
             done += zip(places, answers, strict=True)
     everyone = sorted(

@@ -59,7 +59,7 @@ from train.losses import composition
 from train.methods import preference, preference_report
 from train.methods.reference import Live
 from train.models import builtin, pretrained
-from train.models.flops import Counter
+from train.models.flops import FlopCounter
 from train.run import folder, loop, meter, session
 
 # The reference workload's, but beta: at its 1.0 the second loss of these few pairs is 0 for all,
@@ -219,7 +219,7 @@ def _train(planned, data, run, objective, report):
 
 def _operations(module, data, rows, padded):
     """FLOPs of a step: useful (prompts once, no padding), and own (as this layout computes them)."""
-    counter = Counter(module)
+    counter = FlopCounter(module)
     if padded:
         sizes = [
             [prompt + n for prompt, *responses in row.shape for n in responses] for row in rows

@@ -87,10 +87,10 @@ def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
             answers = generate(
                 lm,
                 [p.ids for p in asked],
-                ends=[2],
+                eos_token_ids=[2],
                 max_new_tokens=12,
                 temperature=temperature,
-                numbers=[p.row for p in asked],
+                prompt_numbers=[p.row for p in asked],
                 batch_size=1,
             )
             column = lambda name, key=f"{mode}/{side}": [row[f"{key}/{name}"] for row in found.rows]  # noqa: B008
@@ -371,7 +371,9 @@ def test_answers_come_back_in_the_order_of_the_prompts():
     asked = prompts()
     found = write(model.module, asked, {2}, 6, 1.0, 0, 2, "")
     expected = [
-        generate(plain(model), [p.ids], ends=[2], max_new_tokens=6, numbers=[p.row])[0]
+        generate(
+            plain(model), [p.ids], eos_token_ids=[2], max_new_tokens=6, prompt_numbers=[p.row]
+        )[0]
         for p in asked
     ]
     assert found == expected and all(isinstance(answer, Completion) for answer in found)

@@ -9,7 +9,7 @@ from train.engine import dist
 from train.losses import metrics
 from train.losses.preference import Labelled
 from train.methods.preference import HeldOut
-from train.models.flops import Counter
+from train.models.flops import FlopCounter
 from train.run import card
 from train.run.meter import Meter, peak_flops
 from train.run.tensorboard import Board
@@ -26,7 +26,7 @@ class Report:
         self.run, self.settings, self.objective = run, settings, objective
         self.policy, self.reference = objective.policy, objective.reference
         self.held_out = HeldOut(objective, held_out) if held_out else None
-        self.flops = Counter(self.policy.module)
+        self.flops = FlopCounter(self.policy.module)
         dtype = torch.bfloat16 if run.plan.precision == "bf16" else torch.float32
         peak = peak_flops(run.device, dtype)
         self.meter = Meter(1 + len(metrics.PAIR_SUMS), run.device, peak)

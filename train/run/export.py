@@ -84,9 +84,9 @@ def write_weights(folder: Path, lm, state: dict, dtype: torch.dtype | None = Non
     Adapters are merged, and stand beside it in `folder`/adapter, as peft loads them onto the base
     model.
     """
-    adapted, with_adapters, plain_lm = bool(lora.layers(lm)), state, lm
+    adapted, with_adapters, plain_lm = bool(lora.adapted_layers(lm)), state, lm
     if adapted:
-        state = lora.merged(lm, state)
+        state = lora.merged_state_dict(lm, state)
         with torch.device("meta"):  # the same architecture without adapters in it
             plain_lm = type(lm)(lm.config)
         plain_lm.generation_config = lm.generation_config
@@ -104,7 +104,7 @@ def write_weights(folder: Path, lm, state: dict, dtype: torch.dtype | None = Non
         lm.lora_config.save_pretrained(folder / "adapter")
         adapters = {
             name: value.to(dtype or value.dtype)
-            for name, value in lora.alone(with_adapters).items()
+            for name, value in lora.adapter_state_dict(with_adapters).items()
         }
         file = folder / "adapter/adapter_model.safetensors"
         save_file(adapters, file, metadata={"format": "pt"})
