@@ -109,7 +109,10 @@ def test_what_goes_wrong_in_a_step(two_models, model_dir, pairs, tmp_path):
     command = flags(model_dir, pairs, tmp_path / "memory", 0)
     codes, text = two_models.run([*command, "--fault", "memory"])
     assert codes == [1] and "Traceback" not in text
-    assert "out of memory in a batch of " in text and "(--micro_tokens is 300): lower --max_length" in text
+    assert (
+        "out of memory in a batch of " in text
+        and "(--micro_tokens is 300): lower --max_length" in text
+    )
     assert (tmp_path / "memory/status").read_text() == "failed\n"
     command = flags(model_dir, pairs, tmp_path / "value", 0)
     codes, text = two_models.run([*command, "--fault", "value"])
