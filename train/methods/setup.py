@@ -5,6 +5,7 @@ The library below takes values; this file and the launch scripts translate flags
 
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from train import settings as shared_flags
 from train.data import chat, dataset, tokens
@@ -61,61 +62,111 @@ def open_data(settings, run: Run, takes_labelled: bool):
     return tokenizer, data, held_out
 
 
+class Mode(NamedTuple):
+    """How the run's models compute and are sharded: what policy and reference must share."""
+
+    precision: str  # "bf16" or "fp32"
+    config: dict  # the trained model's resolved DeepSpeed configuration
+    stage: int  # its ZeRO stage, which decides between autocast and bf16 weights
+
+
 def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedModel, Reference]:
-    """The policy under DeepSpeed and its reference, checked on the first groups; settles the run's plan.
+    """The policy under DeepSpeed and its reference, checked on the first groups; settles the plan.
 
     Every rank calls this.
     """
-    device = run.device
-    precision = ds_config.resolve_precision(settings.precision, device)
-    config = ds_config.resolve(
-        ds_config.read_config(settings.ds_config), precision, settings.grad_clip
-    )
-    stage = ds_config.zero_stage(config)
-    by_default = CPU_STEPS if not settings.data and device.type == "cpu" else 0
-    steps = num_steps(
-        len(data), settings.batch_size, settings.epochs, settings.max_steps or by_default
-    )
+    mode = resolve_mode(settings, run.device)
     path = run.folder.model_path(settings.model)
     reference_path = run.folder.model_path(settings.reference_model or settings.model)
-    load = partial(
-        loading.load_backbone,
-        precision=precision,
-        policy_stage=stage,
-        device=device,
-        layout=settings.layout,
-        trust_remote_code=settings.trust_remote_code,
-        allow_pickle=settings.allow_pickle,
-    )
+    same_model = path == reference_path
+    steps = total_steps(settings, run.device, len(data))
 
-    def batch_tokens(module):
-        return settings.micro_tokens or memory.default_batch_tokens(
-            module, device, stage, settings.gradient_checkpointing, settings.max_length
-        )
-
-    def live_reference():
-        reference_config = _reference_config(settings, config)
-        module = load(reference_path, reference_config)
-        return Live(module, reference_config, moves=bool(settings.reference_every))
-
-    # One that is looked up is done with before the policy comes: never two models in memory.
     reference = reference_config = None
     if settings.reference == "none":
         reference = NoReference()
     elif settings.reference == "cached":
-        reference_config = _reference_config(settings, config)
-        live = live_reference()
+        # done with before the policy comes: there are never two models in memory
+        reference_config = _reference_config(settings, mode.config)
+        live = _live_reference(settings, run, mode, reference_path, reference_config)
         datasets = [each for each in (data, held_out) if each is not None]
-        reference = Cached(live, datasets, 2 * batch_tokens(live.module), precision, run.say)
+        tokens_a_batch = 2 * batch_tokens(settings, run.device, mode, live.module)
+        reference = Cached(live, datasets, tokens_a_batch, mode.precision, run.say)
         del live
 
-    module = load(path, config, change=_adapters(settings))
+    module = load(settings, run.device, mode, path, mode.config, change=_adapters(settings))
     chat.check_fit(module.lm.config, tokenizer, settings.max_length)
+    policy = trained(settings, mode, module, tokenizer, steps)
+    if settings.reference == "live" and settings.lora_rank and same_model:
+        reference = AdaptersOff(policy)
+    elif settings.reference == "live":
+        reference_config = _reference_config(settings, mode.config)
+        reference = _live_reference(settings, run, mode, reference_path, reference_config)
+
+    same_weights = same_model and settings.reference != "none"
+    run.settle(
+        Plan(
+            mode.precision,
+            batch_tokens(settings, run.device, mode, module),
+            steps,
+            same_weights,
+        ),
+        model=path,
+        reference_model=reference_path,
+        deepspeed=mode.config,
+        reference_deepspeed=reference_config,
+        hardware=hardware(run.device),
+        versions=versions(),
+    )
+    run.first_batches = checks.start(
+        policy, reference, data, run.device, mode.precision, same_weights=same_weights
+    )
+    return policy, reference
+
+
+def resolve_mode(settings, device) -> Mode:
+    """What --precision and --ds_config come to on this device."""
+    precision = ds_config.resolve_precision(settings.precision, device)
+    config = ds_config.read_config(settings.ds_config)
+    config = ds_config.resolve(config, precision, settings.grad_clip)
+    return Mode(precision, config, ds_config.zero_stage(config))
+
+
+def total_steps(settings, device, num_groups: int) -> int:
+    """Optimiser steps of the whole run; the built-in data on a CPU are a demonstration."""
+    by_default = CPU_STEPS if not settings.data and device.type == "cpu" else 0
+    most = settings.max_steps or by_default
+    return num_steps(num_groups, settings.batch_size, settings.epochs, most)
+
+
+def load(settings, device, mode: Mode, path: str, config: dict, change=None):
+    """A Backbone in the run's mode, sharded as `config` says. Every rank calls this."""
+    return loading.load_backbone(
+        path,
+        config,
+        mode.precision,
+        mode.stage,
+        device,
+        layout=settings.layout,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+        change=change,
+    )
+
+
+def batch_tokens(settings, device, mode: Mode, module) -> int:
+    """The token budget of a packed batch: --micro_tokens, or what fits. Every rank calls this."""
+    return settings.micro_tokens or memory.default_batch_tokens(
+        module, device, mode.stage, settings.gradient_checkpointing, settings.max_length
+    )
+
+
+def trained(settings, mode: Mode, module, tokenizer, steps: int) -> TrainedModel:
+    """`module` under DeepSpeed with AdamW and a schedule over `steps`. Every rank calls this."""
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
-    policy = TrainedModel(
+    return TrainedModel(
         module,
-        config,
+        mode.config,
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
@@ -124,26 +175,11 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         total_steps=steps,
         tokenizer=tokenizer,
     )
-    if settings.reference == "live" and settings.lora_rank and path == reference_path:
-        reference = AdaptersOff(policy)
-    elif settings.reference == "live":
-        reference_config = _reference_config(settings, config)
-        reference = live_reference()
 
-    same_weights = path == reference_path and settings.reference != "none"
-    run.settle(
-        Plan(precision, batch_tokens(module), steps, same_weights),
-        model=path,
-        reference_model=reference_path,
-        deepspeed=config,
-        reference_deepspeed=reference_config,
-        hardware=hardware(device),
-        versions=versions(),
-    )
-    run.first_batches = checks.start(
-        policy, reference, data, device, precision, same_weights=same_weights
-    )
-    return policy, reference
+
+def _live_reference(settings, run, mode, path, config) -> Live:
+    module = load(settings, run.device, mode, path, config)
+    return Live(module, config, moves=bool(settings.reference_every))
 
 
 def _adapters(settings):
