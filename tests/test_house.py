@@ -104,7 +104,8 @@ def test_every_flag_is_explained_and_read(script):
         script,
         *(Path(inspect.getfile(base)) for base in settings.__mro__[1:-1]),
     }  # where flags are declared
-    helps = {name: text for path in files for name, text in _field_docstrings(path)}
+    classes = {each.__name__ for each in settings.__mro__}
+    helps = {name: text for path in files for name, text in _field_docstrings(path, classes)}
     shown = subprocess.run(
         [sys.executable, script, "--help"], capture_output=True, text=True, check=True
     ).stdout
@@ -118,12 +119,12 @@ def test_every_flag_is_explained_and_read(script):
         )
 
 
-def _field_docstrings(path):
-    """(field, the docstring under it) of every class in a file."""
+def _field_docstrings(path, classes):
+    """(field, the docstring under it) of those classes of a file."""
     for found in ast.walk(ast.parse(path.read_text())):
-        for field, below in itertools.pairwise(
-            found.body if isinstance(found, ast.ClassDef) else ()
-        ):
+        if not isinstance(found, ast.ClassDef) or found.name not in classes:
+            continue
+        for field, below in itertools.pairwise(found.body):
             match field, below:
                 case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
                     yield name, text
