@@ -11,7 +11,10 @@ from train.models.backbone import Backbone
 
 def test_default_rows_shrink_with_memory_and_stay_large_enough(monkeypatch):
     backbone, cpu = Backbone(tiny.make_model()), torch.device("cpu")
-    rows = lambda free, **options: _rows(monkeypatch, backbone, cpu, free, **options)
+
+    def rows(free, **options):
+        return _rows(monkeypatch, backbone, cpu, free, **options)
+
     assert rows(64 << 30) == memory.CPU_TOKENS
     # 2 layers of (8 x 64 + 4 x 96) floats a token: 7,168 bytes; half of the free memory less two
     # chunks of logits, where gradients and moments have taken their 12 bytes a parameter

@@ -270,12 +270,15 @@ def exported(out, folder):
     """launch/export.py makes of a checkpoint what the run made of its weights; a damaged one is
     refused.
     """
-    run = lambda *args: subprocess.run(
-        [sys.executable, "launch/export.py", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "launch/export.py", *map(str, args)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
     done = run(out / "checkpoints/step-8", folder)
     assert done.returncode == 0, done.stderr[-2000:]
     with safe_open(folder / "model.safetensors", "pt") as file:
