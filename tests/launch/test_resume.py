@@ -360,7 +360,7 @@ def test_going_back_and_on(warm, model_dir, few, tmp_path):
         next(iter((out / "checkpoints").glob("step-[5678]/manifest.json"))).read_text()
     )
     assert (
-        told["row_tokens"] == 256
+        told["batch_tokens"] == 256
     )  # asked for, so it goes before what the checkpoint was made with
     codes, text = warm.run(back)
     assert (
