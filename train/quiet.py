@@ -22,6 +22,10 @@ def silence_libraries():
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|transformers")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # here and not at the top: these read the variables above, and take seconds
+    import torch
     import transformers
 
+    if not torch.cuda.is_available():  # else DeepSpeed looks for an accelerator, and says so
+        env.setdefault("DS_ACCELERATOR", "cpu")
     transformers.utils.logging.disable_progress_bar()
