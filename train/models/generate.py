@@ -243,14 +243,16 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(1)
-    wide = torch.promote_types(logits.dtype, torch.float32)
     num_bytes = NOISE_BYTES.get(logits.device.type, NOISE_BYTES["cuda"])
     size = max(1, num_bytes // (8 * logits.shape[1]))  # rows at a time, of int64
-    tokens = []
-    for part, part_keys in zip(logits.split(size), keys.split(size), strict=True):
-        noise = gumbel(part_keys, position, part.shape[1], wide)  # (size, V)
-        tokens.append((part.to(wide) / temperature + noise).argmax(1))
-    return torch.cat(tokens)
+    parts = zip(logits.split(size), keys.split(size), strict=True)
+    return torch.cat([_draw_at_once(*part, position, temperature) for part in parts])
+
+
+def _draw_at_once(logits, keys, position, temperature):
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scaled = logits.to(wide) / temperature  # (A, V)
+    return (scaled + gumbel(keys, position, logits.shape[1], wide)).argmax(1)
 
 
 # The noise: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number

@@ -113,6 +113,7 @@ class _GatedProduct(torch.autograd.Function):
         wants_weight = ctx.needs_input_grad[2]
         gated = (activated * up).to(grad.dtype) if wants_weight else None
         grad_weight, grad_bias = _parameter_gradients(ctx, grad, gated)
+        del gated  # before another (T, M) is made
         grad_gate = torch.ops.aten.silu_backward(grad_gated * up, gate)
         grad_up = activated.mul_(grad_gated)
         return grad_gate, grad_up, grad_weight, grad_bias, None

@@ -126,13 +126,13 @@ def weight_gradient(weight, grad, x):
         # included, counts for nothing
         buffer.addmm_(grad.t(), x, beta=0 if is_first else 1)
         return None
-    # bf16 products into an fp32 buffer, a slice at a time
+    # bf16 products into an fp32 buffer, a slice at a time; each without a name, so that it is freed
+    # before the next is made, which then takes its memory
     for part, part_grad in zip(buffer.split(SLICE), grad.t().split(SLICE), strict=True):
-        product = torch.mm(part_grad, x)  # (SLICE, I)
         if is_first:
-            part.copy_(product)
+            part.copy_(torch.mm(part_grad, x))
         else:
-            part.add_(product)
+            part.add_(torch.mm(part_grad, x))
     return None
 
 
