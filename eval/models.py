@@ -60,7 +60,7 @@ def open_models(settings, run, opened, device: torch.device) -> Models:
             policy_stage=recipe["stage"],
             device=device,
             layout=recipe["layout"],
-            trust=settings.trust_remote_code,
+            trust_remote_code=settings.trust_remote_code,
             allow_pickle=settings.allow_pickle,
         )
         chat.check_fit(backbone.lm.config, opened.tokenizer, recipe["max_length"])
