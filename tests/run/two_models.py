@@ -107,7 +107,7 @@ def main():
                 )
             )
         policy, value = models
-        run.settle(session.Plan("fp32", settings.micro_tokens, settings.max_steps, False))
+        run.set_plan(session.Plan("fp32", settings.micro_tokens, settings.max_steps, False))
         report = Losses()
         state = {"policy": policy, "value": value, "report": report}
         for step in loop.steps(run, settings, pairs, state, report):

@@ -103,7 +103,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         reference = _live_reference(settings, run, mode, reference_path, reference_config)
 
     same_weights = same_model and settings.reference != "none"
-    run.settle(
+    run.set_plan(
         Plan(
             mode.precision,
             batch_tokens(settings, run.device, mode, module),

@@ -118,7 +118,7 @@ class Checkpointer:
         self._saved_step = 0 if self.from_another_run else manifest["step"]
         if dist.is_main() and not self.from_another_run:  # those after it are another future
             files.prune(self.path, self.settings.keep, after=manifest["step"])
-        self.run.settle(plan._replace(begun=manifest["step"]))
+        self.run.set_plan(plan._replace(begun=manifest["step"]))
         self.run.say(f"continues after step {manifest['step']} from {path}")
 
     def _find(self):

@@ -80,8 +80,8 @@ def steps(run, settings, data, state: dict, report) -> Iterator[Step]:
         world=dist.world_size(),
     )
     skipped_in_a_row = 0
-    ahead = prefetch.packed(((plan, plan.batches) for plan in planned), data, run.device)
-    for plan, batches in ahead:
+    prefetched = prefetch.packed(((plan, plan.batches) for plan in planned), data, run.device)
+    for plan, batches in prefetched:
         step = Step(run, plan, batches)
         yield step
         assert step.update is not None, "the script finishes each step: step.finish(policy.step())"

@@ -57,7 +57,7 @@ class Run:
         """Add facts to run.json."""
         self.folder.note(**facts)
 
-    def settle(self, plan: Plan, **facts):
+    def set_plan(self, plan: Plan, **facts):
         """Keep the plan, and note it in run.json with other facts."""
         self.plan = plan
         noted = plan._asdict()
