@@ -95,9 +95,7 @@ def main():
 
         for step in loop.steps(run, settings, pairs, state, report):
             objective.begin(step)  # KTO, BCO and AOT score the whole step; the others do nothing
-            for (
-                batch
-            ) in step.batches():  # packed; as many on every rank, the last ones may be empty
+            for batch in step.batches():  # packed; as many on every rank, some may be empty
                 ref_logps = objective.ref_logps(batch)  # (T,) nats, no gradient
                 logps = policy(batch, log_p2=loss.shared.use_weighting)  # (T,) nats
                 scored = objective.score(logps, ref_logps, batch)  # (B,) pairs, summed log-probs
