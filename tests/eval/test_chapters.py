@@ -349,7 +349,7 @@ def test_out_of_memory_ends_with_advice(capsys):
         with pytest.raises(SystemExit) as ended:
             score_all(data, [model], 64, torch.device("cpu"), "rows")
         assert ended.value.code == 1
-        line = "out of memory in a row of 4 tokens (--micro_tokens is 64: lower it"
+        line = "out of memory in a batch of 4 tokens (--micro_tokens is 64: lower it"
         assert line in capsys.readouterr().err
 
 
