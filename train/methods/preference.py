@@ -29,7 +29,7 @@ class Scored(NamedTuple):
 
     examples: Pairs | Labelled
     weights: torch.Tensor | None  # (B,) WPO's, without gradient
-    scores: torch.Tensor  # (k B,) nats, the policy's summed log-probs, with their graph
+    scores: torch.Tensor  # (k B,) nats in fp64, the policy's summed log-probs, with their graph
     mismatched: torch.Tensor  # (M,) nats, log-ratios of responses to other prompts
     # Of a loss that couples the step, from the pass over all of it:
     step_losses: torch.Tensor | None = None  # (B,) fp64
