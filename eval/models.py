@@ -71,7 +71,7 @@ def open_models(settings, run, opened, device: torch.device) -> Models:
     if settings.reference:
         same_weights = Path(settings.reference).resolve() == Path(opened.path).resolve()
         reference = model if same_weights else load(settings.reference)
-    checks.start(
+    checks.check_start(
         model, reference or model, opened.pairs, device, precision, same_weights=same_weights
     )
     reward_model = None

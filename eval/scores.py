@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from train.data.steps import plan_pass
 from train.engine import dist, memory, sweep
-from train.losses.logprobs import score
+from train.losses.logprobs import sum_per_response
 
 OUT_OF_MEMORY_ADVICE = (
     "lower it, then --max_length, or shard the models with --ds_config ds_configs/frozen_zero3.json"
@@ -52,7 +52,7 @@ def score_all(
         with memory.room_for(task, advice):
             logps = torch.stack([model(batch) for model in models])  # (M, T) nats
         # (M, responses), added up in fp64
-        sums = torch.stack([score(values.double(), batch.lengths) for values in logps])
+        sums = torch.stack([sum_per_response(values, batch.lengths) for values in logps])
         sums = sums.cpu().numpy()
         lengths = batch.lengths.cpu().numpy()
         tokens = logps.float().cpu().numpy()

@@ -14,7 +14,8 @@ others of its family (train/losses/composition.py: LOSSES). It departs from the 
 (AdamW for RMSprop, with decoupled weight decay on matrices), and in how pairs are computed, not in
 what: the prompt's tokens stand once for both answers, packed without padding (train/data/packing.py).
 
-Legend: T scored tokens and B examples (pairs, or answers with labels) of a batch; nats.
+Legend: a group is a prompt with its answers, here a pair, or one answer with a label; a batch packs
+groups; B examples (one a group) and T scored tokens of a batch.
 """
 
 import dataclasses
@@ -89,7 +90,7 @@ def main():
         state = {  # all that survives a restart
             "policy": policy,
             "reference": reference,
-            "loss": objective.running_mean,
+            "running_mean": objective.running_mean,  # of BCO's rewards
             "report": report,
         }
 
@@ -97,17 +98,19 @@ def main():
             objective.begin(step)  # KTO, BCO and AOT score the whole step; the others do nothing
             for batch in step.batches():  # packed; as many on every rank, some may be empty
                 ref_logps = objective.ref_logps(batch)  # (T,) nats, no gradient
-                logps = policy(batch, log_p2=loss.shared.use_weighting)  # (T,) nats
-                scored = objective.score(logps, ref_logps, batch)  # (B,) pairs, summed log-probs
+                # (T,) nats; WPO's weights need log sum_v p_v^2 beside them, from the same head
+                logps = policy(batch, log_p2=loss.shared.use_weighting)
+                scored = objective.score(logps, ref_logps, batch)  # B examples: summed log-probs
                 losses = objective.losses(scored)  # (B,)
-                # the mean over the whole step's pairs, of all batches and ranks
+                # num_groups: of all batches and ranks, so this is the mean over the whole step
                 policy.backward(losses.sum() / step.num_groups)
                 report.add(batch, scored.examples, losses)
-            update = policy.step()
+            update = policy.step()  # reduce over ranks, clip, AdamW, schedule
             objective.end(step, update)  # TR-DPO's reference moves where it is time
-            step.finish(update)  # shown; evaluated and saved when due; stopped where told to
+            step.finish(update)  # the loop then shows it, evaluates and saves when due, or stops
 
-        gap = setup.export_policy(settings, run, policy, report)  # OUTPUT/model, loaded again
+        # OUTPUT/model, loaded again: how far its log-probs are from the trained model's
+        gap = setup.export_policy(settings, run, policy, report)
         report.finish(gap)
 
 

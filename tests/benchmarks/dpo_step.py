@@ -172,7 +172,7 @@ def _open_models(job, data, run, layout):
     )
     run.plan = session.Plan(precision, batch_tokens, steps_of_run, same_weights=True)
     if layout == "packed":
-        checks.start(policy, reference, data, run.device, precision, same_weights=True)
+        checks.check_start(policy, reference, data, run.device, precision, same_weights=True)
     loss = composition.choose("sigmoid", BETA, {})
     objective = preference.Objective(run, loss, policy, reference, data, max_length=MAX_LENGTH)
     flags = SimpleNamespace(beta=BETA, log_every=1, reference="live")

@@ -26,7 +26,7 @@ from train.data import tokens
 from train.data.packing import pack
 from train.data.steps import plan_pass
 from train.engine import memory
-from train.losses.logprobs import score
+from train.losses.logprobs import sum_per_response
 from train.models import (
     backbone,
     builtin,
@@ -90,7 +90,9 @@ def once(module, data, plan, padded):
         began = time.perf_counter()
         for groups in plan:
             row = pack([data.group(i) for i in groups])
-            found |= dict(zip(groups, score(module(row), row.lengths).view(-1, 2), strict=True))
+            found |= dict(
+                zip(groups, sum_per_response(module(row), row.lengths).view(-1, 2), strict=True)
+            )
         took = time.perf_counter() - began
     return took, torch.stack([found[i] for i in range(len(data))])
 

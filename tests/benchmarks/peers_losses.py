@@ -23,8 +23,8 @@ import torch
 from train.losses.composition import choose
 from train.losses.logprobs import (
     damped,
-    score,
-    weights,
+    sum_per_response,
+    wpo_weights,
 )
 from train.losses.preference import (
     Labelled,
@@ -265,10 +265,10 @@ def of_ours(case: Case, tokens: Made) -> torch.Tensor:
     logps, ref_logps, lengths = tokens.logps, tokens.ref_logps, tokens.lengths
     of_pair = None
     if loss.shared.use_weighting:
-        each = weights(logps, tokens.log_p2, lengths)
+        each = wpo_weights(logps, tokens.log_p2, lengths)
         of_pair = each[0::2] * each[1::2]
     values = (damped(x, lengths, loss.shared.ld_alpha) for x in (logps, ref_logps))
-    return loss(Pairs.of(*(score(x, lengths) for x in values), lengths), of_pair).mean()
+    return loss(Pairs.of(*(sum_per_response(x, lengths) for x in values), lengths), of_pair).mean()
 
 
 def of_trl_kto(tokens: Made, mismatched: Made) -> torch.Tensor:
@@ -310,13 +310,15 @@ def kto_row():
     def theirs(logps):
         return of_trl_kto(tokens._replace(logps=logps), other)
 
-    ratio = score(other.logps, other.lengths) - score(other.ref_logps, other.lengths)
+    ratio = sum_per_response(other.logps, other.lengths) - sum_per_response(
+        other.ref_logps, other.lengths
+    )
     assert ratio.mean() > 0
 
     def examples(logps):
         return Labelled(
-            score(logps, tokens.lengths),
-            score(tokens.ref_logps, tokens.lengths),
+            sum_per_response(logps, tokens.lengths),
+            sum_per_response(tokens.ref_logps, tokens.lengths),
             tokens.lengths,
             torch.arange(2 * PAIRS) % 2 == 0,
         )
@@ -335,7 +337,7 @@ def reference_free_rows():
     from trl.experimental.orpo import ORPOTrainer
 
     def pairs(logps, tokens):
-        return Pairs.of(*(score(logps, tokens.lengths),) * 2, tokens.lengths)
+        return Pairs.of(*(sum_per_response(logps, tokens.lengths),) * 2, tokens.lengths)
 
     def cpo_trainer(loss_type, logps, tokens):
         p = pairs(logps, tokens)

@@ -50,7 +50,7 @@ def test_the_check_at_the_start_has_advice_too(capsys):
     data = [Group((1, 2), ((3, 4), (5,)))]
     data = type("Data", (list,), {"group": list.__getitem__})(data)
     with pytest.raises(SystemExit):
-        checks.start(full, None, data, torch.device("cpu"), "fp32", True)
+        checks.check_start(full, None, data, torch.device("cpu"), "fp32", True)
     said = capsys.readouterr().err
     assert "out of memory in the check at the start (two groups of the data): lower" in said
 

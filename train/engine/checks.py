@@ -19,7 +19,7 @@ class CheckFailed(ValueError):
     "(two groups of the data): lower --max_length, or take ds_configs/zero3.json over more GPUs",
 )
 @torch.no_grad()
-def start(policy, reference, data, device, precision: str, same_weights: bool) -> list:
+def check_start(policy, reference, data, device, precision: str, same_weights: bool) -> list:
     """Check the first groups of `data`; returns them as packed batches. Every rank calls this.
 
     CheckFailed unless packed and shared prompts equal one padded sequence a response through

@@ -46,7 +46,7 @@ def shapes(model, updates: int) -> dict[str, tuple]:
     }
 
 
-def weights(model) -> Iterator[torch.Tensor]:
+def full_weights(model) -> Iterator[torch.Tensor]:
     """The whole weights alone, in fp32. Every rank calls this and goes through to the end."""
     for _, p in _trained_params(model):
         yield p.detach() if model.stage == 0 else safe_get_full_fp32_param(p)

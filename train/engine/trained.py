@@ -83,11 +83,11 @@ class TrainedModel:
         return self.engine(batch, log_p2)
 
     def backward(self, loss: torch.Tensor):
-        """Add to the step's gradient that of `loss`, summed over all ranks.
+        """Add the gradient of `loss`, this batch's part of the step's loss.
 
-        DeepSpeed averages over the ranks, which is undone here: a step's loss is a sum over the
-        batches of all ranks, divided by the caller's own denominator. Every rank calls this for each
-        of its batches, empty ones too.
+        The step's loss is the sum of its parts over all batches of all ranks; what each is divided
+        by is the caller's business, and global. DeepSpeed averages over the ranks: that is undone
+        here. Every rank calls this for each of its batches, empty ones too.
         """
         self.engine.backward(loss * dist.world_size(), scale_wrt_gas=False)
 
@@ -97,15 +97,15 @@ class TrainedModel:
         Where the gradient is not finite nothing is changed; that is counted in `skipped`.
         """
         lr = self.schedule.get_last_lr()[0]
-        norm, applied = self._step_alone() if self.stage == 0 else self._step_sharded()
+        norm, applied = self._step_unsharded() if self.stage == 0 else self._step_sharded()
         self.skipped += not applied
         self.updates += applied
         return Update(norm, lr, applied)
 
-    def _step_alone(self):
+    def _step_unsharded(self):
         """Stage 0: DeepSpeed reduces, the norm, the clipping and the check are ours."""
         if dist.world_size() > 1:
-            # alone there is nothing to add, and the buffer would be a second copy of the gradient
+            # one rank has nothing to add, and the buffer would be a second copy of the gradient
             self.engine.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
         params = [p for p in self.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(params, self.grad_clip or math.inf))

@@ -9,7 +9,7 @@ Legend: T scored tokens, N responses, B pairs.
 import torch
 
 
-def score(values, lengths):
+def sum_per_response(values, lengths):
     """The sum of token values a response: (T,) nats, (N,) tokens -> (N,) nats in fp64.
 
     torch adds a segment's values up one after the other: in fp32 a real answer of 800 tokens and
@@ -40,11 +40,11 @@ def damped(values, lengths, alpha):
     return torch.where(place < shared, values, alpha * values)
 
 
-def weights(logps, log_p2, lengths):
+def wpo_weights(logps, log_p2, lengths):
     """WPO's weight of each response, without gradient: (T,) nats, (T,), (N,) tokens -> (N,).
 
     Zhou et al. 2024 (arXiv 2406.11827), equation 2 with its sampled alignment: the mean over tokens
     of log p - log sum_v p_v^2, exponentiated; 1 where tokens are as likely as the policy's own
     draws. A pair's weight is the product.
     """
-    return torch.exp(score(logps.detach() - log_p2, lengths) / lengths.clamp(min=1))
+    return torch.exp(sum_per_response(logps.detach() - log_p2, lengths) / lengths.clamp(min=1))

@@ -20,7 +20,7 @@ from train.data.packing import Group, PackedBatch, plan_batches
 from train.data.steps import plan_pass
 from train.engine import dist, sweep
 from train.losses.composition import Loss, RunningMean
-from train.losses.logprobs import damped, score, weights
+from train.losses.logprobs import damped, sum_per_response, wpo_weights
 from train.losses.preference import Labelled, Pairs
 
 
@@ -62,7 +62,7 @@ class Objective:
         self.reference_every, self.reference_mixup = reference_every, reference_mixup
         self.running_mean = RunningMean()  # of BCO's rewards; survives a restart
         self._mean_before = self.running_mean.state_dict()
-        self._whole_step = None  # of a coupled loss
+        self._whole_step: _WholeStep | None = None  # of a coupled loss, within a step
 
     def begin(self, step):
         """Score the whole step first, where the loss couples it; else do nothing.
@@ -72,7 +72,7 @@ class Objective:
         self._mean_before = self.running_mean.state_dict()
         if not self.loss.couples:
             return
-        data, plan = self.data, step.plan
+        data, plan = self.data, step.groups_of_batches
         if self.loss.needs_mismatched:  # larger groups, so other batches
             data = Mismatched(data, step.groups, self.max_length)
             batches = plan_batches(data.tokens(), self.run.plan.batch_tokens, dist.world_size())[
@@ -86,25 +86,26 @@ class Objective:
         places = {int(self.data.rows[group]): i for i, group in enumerate(step.groups)}
         self._whole_step = _WholeStep(places, found.examples, losses, gradient)
 
-    def ref_logps(self, batch: PackedBatch) -> torch.Tensor:
+    def ref_logps(self, batch: PackedBatch) -> torch.Tensor | None:
         """log pi_ref of the batch's scored tokens, (T,) nats, without gradient.
 
-        Zeros where `begin` has scored the step: it asked the reference then. Every rank calls this.
+        None where `begin` has scored the step: it asked the reference then. Every rank calls this.
         """
-        if self._whole_step is not None:
-            return torch.zeros(batch.target.shape, device=batch.target.device)
-        return self.reference(batch)
+        return None if self._whole_step is not None else self.reference(batch)
 
     def score(self, logps, ref_logps, batch: PackedBatch) -> Scored:
         """The batch's examples from its tokens' log-probabilities.
 
         logps: what the policy gave: (T,) nats, with log sum p^2 (T,) beside it for WPO. ref_logps:
-        (T,) nats. Of a coupled loss the examples are those of the pass over the whole step.
+        what `ref_logps` gave. Of a coupled loss the examples are those of the pass over the whole
+        step, and the batch adds the policy's scores, through which the gradient goes.
         """
         if self._whole_step is None:
             return score_batch(logps, ref_logps, batch, self.loss)
-        scored = score_batch(logps, ref_logps, batch, self.loss, own_only=True)
-        return self._whole_step.of_batch(batch, scored)
+        if self.loss.shared.use_weighting:
+            logps, _ = logps  # the weights are known
+        scores = response_scores(logps, batch.lengths, self.loss)
+        return self._whole_step.of_batch(batch, scores)
 
     def losses(self, scored: Scored) -> torch.Tensor:
         """One number an example, (B,); their sum's gradient is the loss's, coupled or not."""
@@ -189,7 +190,7 @@ class HeldOut:
             )
         return len(self.plan)
 
-    def score(self, watch: Callable = iter) -> tuple[Pairs | Labelled, torch.Tensor]:
+    def evaluate(self, watch: Callable = iter) -> tuple[Pairs | Labelled, torch.Tensor]:
         """Every example exactly once: (examples, losses (B,)) in the data's order.
 
         The loss's running mean is read and not changed. watch: wraps the iterator over batches.
@@ -222,13 +223,12 @@ class HeldOut:
         return found.examples, objective.loss(found.examples, found.weights)
 
 
-def score_batch(
-    logps, ref_logps: torch.Tensor, batch: PackedBatch, loss: Loss, own_only: bool = False
-) -> Scored:
+def score_batch(logps, ref_logps: torch.Tensor, batch: PackedBatch, loss: Loss) -> Scored:
     """A batch's examples from its tokens' log-probabilities.
 
     logps: (T,) nats of the policy, or that and log sum p^2 (T,) where the loss weighs by it.
-    ref_logps: (T,) nats. own_only: there are no mismatched responses in this batch.
+    ref_logps: (T,) nats. Where the loss needs mismatched responses, they stand behind each group's
+    own.
     """
     log_p2 = None
     if loss.shared.use_weighting:
@@ -236,22 +236,19 @@ def score_batch(
     lengths = batch.lengths  # (N,)
     labelled = batch.labels is not None
     mismatched = logps.new_zeros(0)
-    if loss.needs_mismatched and batch.num_responses and not own_only:
+    if loss.needs_mismatched and batch.num_responses:
         k = 1 if labelled else 2  # the first k responses of a group are its own
         own = [j < k for _, *sizes in batch.shape for j in range(len(sizes))]
         own = torch.tensor(own, device=logps.device)  # (N,)
         own_tokens = own.repeat_interleave(lengths)  # (T,)
         other = lengths[~own]
-        mismatched = score(logps[~own_tokens].detach(), other) - score(
-            ref_logps[~own_tokens], other
-        )
+        mismatched = sum_per_response(logps[~own_tokens].detach(), other)
+        mismatched = mismatched - sum_per_response(ref_logps[~own_tokens], other)
         logps, ref_logps, lengths = logps[own_tokens], ref_logps[own_tokens], lengths[own]
         log_p2 = log_p2[own_tokens] if log_p2 is not None else None
-    of_each = weights(logps, log_p2, lengths) if log_p2 is not None else None  # (N,)
-    alpha = loss.shared.ld_alpha
-    if alpha < 1:
-        logps, ref_logps = damped(logps, lengths, alpha), damped(ref_logps, lengths, alpha)
-    scores, ref_scores = score(logps, lengths), score(ref_logps, lengths)  # (N,) nats
+    of_each = wpo_weights(logps, log_p2, lengths) if log_p2 is not None else None  # (N,)
+    scores = response_scores(logps, lengths, loss)  # (N,) nats
+    ref_scores = response_scores(ref_logps, lengths, loss)  # (N,) nats
     if labelled:
         examples = Labelled(scores, ref_scores, lengths, batch.labels)
     else:
@@ -259,6 +256,17 @@ def score_batch(
         if of_each is not None:
             of_each = of_each[0::2] * of_each[1::2]  # (B,)
     return Scored(examples, of_each, scores, mismatched)
+
+
+def response_scores(logps: torch.Tensor, lengths: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """The sum of each response's log-probs, (T,), (N,) -> (N,) nats, damped where LD-DPO is on.
+
+    The same for policy and reference.
+    """
+    alpha = loss.shared.ld_alpha
+    if alpha < 1:
+        logps = damped(logps, lengths, alpha)
+    return sum_per_response(logps, lengths)
 
 
 class Mismatched:
@@ -305,13 +313,16 @@ class _WholeStep(NamedTuple):
     losses: torch.Tensor  # (B,)
     gradient: torch.Tensor  # (k B,)
 
-    def of_batch(self, batch, scored: Scored) -> Scored:
-        """The part of one batch: its examples, losses and derivatives, beside its own scores."""
+    def of_batch(self, batch, scores: torch.Tensor) -> Scored:
+        """The part of one batch: its examples, losses and derivatives, beside its scores (k B,)."""
         places = [self.places[row] for row in batch.group_rows]
         places = torch.tensor(places, dtype=torch.int64)
         gradient = self.gradient.view(len(self.losses), -1)  # (B, k)
-        return scored._replace(
+        return Scored(
             examples=type(self.examples)(*(x[places] for x in self.examples)),
+            weights=None,  # they are in the losses
+            scores=scores,
+            mismatched=scores.new_zeros(0),
             step_losses=self.losses[places],
             step_gradient=gradient[places].flatten(),
         )

@@ -115,7 +115,7 @@ class Report:
                 dynamic_ncols=True,
             )
 
-        examples, losses = self.held_out.score(watch)
+        examples, losses = self.held_out.evaluate(watch)
         beta = self.settings.beta
         mean = metrics.means(metrics.preference_sums(examples, losses, beta))
         self.board.scalars({name: mean[name] for name in LOGGED}, number, "val/")
@@ -168,7 +168,7 @@ class Report:
     def state_dict(self) -> dict:
         """What a resumed run needs to report on, for JSON."""
         return {
-            "looked": self.evaluated_at,
+            "evaluated_at": self.evaluated_at,
             "evaluated": dict(self.evaluated),
             "last": self.last,
             "moved": self.moved,
@@ -178,7 +178,7 @@ class Report:
 
     def load_state_dict(self, state: dict):
         """Continue from `state_dict`; before `start`."""
-        self.evaluated_at, self.moved = state["looked"], state["moved"]
+        self.evaluated_at, self.moved = state["evaluated_at"], state["moved"]
         self.last = with_nan(state["last"])
         self.evaluated = {
             int(number): with_nan(values) for number, values in state["evaluated"].items()

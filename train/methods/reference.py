@@ -91,7 +91,7 @@ class Live(Reference):
         TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), equation 5; with a mixup of 1 it is
         equation 6, the hard update. Every rank calls this.
         """
-        weights = sharded_state.weights(policy)
+        weights = sharded_state.full_weights(policy)
         for (name, p), theirs in zip(self.module.named_parameters(), weights, strict=True):
             p.copy_(self._fp32_weights[name].lerp_(theirs.to(p.device), mixup))
         self.version += 1

@@ -1,6 +1,6 @@
 """What a trainer starts from, out of its flags: data, policy and reference, checked.
 
-The library below takes values; this file and the launch scripts translate flags into them.
+losses, data, models and engine take values; this file translates flags into them.
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ from train.data import chat, dataset, tokens
 from train.data.steps import num_steps
 from train.engine import checks, dist, ds_config, loading, memory
 from train.engine.trained import TrainedModel
+from train.losses.composition import LOSSES
 from train.methods.reference import AdaptersOff, Cached, Live, NoReference, Reference
 from train.models import lora
 from train.models.pretrained import load_tokenizer
@@ -45,9 +46,10 @@ def open_data(settings, run: Run, takes_labelled: bool):
         data = prepare(sources)
         held_out = prepare(eval_sources) if eval_sources else None
     if data.labels is not None and not takes_labelled:
+        *others, last = [name for name, row in LOSSES.items() if row.of_labelled]
         raise ValueError(
-            f"--loss {settings.loss} compares pairs, and the data has single answers with labels: kto, "
-            "bco_pair and aot_unpaired take those"
+            f"--loss {settings.loss} compares pairs, and the data has single answers with labels: "
+            f"{', '.join(others)} and {last} take those"
         )
     dropped_held_out = held_out.dropped if held_out else []
     run.folder.note_dropped({"train": data.dropped, "eval": dropped_held_out})
@@ -95,7 +97,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
 
     module = load(settings, run.device, mode, path, mode.config, change=_adapters(settings))
     chat.check_fit(module.lm.config, tokenizer, settings.max_length)
-    policy = trained(settings, mode, module, tokenizer, steps)
+    policy = wrap_for_training(settings, mode, module, tokenizer, steps)
     if settings.reference == "live" and settings.lora_rank and same_model:
         reference = AdaptersOff(policy)
     elif settings.reference == "live":
@@ -117,7 +119,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         hardware=hardware(run.device),
         versions=versions(),
     )
-    run.first_batches = checks.start(
+    run.first_batches = checks.check_start(
         policy, reference, data, run.device, mode.precision, same_weights=same_weights
     )
     return policy, reference
@@ -160,7 +162,7 @@ def batch_tokens(settings, device, mode: Mode, module) -> int:
     )
 
 
-def trained(settings, mode: Mode, module, tokenizer, steps: int) -> TrainedModel:
+def wrap_for_training(settings, mode: Mode, module, tokenizer, steps: int) -> TrainedModel:
     """`module` under DeepSpeed with AdamW and a schedule over `steps`. Every rank calls this."""
     if settings.gradient_checkpointing:
         module.checkpoint_activations()

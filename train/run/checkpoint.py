@@ -18,8 +18,9 @@ part has some of the methods below; those of a row go together.
 
     save_outline(folder)                         Files beside: a model's configuration, a tokenizer.
 
-**The files** of OUTPUT/checkpoints/step-N, and every key in them (PARAMETER: a parameter's name in
-the module; a part's own keys begin with its name in `state`):
+**The files** of OUTPUT/checkpoints/step-N, and every key in them. A part's keys begin with its name in
+`state`. PARAMETER is a trained parameter's name in the module, lm.model... (with LoRA those of the
+adapters alone); NAME is a name in the causal LM, model...:
 
     manifest.json             format, version, step, world, precision, batch_tokens, order (data,
                               groups, batch_size, seed), consumed_groups, seconds, flags, parts (each
@@ -27,15 +28,19 @@ the module; a part's own keys begin with its name in `state`):
                               file), sha256 (of the manifest itself)
     state-RRRRR.safetensors   whole tensors, shared out over the ranks R:
                               policy/PARAMETER/weight, policy/PARAMETER/exp_avg and exp_avg_sq (AdamW's
-                              moments), reference/PARAMETER/weight (where the reference moves); another
-                              model that is trained has the same under its own name, say value/
+                              moments, from the first update on), reference/PARAMETER/weight (where the
+                              reference moves); another model that is trained has the same under its
+                              own name, say value/
     rank-RRRRR.safetensors    rng/torch, rng/others (Python's and numpy's), rng/cuda;
                               report/meter/sums, report/meter/kept/N (measures not yet shown);
-                              on rank 0 policy/buffer/NAME and policy/frozen/PARAMETER (what training
+                              on rank 0 policy/buffer/NAME and policy/frozen/NAME (what training
                               leaves as it is, for exports)
     policy/                   config.json, generation_config.json, the tokenizer's files
-    parts in manifest.json    policy: updates, skipped, schedule, stage; reference: {}; loss: mean, count (BCO's
-                              running mean); report: looked, evaluated, last, moved, meter, events
+    parts in manifest.json    policy: updates, skipped, schedule, stage; reference: {};
+                              running_mean: mean, count (of BCO's rewards); report: evaluated_at,
+                              evaluated, last, moved, meter, events
+
+Beside them OUTPUT/checkpoints/latest holds the name of the newest.
 
 Only JSON and safetensors (run/checkpoint_files.py): reading a checkpoint runs nobody's code.
 """

@@ -10,12 +10,38 @@ for all trainers:
 """
 
 from collections.abc import Iterator
+from typing import ContextManager, Protocol
 
 from train.data import steps as planning
 from train.data.packing import PackedBatch
 from train.engine import dist, preemption, prefetch
 from train.run.checkpoint import Checkpointer
 from train.run.session import NotFinite
+
+
+class Report(Protocol):
+    """What the loop asks of a run's report; methods/preference_report.py is one."""
+
+    def start(self):
+        """Open TensorBoard and the bar: the folder is taken, and run.plan says where it begins."""
+
+    def step(self, step, update):
+        """Show a finished step. Every rank calls this."""
+
+    def evaluate(self, number: int):
+        """Score held-out data after `number` steps, once for a number. Every rank calls this."""
+
+    def forget_evaluations(self):
+        """Drop evaluations of before: the run began from another run's checkpoint."""
+
+    def pause(self) -> ContextManager:
+        """Stop the clock of throughput inside: the loop saves."""
+
+    def sync(self):
+        """Fsync what TensorBoard was given: a checkpoint counts on it."""
+
+    def close(self):
+        """End the bar and TensorBoard's file."""
 
 
 class Step:
@@ -25,7 +51,7 @@ class Step:
         self.number, self.epoch = planned.number, planned.epoch  # the number is 0-based
         self.groups = planned.groups  # of all ranks, as numbers into the data set
         self.num_groups = len(planned.groups)  # what a mean over the step divides by
-        self.plan = planned.batches  # this rank's batches as tuples of groups
+        self.groups_of_batches = planned.batches  # this rank's batches as tuples of groups
         self.update = None
         self._run, self._batches = run, batches
         run.batch = batches[0]
@@ -42,16 +68,19 @@ class Step:
             yield batch
 
     def finish(self, update):
-        """Hand over what the optimiser did (engine/trained.py: Update)."""
+        """Hand over what the optimiser did (engine/trained.py: Update).
+
+        What follows from it, `steps` does when the script asks for the next step.
+        """
         self.update = update
 
 
-def steps(run, settings, data, state: dict, report) -> Iterator[Step]:
+def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
     """Yield the run's steps, from where an interrupted run has stopped. Every rank goes through them.
 
     data: a Tokenised, from which steps are drawn. state: all that survives a restart, by name
-    (run/checkpoint.py says what a part is). report: shows steps (`step`), scores held-out data
-    (`evaluate`), and is one of the parts. Raises Preempted and NotFinite, which the session handles.
+    (run/checkpoint.py says what a part is). report: one of the parts, a Report. Raises Preempted and
+    NotFinite, which the session handles.
     """
     order = {
         "data": data.fingerprint,
