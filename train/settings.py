@@ -169,7 +169,7 @@ class Training(Data):
     weights_only holds.
     """
     seed: int = flag(0, card=(10, "seed of the data's order"))
-    """Seed of the data's order."""
+    """Seed of the data's order, and of LoRA's adapters."""
 
     def __post_init__(self):
         super().__post_init__()

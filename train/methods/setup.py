@@ -193,6 +193,7 @@ def _adapters(settings):
         rank=settings.lora_rank,
         alpha=settings.lora_alpha,
         targets=settings.lora_targets,
+        seed=settings.seed,
     )
 
 

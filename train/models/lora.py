@@ -12,9 +12,10 @@ import torch
 ADAPTER_NAME = "default"  # peft's name for the one adapter there is
 
 
-def add(lm, rank: int, alpha: float, targets: list[str] | None):
-    """Freeze `lm` and put adapters of `rank` beside its linear layers, scaled by alpha / rank; B
-    begins at 0.
+def add(lm, rank: int, alpha: float, targets: list[str] | None, seed: int = 0):
+    """Freeze `lm` and put adapters of `rank` beside its linear layers, scaled by alpha / rank.
+
+    B begins at 0; `seed` draws A, and leaves torch's generator as it was.
 
     `targets`: ends of the layers' names, None for all but the head. Raises ValueError without peft,
     and where no such layer is there. Before the model is wrapped in a Backbone, which swaps layers.
@@ -51,7 +52,9 @@ def add(lm, rank: int, alpha: float, targets: list[str] | None):
         task_type="CAUSAL_LM",
     )
     lm.requires_grad_(False)
-    inject_adapter_in_model(config, lm, adapter_name=ADAPTER_NAME)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, lm, adapter_name=ADAPTER_NAME)
     for name, p in lm.named_parameters():
         p.requires_grad_("lora_" in name)
     lm.lora_config = config
