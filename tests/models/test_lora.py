@@ -11,7 +11,9 @@ pytest.importorskip("peft")
 
 def adapters(seed):
     lm = tiny.make_model("llama")
+    state = torch.get_rng_state()
     lora.add(lm, rank=4, alpha=8.0, targets=None, seed=seed)
+    assert torch.equal(torch.get_rng_state(), state)
     return {name: p.detach() for name, p in lm.named_parameters() if p.requires_grad}
 
 

@@ -52,7 +52,7 @@ def add(lm, rank: int, alpha: float, targets: list[str] | None, seed: int = 0):
         task_type="CAUSAL_LM",
     )
     lm.requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
         torch.manual_seed(seed)
         inject_adapter_in_model(config, lm, adapter_name=ADAPTER_NAME)
     for name, p in lm.named_parameters():
