@@ -2,6 +2,8 @@
 the same pairs.
 
 A set on which a bag of words is always right does not show that a model understood anything.
+
+Legend: N pairs.
 """
 
 import logging
@@ -19,39 +21,35 @@ WORDS = 50_000  # at most so many distinct words
 
 
 def measure(
-    chosen: list[str], rejected: list[str], units: np.ndarray, correct: np.ndarray
+    chosen: list[str], rejected: list[str], clusters: np.ndarray, correct: np.ndarray
 ) -> tuple[dict, dict]:
-    """(the report's section, columns). `correct` (N,): the model's own wins, for the difference to
-    the bag of words.
+    """(the report's section, columns of the pairs' table).
+
+    chosen, rejected: N texts each. clusters: (N,) number of each pair's prompt. correct: (N,) the
+    model's own wins, for the difference to the bag of words.
     """
-    longer = np.array(
-        [
-            (len(a) > len(b)) + 0.5 * (len(a) == len(b))
-            for a, b in zip(chosen, rejected, strict=True)
-        ]
-    )
+    sizes = [(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
+    longer = np.array([(a > b) + 0.5 * (a == b) for a, b in sizes])  # (N,)
     section = {
-        "longer_wins": intervals.ratio(longer, units, share=True)
+        "longer_wins": intervals.ratio(longer, clusters, proportion=True)
         | {"what": "the answer of more characters"}
     }
-    scores = bag_of_words(chosen, rejected, units)
-    if scores is None:
-        section["bag_of_words"] = {
-            "value": None,
-            "interval": None,
-            "n": len(chosen),
-            "method": "none: fewer than two prompts",
-        }
+    log_odds = bag_of_words(chosen, rejected, clusters)
+    if log_odds is None:
+        section["bag_of_words"] = intervals.as_estimate(
+            None, (len(chosen),), "none: fewer than two prompts"
+        )
         return section, {}
-    wins = (scores > 0) + 0.5 * (scores == 0)
-    section["bag_of_words"] = intervals.ratio(wins, units, share=True) | {
-        "what": f"logistic regression on words, fitted on other prompts ({min(FOLDS, int(units.max()) + 1)} folds)"
+    wins = (log_odds > 0) + 0.5 * (log_odds == 0)  # (N,)
+    folds = min(FOLDS, int(clusters.max()) + 1)
+    section["bag_of_words"] = intervals.ratio(wins, clusters, proportion=True) | {
+        "what": f"logistic regression on words, fitted on other prompts ({folds} folds)"
     }
-    section["model_minus_bag_of_words"] = intervals.ratio(correct - wins, units)
-    return section, {"bag_of_words": scores}
+    section["model_minus_bag_of_words"] = intervals.ratio(correct - wins, clusters)
+    return section, {"bag_of_words": log_odds}
 
 
-def bag_of_words(chosen: list[str], rejected: list[str], units: np.ndarray) -> np.ndarray | None:
+def bag_of_words(chosen: list[str], rejected: list[str], clusters: np.ndarray) -> np.ndarray | None:
     """(N,) log-odds that chosen is the better answer, each from a classifier that saw no row of the
     same prompt.
 
@@ -59,25 +57,30 @@ def bag_of_words(chosen: list[str], rejected: list[str], units: np.ndarray) -> n
     tf-idf(rejected), each difference given in both directions. None where there are fewer than two
     prompts.
     """
-    folds = min(FOLDS, len(np.unique(units)))
+    folds = min(FOLDS, len(np.unique(clusters)))
     if folds < 2:
         return None
-    found = np.zeros(len(chosen))
-    for fit, held in GroupKFold(folds).split(found, groups=units):
+    log_odds = np.zeros(len(chosen))
+    for fitted, held_out in GroupKFold(folds).split(log_odds, groups=clusters):
         words = TfidfVectorizer(
             sublinear_tf=True, max_features=WORDS, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
         )
         try:
-            words.fit([text for i in fit for text in (chosen[i], rejected[i])])
-        except ValueError as error:  # texts without a word: nothing to tell them by
+            words.fit([text for i in fitted for text in (chosen[i], rejected[i])])
+        except ValueError as error:  # texts without a word: nothing to tell them by, log-odds 0
             logging.getLogger("zeropref").info("bag of words: %s", error)
             continue
-        vectors = lambda rows: (
-            words.transform([chosen[i] for i in rows])
-            - words.transform([rejected[i] for i in rows])
+        differences = _differences(words, chosen, rejected, fitted)
+        classifier = LogisticRegression(C=10.0, fit_intercept=False, max_iter=1000)
+        classifier.fit(
+            scipy.sparse.vstack([differences, -differences]), np.repeat([1, 0], len(fitted))
         )
-        seen = vectors(fit)
-        weights = LogisticRegression(C=10.0, fit_intercept=False, max_iter=1000)
-        weights.fit(scipy.sparse.vstack([seen, -seen]), np.repeat([1, 0], len(fit)))
-        found[held] = weights.decision_function(vectors(held))
-    return found
+        log_odds[held_out] = classifier.decision_function(
+            _differences(words, chosen, rejected, held_out)
+        )
+    return log_odds
+
+
+def _differences(words: TfidfVectorizer, chosen, rejected, rows):
+    """tf-idf(chosen) - tf-idf(rejected) of some rows: sparse (rows, words)."""
+    return words.transform([chosen[i] for i in rows]) - words.transform([rejected[i] for i in rows])

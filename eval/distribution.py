@@ -1,189 +1,204 @@
 """Text from the preference data against text from elsewhere: log-probabilities a token, and how far
 the two lie apart.
 
-Texts are scored each by itself, from their first token where the tokenizer begins its texts with
-one of its own (bos), else from their second, which the first one predicts; a text longer than --max_length is cut there, and nothing is scored twice. Perplexity is exp of minus the
-mean log-probability of all scored tokens. Two views of the same tokens: by text (the mean of each
-response or text) and by token.
+Texts are scored each by itself: from the first token where the tokenizer begins its texts with one
+of its own (bos), else from the second, as nothing predicts the first. A text longer than
+--max_length is cut there, and nothing is scored twice. Perplexity is exp of minus the mean
+log-probability of all scored tokens. There are two views of the same tokens: by text (the mean of
+each response or text) and by token.
+
+Legend: M models, n and m texts in and out of distribution, T scored tokens of a side, b bins.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 import torch
 
-from eval import intervals, statistics
+from eval import intervals, measures
 
 MOST_BINS = 80
+# round widths of bins, nats
 WIDTHS = tuple(
     float(f"{base}e{power}") for power in range(-9, 4) for base in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-)  # nats
+)
 RESAMPLED_VALUES = 200_000_000  # values times resamples: 20 s on one core
-SEPARATION = {
-    "overlap": (0, 1),
-    "auroc": None,
-    "wasserstein": (0, math.inf),
-}  # see intervals.resampled
+# What separates the sides, and the bounds of what noise moves one way: see intervals.resampled.
+SEPARATION = {"overlap": (0, 1), "auroc": None, "wasserstein": (0, math.inf)}
 SHUFFLES = 500
 MOST_SHUFFLED = 4_000  # values; beyond, what chance shows is next to nothing
 
 
+class Sample(NamedTuple):
+    """Texts of one side under M models, in the data's order."""
+
+    sums: np.ndarray  # (M, n) fp64 nats, log-probability of each text
+    lengths: np.ndarray  # (n,) int64 scored tokens
+    means: np.ndarray  # (M, n) fp64 nats a token
+    tokens: np.ndarray  # (M, T) fp64 nats, log-probability of each scored token
+    clusters: np.ndarray  # (n,) int64 number of each text's prompt
+    token_clusters: np.ndarray  # (T,) the same of each token's text
+
+
+def sample_of(scores, response: int) -> Sample:
+    """Response number `response` of every group of eval.scores.Scores."""
+    k = scores.lengths.shape[1]
+    lengths, sums = scores.lengths[:, response], scores.sums[:, :, response]
+    # tokens lie response after response, group after group
+    of_response = np.arange(scores.lengths.size) % k == response
+    chosen = np.repeat(of_response, scores.lengths.reshape(-1))  # bool, of all scored tokens
+    clusters = intervals.clusters_of(scores.prompts)
+    return Sample(
+        sums=sums,
+        lengths=lengths,
+        means=sums / lengths,
+        tokens=scores.tokens[:, chosen].astype(np.float64),
+        clusters=clusters,
+        token_clusters=np.repeat(clusters, lengths),
+    )
+
+
 def measure(pair_scores, text_scores, names: list[str]) -> tuple[dict, dict]:
-    """(the report's section, columns of the texts' table). `names`: of the models in the scores'
-    order.
+    """(the report's section, columns of the texts' table).
+
+    Both scores are eval.scores.Scores; names: of their models, in order.
     """
-    inside = Sample.of(pair_scores, 0)
-    outside = Sample.of(text_scores, 0)
-    views = {
-        "by_text": ((inside.means, inside.units), (outside.means, outside.units)),
-        "by_token": ((inside.tokens, inside.token_units), (outside.tokens, outside.token_units)),
-    }
-    edges = {
-        view: shared_edges(values, others) for view, ((values, _), (others, _)) in views.items()
-    }
+    inside = sample_of(pair_scores, 0)  # chosen responses
+    outside = sample_of(text_scores, 0)
+    text_edges = shared_edges(inside.means, outside.means)
+    token_edges = shared_edges(inside.tokens, outside.tokens)
     section = {
-        "in_distribution": {"what": "chosen responses", **inside.size()},
-        "out_of_distribution": {"what": "texts", **outside.size()},
+        "in_distribution": {"what": "chosen responses", **size(inside)},
+        "out_of_distribution": {"what": "texts", **size(outside)},
     }
-    for number, name in enumerate(names):
-        section[name] = {"in": likelihood(inside, number), "out": likelihood(outside, number)}
-        for view, ((values, units), (others, their_units)) in views.items():
-            section[name][view] = separation(
-                values[number], others[number], units, their_units, edges[view]
-            )
-    if len(names) == 2:
-        section["change"] = {
-            side: change(sample) for side, sample in (("in", inside), ("out", outside))
+    for i, name in enumerate(names):
+        section[name] = {
+            "in": likelihood(inside, i),
+            "out": likelihood(outside, i),
+            "by_text": separation(
+                inside.means[i], outside.means[i], inside.clusters, outside.clusters, text_edges
+            ),
+            "by_token": separation(
+                inside.tokens[i],
+                outside.tokens[i],
+                inside.token_clusters,
+                outside.token_clusters,
+                token_edges,
+            ),
         }
     columns = {"row": text_scores.rows, "tokens": outside.lengths, "logp": outside.sums[0]}
     if len(names) == 2:
+        section["change"] = {"in": change(inside), "out": change(outside)}
         columns["ref_logp"] = outside.sums[1]
     return section, columns
 
 
-class Sample:
-    """n texts under M models: one response of each group of eval.scores.Scores."""
-
-    def __init__(self, sums, lengths, tokens, prompts):
-        self.sums, self.lengths, self.tokens = (
-            sums,
-            lengths,
-            tokens,
-        )  # (M, n) nats, (n,) tokens, (M, T) nats
-        self.units = intervals.units_of(prompts)  # (n,)
-        self.token_units = np.repeat(self.units, lengths)  # (T,)
-        self.means = sums / lengths  # (M, n) nats a token
-
-    @classmethod
-    def of(cls, scores, response: int) -> "Sample":
-        """Response number `response` of every group."""
-        k = scores.lengths.shape[1]
-        taken = np.repeat(
-            np.arange(scores.lengths.size) % k == response, scores.lengths.reshape(-1)
-        )  # (T,)
-        tokens = scores.tokens[:, taken].astype(np.float64)
-        return cls(scores.sums[:, :, response], scores.lengths[:, response], tokens, scores.prompts)
-
-    def size(self) -> dict:
-        """How much text it is."""
-        return {
-            "texts": len(self.lengths),
-            "tokens": int(self.lengths.sum()),
-            "mean_tokens": float(self.lengths.mean()),
-            "longest": int(self.lengths.max()),
-        }
+def size(sample: Sample) -> dict:
+    """How much text a sample is."""
+    return {
+        "texts": len(sample.lengths),
+        "tokens": int(sample.lengths.sum()),
+        "mean_tokens": float(sample.lengths.mean()),
+        "longest": int(sample.lengths.max()),
+    }
 
 
 def likelihood(sample: Sample, model: int) -> dict:
     """Mean log-probability a token, nats, and its perplexity."""
-    mean = intervals.ratio(sample.sums[model], sample.units, sample.lengths)
-    return {"logp_per_token": mean, "perplexity": _exp(mean)}
+    mean = intervals.ratio(sample.sums[model], sample.clusters, sample.lengths)
+    return {"logp_per_token": mean, "perplexity": _exp_of_minus(mean)}
 
 
 def change(sample: Sample) -> dict:
     """The model against the reference on the same texts: difference in nats a token, ratio of
     perplexities.
     """
-    mean = intervals.ratio(sample.sums[0] - sample.sums[1], sample.units, sample.lengths)
-    return {"logp_per_token": mean, "perplexity_ratio": _exp(mean)}
+    mean = intervals.ratio(sample.sums[0] - sample.sums[1], sample.clusters, sample.lengths)
+    return {"logp_per_token": mean, "perplexity_ratio": _exp_of_minus(mean)}
 
 
-def _exp(mean: dict) -> dict:
-    """exp(-x) of a measure; it is monotone, so the interval's ends trade places."""
+def _exp_of_minus(mean: dict) -> dict:
+    """exp(-x) of an estimate; it falls in x, so the interval's ends trade places."""
     interval = mean["interval"] and [math.exp(-mean["interval"][1]), math.exp(-mean["interval"][0])]
     return mean | {"value": math.exp(-mean["value"]), "interval": interval}
 
 
-def separation(inside, outside, inside_units, outside_units, edges) -> dict:
+def separation(inside, outside, inside_clusters, outside_clusters, edges) -> dict:
     """Overlap, AUROC (inside likelier than outside) and Wasserstein distance (nats), and the
     histograms behind them.
+
+    inside, outside: (n,) and (m,) nats a token, with the cluster of each value. edges: (b + 1,).
     """
-    a, b, bins = (torch.from_numpy(np.ascontiguousarray(x)) for x in (inside, outside, edges))
+    a = torch.from_numpy(np.ascontiguousarray(inside))
+    b = torch.from_numpy(np.ascontiguousarray(outside))
+    bins = torch.from_numpy(np.ascontiguousarray(edges))
 
     def compare(a_weights, b_weights):
-        shared = statistics.overlap(
-            statistics.histogram(a, bins, a_weights), statistics.histogram(b, bins, b_weights)
+        common = measures.overlap(
+            measures.histogram(a, bins, a_weights), measures.histogram(b, bins, b_weights)
         )
-        return (
-            shared,
-            statistics.auroc(a, b, a_weights, b_weights),
-            statistics.wasserstein(a, b, a_weights, b_weights),
-        )
+        ranked = measures.auroc(a, b, a_weights, b_weights)
+        return common, ranked, measures.wasserstein(a, b, a_weights, b_weights)
 
-    resamples = int(np.clip(RESAMPLED_VALUES // (len(a) + len(b)), 100, 500))
-    found = intervals.resampled(
+    estimates = intervals.resampled(
         compare,
-        inside_units,
-        outside_units,
-        measures=SEPARATION,
-        what=(len(a), len(b)),
-        resamples=resamples,
+        inside_clusters,
+        outside_clusters,
+        bounds=SEPARATION,
+        sizes=(len(a), len(b)),
+        resamples=int(np.clip(RESAMPLED_VALUES // (len(a) + len(b)), 100, 500)),
     )
-    counts = [statistics.histogram(x, bins).tolist() for x in (a, b)]
-    found["if_alike"] = alike(a, b, bins) if len(a) + len(b) <= MOST_SHUFFLED else None
+    few = len(a) + len(b) <= MOST_SHUFFLED
     return {
-        **found,
-        "histogram": {"edges": [float(edge) for edge in edges], "in": counts[0], "out": counts[1]},
+        **estimates,
+        "if_alike": range_if_alike(a, b, bins) if few else None,
+        "histogram": {
+            "edges": [float(edge) for edge in edges],
+            "in": measures.histogram(a, bins).tolist(),
+            "out": measures.histogram(b, bins).tolist(),
+        },
     }
 
 
-def alike(a, b, bins) -> dict:
-    """Where overlap and distance lie in 95 % of shuffles of the two samples' values: what chance
-    alone shows.
+def range_if_alike(a: torch.Tensor, b: torch.Tensor, bins: torch.Tensor) -> dict:
+    """Where overlap and distance lie in 95 % of shuffles of the two samples' values, (n,) and (m,):
+    what chance alone shows of samples from one distribution.
     """
-    pooled, n = torch.cat([a, b]), len(a)
-    order = np.random.default_rng(0).permuted(
-        np.tile(np.arange(len(pooled)), (SHUFFLES, 1)), axis=1
-    )  # (S, n + m)
-    first = torch.from_numpy((order < n).astype(np.float64))
-    histogram = lambda weights: statistics.histogram(pooled, bins, weights)
-    found = {
-        "overlap": statistics.overlap(histogram(first), histogram(1 - first)),
-        "wasserstein": statistics.wasserstein(pooled, pooled, first, 1 - first),
-    }
+    pooled = torch.cat([a, b])
+    rng = np.random.default_rng(0)
+    order = rng.permuted(np.tile(np.arange(len(pooled)), (SHUFFLES, 1)), axis=1)
+    in_a = torch.from_numpy((order < len(a)).astype(np.float64))  # (shuffles, n + m), 1 or 0
+    overlaps = measures.overlap(
+        measures.histogram(pooled, bins, in_a), measures.histogram(pooled, bins, 1 - in_a)
+    )
+    distances = measures.wasserstein(pooled, pooled, in_a, 1 - in_a)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: torch.quantile(values, ends).tolist() for name, values in found.items()}
+    return {
+        "overlap": torch.quantile(overlaps, ends).tolist(),
+        "wasserstein": torch.quantile(distances, ends).tolist(),
+    }
 
 
 def shared_edges(*samples: np.ndarray) -> np.ndarray:
-    """Bins for all samples (M, n) of all models: of a round width, at round places, which no
-    rounding moves.
+    """(b + 1,) edges of bins for all samples, (M, n) each, of all models: of a round width, at round
+    places, which no rounding moves.
 
     The width is Freedman and Diaconis' (1981), 2 IQR n^(-1/3), of the sample that it is least for:
-    a few values far out do not make it coarse. Wider where that would be more than MOST_BINS.
+    a few values far out do not make it coarse. It is wider where that would be more than MOST_BINS.
     """
-    low, high = min(x.min() for x in samples), max(x.max() for x in samples)
+    low = min(sample.min() for sample in samples)
+    high = max(sample.max() for sample in samples)
     wanted = [
-        2 * float(iqr) / x.shape[-1] ** (1 / 3)
-        for x in samples
-        for iqr in scipy.stats.iqr(x, axis=-1)
+        2 * float(iqr) / sample.shape[-1] ** (1 / 3)
+        for sample in samples
+        for iqr in scipy.stats.iqr(sample, axis=-1)
         if iqr
     ]
-    wanted = max(min(wanted, default=0), (high - low) / MOST_BINS) or 1.0
-    width = next((w for w in WIDTHS if w >= wanted), WIDTHS[-1])
-    first = math.floor(low / width)
-    last = max(
-        math.ceil(high / width), first + 1
-    )  # 0 closes the bins of log-probabilities, and counts below it
-    return np.arange(first, last + 1) * width
+    least = max(min(wanted, default=0), (high - low) / MOST_BINS) or 1.0
+    width = next((round_width for round_width in WIDTHS if round_width >= least), WIDTHS[-1])
+    start = math.floor(low / width)
+    # 0, the largest log-probability there is, closes the last bin and counts in it
+    stop = max(math.ceil(high / width), start + 1)
+    return np.arange(start, stop + 1) * width

@@ -1,44 +1,37 @@
-"""What an evaluation starts from: the settings of the model's training, pairs, texts, two
-tokenizers that agree.
+"""What an evaluation starts from: the settings of the model's training, a tokenizer that the
+reference shares, pairs, texts and prompts.
 """
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from eval import generations
 from train import config
-from train.data import same_tokens as tokens_in_use
-from train.data import tokens
-from train.data.rows import PAIR_COLUMNS, DataError, Dropped, check_pair
+from train.data import same_tokens, tokens
+from train.data.dataset import Tokenised
+from train.data.errors import DataError
+from train.data.rows import PAIR_COLUMNS, Dropped, check_pair
 from train.engine import dist
+from train.methods.rewards import Prompt
 from train.models import pretrained
-from train.run import card
+from train.run import card, folder
+from train.settings import Preference, inherited_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ROOT / "train/data/builtin/held_out.jsonl"
 PASSAGES = ROOT / "eval/passages.jsonl"
-# Spelt as people say it; the hub's full name, and the split that is made for evaluation.
+# Texts as people say their names -> the hub's full name, with the split that is made for evaluation.
 KNOWN_TEXTS = dict.fromkeys(
     ("wikitext", "wikitext-2-raw-v1"), "Salesforce/wikitext:wikitext-2-raw-v1@test"
 )
 # Flags of training that an evaluation takes over, and what holds where there is no run.json.
-INHERITED = {
-    "beta": 0.1,
-    "loss": "sigmoid",
-    "loss_args": {},
-    "max_length": 1024,
-    "max_prompt_length": 256,
-    "layout": "packed",
-    "precision": "auto",
-    "truncate_prompt": "keep_end",
-    "columns": None,
-    "allow_control_tokens": False,
-    "allow_template_changes": False,
-    "max_implausible": 0.5,
-}
+INHERITED = inherited_defaults(Preference)
+NAMES_OF_PLACES = ("model", "reference", "reward_model", "ds_config", "data", "ood")  # flags
 
 
 class Inputs(NamedTuple):
@@ -46,41 +39,81 @@ class Inputs(NamedTuple):
 
     path: str  # the model's directory or hub name
     record: dict  # its run.json, {} where there is none
-    recipe: dict  # see `recipe`
-    tokenizer: Any
-    pairs: Any  # train.data.tokens.Tokenised
-    texts: Any  # train.data.tokens.Tokenised, without prompts
-    answers: tuple[list[str], list[str]]  # chosen and rejected as text, as `pairs`
-    prompts: list  # of eval.generations.Prompt: those that are to be answered
+    recipe: dict  # see `recipe_of`
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Tokenised
+    texts: Tokenised  # without prompts
+    chosen: list[str]  # the answers of `pairs` as text
+    rejected: list[str]
+    prompts: list[Prompt]  # those that are to be answered
     described: dict  # both data sets, for the report
 
 
-class Models(NamedTuple):
-    """The models under evaluation: train.methods.reference.Live each."""
+def open_inputs(settings, run) -> Inputs:
+    """Read everything but the models' weights. Every rank calls this.
 
-    model: Any
-    reference: Any  # None where there is none
-    judge: Any  # eval.generations.RewardModel, or None
-    sharded: bool  # over the ranks: scored like others, but not decoded
-    budget: int  # tokens a packed row
-    facts: dict  # of the machine, for the report
-
-    @property
-    def by_name(self) -> dict:
-        """The model, then its reference where there is one."""
-        return {"model": self.model} | ({"reference": self.reference} if self.reference else {})
+    run: the evaluation's train.run.folder.RunFolder. DataError, or ValueError for what flags name.
+    """
+    record, where = training_record(settings.model)
+    recipe = recipe_of(settings, record, where)
+    path = run.model_path(settings.model)
+    tokenizer = pretrained.load_tokenizer(path, settings.trust_remote_code)
+    run.note(model=path, reference_model=settings.reference, recipe=recipe)
+    pair_sources = settings.data or [str(PAIRS)]
+    text_sources = settings.ood or [str(PASSAGES)]
+    with dist.main_process_first():  # rank 0 tokenises, the others find it in the cache
+        pairs = read_pairs(
+            pair_sources,
+            tokenizer,
+            recipe,
+            columns=settings.columns,
+            max_dropped=settings.max_dropped,
+            most=settings.max_rows,
+        )
+        texts = read_texts(
+            text_sources, tokenizer, recipe, folder=run.path / "texts", most=settings.max_rows
+        )
+        texts = first_tokens(texts, settings.ood_tokens)
+    run.note_dropped({"data": pairs.dropped, "ood": texts.dropped})
+    for note in pairs.notes():
+        run.say(f"data: {note}")
+    chosen, rejected = texts_of_pairs(pairs, pair_sources, settings.columns)
+    if settings.reference:
+        check_same_tokens(tokenizer, settings.reference, pairs, settings.trust_remote_code)
+    described = {
+        "data": folder.describe(pairs, pair_sources),
+        "ood": folder.describe(texts, text_sources),
+    }
+    described["ood"]["begin_with"] = beginning(tokenizer, texts)
+    run.note(**described)
+    prompts = []
+    if settings.prompts:
+        prompts = generations.prompts_of(
+            pair_sources, pairs, settings.prompts, columns=settings.columns
+        )
+    return Inputs(
+        path=path,
+        record=record,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        pairs=pairs,
+        texts=texts,
+        chosen=chosen,
+        rejected=rejected,
+        prompts=prompts,
+        described=described,
+    )
 
 
 def training_record(model: str | None) -> tuple[dict, str | None]:
     """What training wrote beside a model directory (MODEL/../run.json, as OUTPUT/model has it) or
-    in it, and where.
+    in it, and where; ({}, None) where there is nothing.
     """
-    for folder in (
-        (Path(model).resolve().parent, Path(model).resolve())
-        if model and Path(model).is_dir()
-        else ()
-    ):
-        path = folder / "run.json"
+    if not model or not Path(model).is_dir():
+        return {}, None
+    directory = Path(model).resolve()
+    for place in (directory.parent, directory):
+        path = place / "run.json"
         if not path.is_file():
             continue
         try:
@@ -88,36 +121,38 @@ def training_record(model: str | None) -> tuple[dict, str | None]:
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         if isinstance(record, dict) and "beta" in (record.get("flags") or {}):
-            return record, f"{folder.name}/run.json"
+            return record, f"{place.name}/run.json"
     return {}, None
 
 
-def recipe(settings, record: dict, where: str | None) -> dict:
-    """INHERITED, each from a flag, else from training's record, else the default; the ZeRO stage;
-    where it is from.
+def recipe_of(settings, record: dict, where: str | None) -> dict:
+    """The values of INHERITED, each from a flag, else from training's record, else the default;
+    with the ZeRO stage of the training, and where the record is from.
     """
-    trained = record.get("flags", {})
+    trained_with = record.get("flags", {})
     if "precision" in record:
-        trained = trained | {"precision": record["precision"]}  # what "auto" came to
-    found = {name: trained.get(name, default) for name, default in INHERITED.items()}
-    given = {
-        name: getattr(settings, name) for name in INHERITED if getattr(settings, name) is not None
-    }
+        trained_with = trained_with | {"precision": record["precision"]}  # what "auto" came to
+    recipe = {}
+    # in the order of evaluation's own flags
+    for name in (f.name for f in dataclasses.fields(settings) if f.name in INHERITED):
+        flag = getattr(settings, name)
+        recipe[name] = trained_with.get(name, INHERITED[name]) if flag is None else flag
     stage = record.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
-    return found | given | {"stage": stage, "from": where}
+    return recipe | {"stage": stage, "from": where}
 
 
 def shown_flags(settings) -> dict:
     """The settings for the report, which others read: of local paths the end, and not where it was
     written.
     """
-    found = config.as_dict(settings)
-    for name in ("model", "reference", "reward_model", "ds_config", "data", "ood"):
-        value = found[name]
-        found[name] = (
-            list(map(card.shown, value)) if isinstance(value, list) else value and card.shown(value)
-        )
-    return {name: value for name, value in found.items() if name != "output"}
+    flags = config.as_dict(settings)
+    del flags["output"]
+    for name in NAMES_OF_PLACES:
+        if isinstance(flags[name], list):
+            flags[name] = [card.shown(source) for source in flags[name]]
+        elif flags[name]:
+            flags[name] = card.shown(flags[name])
+    return flags
 
 
 def trained(record: dict) -> dict | None:
@@ -126,7 +161,7 @@ def trained(record: dict) -> dict | None:
     """
     if not record:
         return None
-    flags = record["flags"]
+    flags, reference = record["flags"], record.get("reference_model")
     return {
         "from": card.base_of(record)[0],
         "loss": flags.get("loss"),
@@ -136,65 +171,70 @@ def trained(record: dict) -> dict | None:
         "batch_size": flags.get("batch_size"),
         "pairs": (record.get("data") or {}).get("groups"),
         "data": card.shown_sources(record.get("data")),
-        "reference": card.shown(record["reference_model"])
-        if record.get("reference_model")
-        else None,
+        "reference": card.shown(reference) if reference else None,
     }
 
 
-def read_pairs(settings, recipe: dict, tokenizer):
-    """The pairs, tokenised, and their sources."""
-    sources = settings.data or [str(PAIRS)]
+def read_pairs(
+    sources: list[str],
+    tokenizer,
+    recipe: dict,
+    *,
+    columns: list[str] | None,
+    max_dropped: float,
+    most: int | None,
+) -> Tokenised:
+    """The first `most` pairs, tokenised."""
     data = tokens.prepare(
         sources,
         tokenizer,
         max_length=recipe["max_length"],
         max_prompt_length=recipe["max_prompt_length"],
         truncate_prompt=recipe["truncate_prompt"],
-        max_dropped=settings.max_dropped,
+        columns=columns,
+        max_dropped=max_dropped,
         max_implausible=recipe["max_implausible"],
         allow_control_tokens=recipe["allow_control_tokens"],
         allow_template_changes=recipe["allow_template_changes"],
-        columns=recipe["columns"],
     )
-    return data.select(range(min(len(data), settings.max_rows or len(data)))), sources
+    return data.select(range(min(len(data), most or len(data))))
 
 
-def pair_texts(data, sources, columns=None) -> tuple[list[str], list[str]]:
+def texts_of_pairs(
+    data: Tokenised, sources: list[str], columns: list[str] | None
+) -> tuple[list[str], list[str]]:
     """The chosen and the rejected answers of the tokenised pairs as text."""
     rows, _ = tokens.check_rows(sources, check_pair, PAIR_COLUMNS, columns=columns)
-    answers = {row.number: row.item.answers for row in rows}
-    pairs = [answers[number] for number in data.rows.tolist()]
-    chosen, rejected = ([pair[side]["content"] for pair in pairs] for side in (0, 1))
-    return chosen, rejected
+    items = {row.number: row.item for row in rows}
+    pairs = [items[number] for number in data.rows.tolist()]
+    return [pair.chosen["content"] for pair in pairs], [pair.rejected["content"] for pair in pairs]
 
 
-def read_texts(settings, recipe: dict, tokenizer, folder: Path):
-    """The texts, tokenised, and their sources as the user named them. Texts in which nothing is
-    predicted are dropped: those of one token, where the tokenizer begins its texts with nothing.
+def read_texts(
+    sources: list[str], tokenizer, recipe: dict, *, folder: Path, most: int | None
+) -> Tokenised:
+    """The first `most` texts, tokenised. Those in which nothing is predicted are dropped: of one
+    token, where the tokenizer begins its texts with none of its own.
+
+    folder: where .txt files are written as rows.
     """
-    named = settings.ood or [str(PASSAGES)]
-    sources = [_as_rows(source, folder) for source in named]
     data = tokens.prepare(
-        sources,
+        [_as_rows(source, folder) for source in sources],
         tokenizer,
         kind="text",
         max_length=recipe["max_length"],
-        max_dropped=1.0,
+        max_dropped=1.0,  # of text there is plenty
         allow_control_tokens=recipe["allow_control_tokens"],
     )
+    named = ", ".join(sources)
     # The prompt of a text is what the tokenizer begins texts with: bos, or nothing.
-    long_enough = data.lengths.sum(1) > 1
-    dropped = [dataclasses.replace(d) if dataclasses.is_dataclass(d) else d for d in data.dropped]
-    dropped += [
-        Dropped(", ".join(named), int(number), "one token: there is nothing to predict")
-        for number in data.rows[~long_enough]
-    ]
+    long_enough = data.lengths.sum(axis=1) > 1  # (N,)
+    dropped = list(data.dropped)
+    for number in data.rows[~long_enough]:
+        dropped.append(Dropped(named, int(number), "one token: there is nothing to predict"))
     if not long_enough.any():
-        raise DataError(f"{', '.join(named)}: no text of two tokens or more in {len(dropped)} rows")
-    kept = np.flatnonzero(long_enough)[: settings.max_rows]
-    data = dataclasses.replace(data.select(kept), dropped=dropped)
-    return _first_tokens(data, settings.ood_tokens), named
+        raise DataError(f"{named}: no text of two tokens or more in {len(dropped)} rows")
+    return dataclasses.replace(data.select(np.flatnonzero(long_enough)[:most]), dropped=dropped)
 
 
 def _as_rows(source: str, folder: Path) -> str:
@@ -217,41 +257,40 @@ def _as_rows(source: str, folder: Path) -> str:
     path = folder / f"{Path(source).stem}.jsonl"
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "".join(json.dumps({"text": part}) + "\n" for part in paragraphs), encoding="utf-8"
-        )
+        lines = "".join(json.dumps({"text": part}) + "\n" for part in paragraphs)
+        path.write_text(lines, encoding="utf-8")
     return str(path)
 
 
-def _first_tokens(data, most: int | None):
-    """The first texts with `most` tokens in all, the last one cut to fit (a stump of one token
-    goes).
+def first_tokens(data: Tokenised, most: int | None) -> Tokenised:
+    """The first texts with `most` tokens in all, the last one cut to fit; where that would leave
+    one token of it, it goes, as there is nothing to predict.
     """
     if most is None or data.lengths[:, 1].sum() <= most:
         return data
-    before = np.cumsum(data.lengths[:, 1]) - data.lengths[:, 1]
-    kept = data.select(np.flatnonzero(before < most - 1))
-    lengths = kept.lengths.copy()
-    lengths[-1, 1] = min(lengths[-1, 1], most - before[len(kept) - 1])
-    return dataclasses.replace(kept, lengths=lengths)
+    before = np.cumsum(data.lengths[:, 1]) - data.lengths[:, 1]  # (N,) tokens before each text
+    texts = data.select(np.flatnonzero(before < most - 1))
+    lengths = texts.lengths.copy()  # (n, 2): of the prompt (bos, or nothing) and of the text
+    lengths[-1, 1] = min(lengths[-1, 1], most - before[len(texts) - 1])
+    return dataclasses.replace(texts, lengths=lengths)
 
 
-def same_tokens(tokenizer, path: str, texts: list[str], trust_remote_code: bool, data=None):
-    """ValueError where the model at `path` reads other token ids than `tokenizer`: the two would
-    not compare. `data`: the pairs in use, tokenised; their ids count too.
+def beginning(tokenizer, texts: Tokenised) -> str | None:
+    """What the tokenizer puts before each of the texts of its own accord; None: nothing."""
+    ids = texts.group(0).prompt
+    return tokenizer.decode(list(ids)) if ids else None
+
+
+def check_same_tokens(tokenizer, path: str, pairs: Tokenised, trust_remote_code: bool):
+    """ValueError where the model at `path` reads other token ids than `tokenizer` of what is in
+    `pairs`: the two would not compare.
     """
     other = pretrained.load_tokenizer(path, trust_remote_code)
-    ids = tokens_in_use.in_use(tokenizer, data)[1] if data is not None else ()
+    texts, ids = same_tokens.in_use(tokenizer, pairs)
     try:
-        tokens_in_use.same_tokens(tokenizer, other, texts, ids)
+        same_tokens.same_tokens(tokenizer, other, texts, ids)
     except ValueError as error:
         raise ValueError(
-            f"the tokenizer of --reference {path} is not --model's ({error}): the two cannot be compared"
+            f"the tokenizer of --reference {path} is not --model's ({error}): the two cannot be "
+            "compared"
         ) from error
-
-
-def beginning(tokenizer, texts) -> str | None:
-    """What each of the tokenised texts begins with, of the tokenizer's own accord; None: nothing."""
-    if not len(texts) or not texts.lengths[0, 0]:
-        return None
-    return tokenizer.decode(list(texts.group(0).prompt))

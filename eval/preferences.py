@@ -6,89 +6,108 @@ implied probability that chosen beats rejected is sigmoid(margin) (Bradley-Terry
 2023, arXiv 2305.18290, equation 6). Without one there is no reward: margins are differences of
 log-probabilities, in nats, and are named so.
 
-Legend: N pairs.
+Legend: N pairs; `clusters` (N,) is the number of each pair's prompt (eval/intervals.py).
 """
+
+import itertools
 
 import numpy as np
 import scipy.stats
 import torch
 
-from eval import intervals, statistics
+from eval import intervals, measures
 from train.losses import metrics
-from train.losses.composition import Pairs
+from train.losses.preference import Pairs
 
 # Chosen's length against rejected's, (chosen - rejected) / the longer of the two.
 LENGTH_EDGES = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
 CONFIDENCE_EDGES = tuple(0.5 + 0.05 * i for i in range(11))
 SIMULATIONS = 1000
+NORMAL_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 def pairs_of(scores, model: int = 0, reference: int | None = None) -> Pairs:
     """Pairs of fp64 tensors (N,) from eval.scores.Scores; without a reference its log-probabilities
     are 0.
     """
-    ours = torch.from_numpy(scores.sums[model])
-    theirs = (
-        torch.zeros_like(ours) if reference is None else torch.from_numpy(scores.sums[reference])
-    )
+    logps = torch.from_numpy(scores.sums[model])  # (N, 2) nats, chosen and rejected
+    if reference is None:
+        ref_logps = torch.zeros_like(logps)
+    else:
+        ref_logps = torch.from_numpy(scores.sums[reference])
     lengths = torch.from_numpy(scores.lengths)
-    return Pairs(ours[:, 0], ours[:, 1], theirs[:, 0], theirs[:, 1], lengths[:, 0], lengths[:, 1])
+    return Pairs(
+        chosen=logps[:, 0],
+        rejected=logps[:, 1],
+        ref_chosen=ref_logps[:, 0],
+        ref_rejected=ref_logps[:, 1],
+        chosen_len=lengths[:, 0],
+        rejected_len=lengths[:, 1],
+    )
 
 
 def measure(scores, beta: float, loss_of) -> tuple[dict, dict]:
-    """(the report's section, columns of the per-row table). `scores`: of the model alone, or of
-    model and reference.
+    """(the report's section, columns of the pairs' table).
+
+    scores: eval.scores.Scores of the model alone, or of model and reference. loss_of: what
+    train.losses.composition.choose gives.
     """
     compared = len(scores.sums) == 2
-    units = intervals.units_of(scores.prompts)
+    clusters = intervals.clusters_of(scores.prompts)
     pairs = pairs_of(scores, 0, 1 if compared else None)
-    margins = pairs.rewards(beta if compared else 1.0)
-    margins = margins[0] - margins[1]  # (N,) beta times nats, or nats
+    chosen, rejected = pairs.rewards(beta if compared else 1.0)
+    margins = chosen - rejected  # (N,) beta times nats, or nats
     section = {
         "pairs": len(margins),
-        "prompts": int(units.max()) + 1,
-        "beta": beta if compared else None,
-        "margin": "beta x difference of the log-ratios to the reference"
-        if compared
-        else "difference of log-probabilities, nats (there is no reference)",
-        "model": likelihoods(pairs, units),
+        "prompts": int(clusters.max()) + 1,
+        "beta": None,
+        "margin": "difference of log-probabilities, nats (there is no reference)",
+        "model": likelihoods(pairs, clusters),
     }
     columns = {
         "row": scores.rows,
-        "prompt": units,
+        "prompt": clusters,
         "chosen_tokens": scores.lengths[:, 0],
         "rejected_tokens": scores.lengths[:, 1],
         "chosen_logp": scores.sums[0, :, 0],
         "rejected_logp": scores.sums[0, :, 1],
         "margin": margins.numpy(),
-        "correct": metrics.wins(margins).double().numpy(),
+        "correct": wins(margins),
     }
     if compared:
-        rewarded, more = rewards(pairs, units, beta, loss_of)
-        section["model"] = rewarded | section["model"]
-        section["reference"] = likelihoods(pairs_of(scores, 1), units)
-        section["calibration"] = calibration(margins, units)
-        section["loss_by_pair"] = by_pair(loss_of)
-        columns |= more
-    section["by_length"] = by_length(margins, pairs, units)
+        section["beta"] = beta
+        section["margin"] = "beta x difference of the log-ratios to the reference"
+        estimates, more_columns = rewards(pairs, clusters, beta, loss_of)
+        section["model"] = estimates | section["model"]
+        section["reference"] = likelihoods(pairs_of(scores, 1), clusters)
+        section["calibration"] = calibration(margins, clusters)
+        section["loss_by_pair"] = is_by_pair(loss_of)
+        columns |= more_columns
+    section["by_length"] = by_length(margins, pairs, clusters)
     section["length_correlation"] = length_correlation(margins, pairs)
     return section, columns
 
 
-def rewards(pairs: Pairs, units, beta: float, loss_of) -> tuple[dict, dict]:
-    """Measures against the reference, by TRL's names, and their columns."""
+def wins(margins: torch.Tensor) -> np.ndarray:
+    """(N,) fp64: 1 where the margin is above 0, one half for a tie, else 0."""
+    return metrics.wins(margins).double().numpy()
+
+
+def rewards(pairs: Pairs, clusters, beta: float, loss_of) -> tuple[dict, dict]:
+    """Estimates against the reference, by TRL's names, and their columns."""
     chosen, rejected = (reward.numpy() for reward in pairs.rewards(beta))
-    margin = chosen - rejected
+    margins = chosen - rejected
     losses = loss_of(pairs).numpy()
+    # likelihood displacement (Razin et al. 2024, arXiv 2410.08847)
     fell = (pairs.chosen < pairs.ref_chosen).double().numpy()
-    correct = metrics.wins(torch.from_numpy(margin)).double().numpy()
-    found = {
-        "rewards/accuracies": intervals.ratio(correct, units, share=True),
-        "rewards/margins": intervals.ratio(margin, units),
-        "rewards/chosen": intervals.ratio(chosen, units),
-        "rewards/rejected": intervals.ratio(rejected, units),
-        "loss": intervals.ratio(losses, units),
-        "chosen_fell": intervals.ratio(fell, units, share=True),
+    correct = wins(torch.from_numpy(margins))
+    estimates = {
+        "rewards/accuracies": intervals.ratio(correct, clusters, proportion=True),
+        "rewards/margins": intervals.ratio(margins, clusters),
+        "rewards/chosen": intervals.ratio(chosen, clusters),
+        "rewards/rejected": intervals.ratio(rejected, clusters),
+        "loss": intervals.ratio(losses, clusters),
+        "chosen_fell": intervals.ratio(fell, clusters, proportion=True),
     }
     columns = {
         "ref_chosen_logp": pairs.ref_chosen.numpy(),
@@ -97,91 +116,97 @@ def rewards(pairs: Pairs, units, beta: float, loss_of) -> tuple[dict, dict]:
         "rejected_reward": rejected,
         "loss": losses,
     }
-    return found, columns
+    return estimates, columns
 
 
-def by_pair(loss_of) -> bool:
+def is_by_pair(loss_of) -> bool:
     """Whether a pair's loss here is the one that training would take; else it lacks what steps and
     tokens add.
     """
-    return not loss_of.couples and not loss_of.across.use_weighting and loss_of.across.ld_alpha == 1
+    return not loss_of.couples and not loss_of.shared.use_weighting and loss_of.shared.ld_alpha == 1
 
 
-def likelihoods(pairs: Pairs, units) -> dict:
-    """Measures of one model alone: log-probabilities a response and a token, and how often chosen
+def likelihoods(pairs: Pairs, clusters) -> dict:
+    """Estimates of one model alone: log-probabilities a response and a token, and how often chosen
     is the likelier.
     """
     chosen, rejected = pairs.chosen.numpy(), pairs.rejected.numpy()
     chosen_len, rejected_len = pairs.chosen_len.numpy(), pairs.rejected_len.numpy()
-    wins = lambda difference: metrics.wins(torch.from_numpy(difference)).double().numpy()
-    per_token = chosen / chosen_len - rejected / rejected_len
+    correct = wins(pairs.chosen - pairs.rejected)
+    correct_per_token = wins(torch.from_numpy(chosen / chosen_len - rejected / rejected_len))
     return {
-        "logps/chosen": intervals.ratio(chosen, units),
-        "logps/rejected": intervals.ratio(rejected, units),
-        "logps/margins": intervals.ratio(chosen - rejected, units),
-        "logps/accuracies": intervals.ratio(wins(chosen - rejected), units, share=True),
-        "logps/chosen_per_token": intervals.ratio(chosen, units, chosen_len),
-        "logps/rejected_per_token": intervals.ratio(rejected, units, rejected_len),
-        "logps/accuracies_per_token": intervals.ratio(wins(per_token), units, share=True),
+        "logps/chosen": intervals.ratio(chosen, clusters),
+        "logps/rejected": intervals.ratio(rejected, clusters),
+        "logps/margins": intervals.ratio(chosen - rejected, clusters),
+        "logps/accuracies": intervals.ratio(correct, clusters, proportion=True),
+        "logps/chosen_per_token": intervals.ratio(chosen, clusters, chosen_len),
+        "logps/rejected_per_token": intervals.ratio(rejected, clusters, rejected_len),
+        "logps/accuracies_per_token": intervals.ratio(correct_per_token, clusters, proportion=True),
     }
 
 
-def calibration(margins: torch.Tensor, units) -> dict:
+def calibration(margins: torch.Tensor, clusters) -> dict:
     """How often the preferred answer is the better one, against how sure the model is: reliability
-    table and ECE.
+    table and expected calibration error (ECE).
 
     Chosen always stands first, so what is calibrated is the confidence max(p, 1 - p) in the answer
     that the model prefers. A finite sample shows an error even of a calibrated model:
     `ece_if_calibrated` is where 95 % of samples of this size lie whose outcomes are drawn from the
     model's own confidences (Broecker and Smith 2007).
     """
-    probability = torch.sigmoid(margins)
+    probability = torch.sigmoid(margins)  # (N,) that chosen beats rejected
     confidence = torch.maximum(probability, 1 - probability)
     correct = metrics.wins(margins).double()
     edges = torch.tensor(CONFIDENCE_EDGES, dtype=torch.float64)
-    table, _ = statistics.calibration(confidence, correct, edges)
-    rows = [
-        {
-            "from": low,
-            "to": high,
-            "n": int(n),
-            "confidence": sure if n else None,
-            "accuracy": right if n else None,
-            "interval": list(metrics.wilson(right, n)) if n else None,
-        }
-        for low, high, (n, sure, right) in zip(
-            CONFIDENCE_EDGES, CONFIDENCE_EDGES[1:], table.tolist(), strict=False
-        )
-    ]
-    error = lambda weights: (statistics.calibration(confidence, correct, edges, weights)[1],)
-    found = intervals.resampled(error, units, measures={"ece": (0, 1)}, what=(len(margins),))
-    draws = torch.from_numpy(np.random.default_rng(0).random((SIMULATIONS, len(margins))))  # (S, N)
+    table, _ = measures.calibration(confidence, correct, edges)  # (bins, 3)
+
+    def error(weights):
+        return (measures.calibration(confidence, correct, edges, weights)[1],)
+
+    estimates = intervals.resampled(error, clusters, bounds={"ece": (0, 1)}, sizes=(len(margins),))
+    # a calibrated model is right as often as it is sure: simulated (SIMULATIONS, N)
+    uniform = torch.from_numpy(np.random.default_rng(0).random((SIMULATIONS, len(margins))))
     simulated = [
-        statistics.calibration(confidence, (draw < confidence).double(), edges)[1] for draw in draws
+        measures.calibration(confidence, (row < confidence).double(), edges)[1] for row in uniform
     ]
-    chance = torch.quantile(
-        torch.stack(simulated), torch.tensor([0.025, 0.975], dtype=torch.float64)
-    ).tolist()
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return {
-        "confidence": intervals.ratio(confidence.numpy(), units),
-        **found,
-        "ece_if_calibrated": chance,
-        "table": rows,
+        "confidence": intervals.ratio(confidence.numpy(), clusters),
+        **estimates,
+        "ece_if_calibrated": torch.quantile(torch.stack(simulated), ends).tolist(),
+        "table": [
+            _reliability(edges_of_bin, *values)
+            for edges_of_bin, values in zip(
+                itertools.pairwise(CONFIDENCE_EDGES), table.tolist(), strict=True
+            )
+        ],
     }
 
 
-def by_length(margins: torch.Tensor, pairs: Pairs, units) -> list[dict]:
+def _reliability(edges: tuple[float, float], count: float, confidence: float, accuracy: float):
+    """A bin of the reliability table; means are None where no pair is in it."""
+    empty = not count
+    return {
+        "from": edges[0],
+        "to": edges[1],
+        "n": int(count),
+        "confidence": None if empty else confidence,
+        "accuracy": None if empty else accuracy,
+        "interval": None if empty else list(metrics.wilson(accuracy, count)),
+    }
+
+
+def by_length(margins: torch.Tensor, pairs: Pairs, clusters) -> list[dict]:
     """Accuracy where chosen is shorter, as long, and longer, by the relative difference in tokens."""
-    difference = relative_length(pairs)
-    group = np.clip(np.digitize(difference, LENGTH_EDGES[1:-1]), 0, len(LENGTH_EDGES) - 2)
-    correct = metrics.wins(margins).double().numpy()
+    bins = np.digitize(relative_length(pairs), LENGTH_EDGES[1:-1])
+    correct = wins(margins)
     return [
         {
             "from": low,
             "to": high,
-            **intervals.ratio(correct[group == i], units[group == i], share=True),
+            **intervals.ratio(correct[bins == i], clusters[bins == i], proportion=True),
         }
-        for i, (low, high) in enumerate(zip(LENGTH_EDGES, LENGTH_EDGES[1:], strict=False))
+        for i, (low, high) in enumerate(itertools.pairwise(LENGTH_EDGES))
     ]
 
 
@@ -194,23 +219,17 @@ def relative_length(pairs: Pairs) -> np.ndarray:
 def length_correlation(margins: torch.Tensor, pairs: Pairs) -> dict:
     """Spearman's rank correlation of the margin with chosen's excess length: far from 0, length
     explains the margin.
+
+    Its interval is Bonett and Wright's (2000): normal on Fisher's z = atanh(rho), with variance
+    (1 + rho^2 / 2) / (N - 3).
     """
     length, margin = relative_length(pairs), margins.numpy()
-    if len(margin) < 4 or np.ptp(length) == 0 or np.ptp(margin) == 0:
-        return {
-            "value": None,
-            "interval": None,
-            "n": len(margin),
-            "method": "none: too few pairs, or all alike",
-        }
+    size = len(margin)
+    if size < 4 or np.ptp(length) == 0 or np.ptp(margin) == 0:
+        return intervals.as_estimate(None, (size,), "none: too few pairs, or all alike")
     rho = float(scipy.stats.spearmanr(length, margin).statistic)
-    half = 1.959964 * np.sqrt(
-        (1 + rho * rho / 2) / (len(margin) - 3)
-    )  # Bonett and Wright 2000, on Fisher's z
+    half = NORMAL_975 * np.sqrt((1 + rho * rho / 2) / (size - 3))
+    # rank orders that agree wholly have z infinite
     z = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
-    return {
-        "value": rho,
-        "interval": [float(np.tanh(z - half)), float(np.tanh(z + half))],
-        "n": len(margin),
-        "method": "Bonett-Wright, by pair",
-    }
+    ends = [float(np.tanh(z - half)), float(np.tanh(z + half))]
+    return intervals.as_estimate(rho, (size,), "Bonett-Wright, by pair", ends)

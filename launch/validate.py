@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # Flags are read before torch and transformers are imported, which takes seconds.
-from train import config  # noqa: E402
-from train.settings import Data, check_bounds, sources  # noqa: E402
+from train import config
+from train.settings import Data, check_bounds, sources
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
@@ -60,12 +60,12 @@ def main():
     settings = config.parse(Settings)
     from train import quiet
 
-    quiet.now()  # before the libraries that it quiets
+    quiet.silence_libraries()  # before the libraries that it quiets
     from train.models import builtin
     from train.run import session
 
     report = {"verdict": "refused", "reason": None, "flags": config.as_dict(settings)}
-    with session.at_the_door():
+    with session.refusals():
         try:
             examine(settings, report)
             report["verdict"] = "usable"

@@ -143,9 +143,8 @@ def test_flags_override_the_file_and_the_second_file_the_first(tmp_path):
     settings = config.parse(Settings, argv)
     assert (settings.beta, settings.batch_size, settings.data) == (0.5, 8, ["a", "b"])
     assert settings.loss_args == {"tau": 1, "kind": "x"}
-    assert (
-        config.parse(Settings, ["--config", str(first)]).beta == 1e-6
-    )  # a float, although YAML 1.1 reads a string
+    # a float, although YAML 1.1 reads a string
+    assert config.parse(Settings, ["--config", str(first)]).beta == 1e-6
 
 
 def test_a_printed_config_is_a_config_again(capsys, tmp_path):
@@ -173,10 +172,8 @@ def test_a_required_field_may_stand_in_the_file(capsys, tmp_path):
     assert config.parse(Needs, ["--checkpoint", "c", "--config", str(recipe)]) == Needs("c", 2)
     with pytest.raises(SystemExit) as stop:
         config.parse(Needs, [])
-    assert (
-        stop.value.code == 2
-        and capsys.readouterr().err == "error: missing: --checkpoint; see --help\n"
-    )
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: missing: --checkpoint; see --help\n"
 
 
 def test_help_shows_the_docstrings_without_importing_torch():
@@ -210,9 +207,8 @@ def test_only_rank_0_speaks_and_every_rank_exits(capsys, monkeypatch, variable):
     with pytest.raises(SystemExit) as stop:
         config.fail("nothing left", config.Exit.DATA)
     assert stop.value.code == 4 and capsys.readouterr() == ("", "")
-    monkeypatch.setenv(
-        "RANK", "0"
-    )  # a launcher's RANK counts before the srun that started the launcher
+    # a launcher's RANK counts before the srun that started the launcher
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit):
         config.fail("nothing left", config.Exit.DATA)
     assert capsys.readouterr() == ("", "error: nothing left\n")

@@ -15,6 +15,22 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCAB = 1024
+# What every tiny model has, in the names of most configurations and in GPT-2's.
+SPECIAL_TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=96,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+)
+GPT2_SIZES = dict(
+    vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2
+)
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+# A configuration's class, and what a family has besides: kinds of attention, and of heads.
 FAMILIES = {
     "llama": (transformers.LlamaConfig, dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "qwen2": (transformers.Qwen2Config, dict(num_key_value_heads=2, tie_word_embeddings=False)),
@@ -31,7 +47,7 @@ FAMILIES = {
             head_dim=16,
             sliding_window=8,
             num_hidden_layers=3,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=GEMMA3_LAYERS,
         ),
     ),
     "gpt2": (transformers.GPT2Config, dict()),
@@ -70,35 +86,12 @@ def make_model(family="llama", dtype=torch.float32, seed=0, **overrides):
     weights, so that logits spread.
     """
     config_class, extra = FAMILIES[family]
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.2,
-    )
-    if family == "gpt2":
-        sizes = dict(
-            vocab_size=VOCAB,
-            n_embd=64,
-            n_layer=2,
-            n_head=4,
-            n_positions=512,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-            initializer_range=0.2,
-        )
+    sizes = GPT2_SIZES if family == "gpt2" else SIZES
+    config = config_class(**{**sizes, **SPECIAL_TOKENS, **extra, **overrides})
     torch.manual_seed(seed)
-    config = config_class(**{**sizes, **extra, **overrides})
-    return (
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).eval()
-    )  # one draw for all dtypes
+    # one draw for all dtypes
+    lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return lm.to(dtype).eval()
 
 
 def save_model(folder, family="llama", seed=0, **overrides):

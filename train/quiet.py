@@ -7,8 +7,8 @@ import warnings
 LIBRARIES = ("DeepSpeed", "deepspeed", "torch.distributed", "datasets", "transformers")
 
 
-def now():
-    """Call before deepspeed is imported."""
+def silence_libraries():
+    """Keep the libraries quiet; called before deepspeed is imported."""
     env = os.environ
     env.setdefault("TOKENIZERS_PARALLELISM", "true")
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -22,6 +22,10 @@ def now():
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|transformers")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # here and not at the top: these read the variables above, and take seconds
+    import torch
     import transformers
 
+    if not torch.cuda.is_available():  # else DeepSpeed looks for an accelerator, and says so
+        env.setdefault("DS_ACCELERATOR", "cpu")
     transformers.utils.logging.disable_progress_bar()

@@ -1,17 +1,65 @@
-"""Flags that several scripts share, with their help and their bounds; a script's Settings inherit
-them and add its own.
+"""Flags that several scripts share, each with its help and what a run may do with it; a script's
+Settings inherit them and add its own.
+
+    class Settings(settings.Preference):
+        reference_ds_config: str | None = settings.flag(None, may_change=True)
+        "DeepSpeed JSON for the reference."     # the help
 
 In --help and --print_config those of `Data` come first, a script's own last.
 
 Imports the standard library only: scripts read their flags before torch.
 """
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def flag(
+    default,
+    *,
+    may_change: bool = False,
+    card: tuple[int, str] | None = None,
+    inherited: bool = False,
+):
+    """A dataclass field with `default`, for a flag of which more is to be known than that.
+
+    may_change: a run may be resumed with another value, for the flag says where the run writes,
+    what it shows or how it fits the machine, and not what it computes. card: the place and the
+    title of its row in the model card's table; others stay out of the card. inherited: an
+    evaluation takes its value from the run.json of the model's training.
+    """
+    metadata = {"may_change": may_change, "card": card, "inherited": inherited}
+    if isinstance(default, dict | list):  # a fresh one for each instance
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def names_that_may_change(settings) -> set[str]:
+    """The flags of a Settings class, or of an instance, that may differ where a run is resumed."""
+    return {f.name for f in dataclasses.fields(settings) if f.metadata.get("may_change")}
+
+
+def card_titles(settings) -> dict[str, str]:
+    """The titles of the flags that go into the model card, by name and in the card's order."""
+    shown = [f for f in dataclasses.fields(settings) if f.metadata.get("card")]
+    shown.sort(key=lambda f: f.metadata["card"])
+    return {f.name: f.metadata["card"][1] for f in shown}
+
+
+def inherited_defaults(settings) -> dict[str, Any]:
+    """The flags of training that an evaluation inherits, with what holds where there is no
+    run.json.
+    """
+    fields = [f for f in dataclasses.fields(settings) if f.metadata.get("inherited")]
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in fields
+    }
 
 
 @dataclasses.dataclass
@@ -36,29 +84,29 @@ class Data:
     """
     data_split_seed: int = 0
     """Seed of that split, which is by prompt."""
-    max_length: int = 1024
+    max_length: int = flag(1024, card=(11, "most tokens of prompt and response"), inherited=True)
     """Most tokens of a prompt and a response together; responses are cut at their end."""
-    max_prompt_length: int | None = 256
+    max_prompt_length: int | None = flag(256, card=(12, "most tokens of a prompt"), inherited=True)
     """Most tokens of a prompt; longer ones keep their end. None: bounded by --max_length alone. The
     default gives way to a --max_length that leaves no room beside it: half of that.
     """
-    truncate_prompt: Literal["keep_end", "keep_system_and_end"] = "keep_end"
+    truncate_prompt: Literal["keep_end", "keep_system_and_end"] = flag("keep_end", inherited=True)
     """What a prompt that is too long keeps: its end, or bos and the system turn, where they fit,
     and its end.
     """
     chat_template: str | None = None
     """A file with a chat template (Jinja) to use in place of the tokenizer's own."""
-    allow_control_tokens: bool = False
+    allow_control_tokens: bool = flag(False, inherited=True)
     """Accept rows whose text spells out control tokens such as <|im_end|>, instead of dropping
     them.
     """
-    allow_template_changes: bool = False
+    allow_template_changes: bool = flag(False, inherited=True)
     """Keep answers that the chat template cuts or changes (thoughts that it leaves out, say) as it
     renders them, instead of dropping them.
     """
     max_dropped: float = 0.05
     """Largest share of unusable rows before a run refuses the data."""
-    max_implausible: float = 0.5
+    max_implausible: float = flag(0.5, inherited=True)
     """Largest share of rows that can hardly be meant (the prompt at the head of its answers, a
     conversation as JSON in an answer) before a run refuses the data; 1 takes all.
     """
@@ -67,23 +115,24 @@ class Data:
 
     def __post_init__(self):
         check_bounds(self, {}, shares=("eval_split", "max_dropped", "max_implausible"))
-        if self.max_prompt_length == Data.max_prompt_length and 1 < self.max_length <= 256:
+        default = Data.max_prompt_length
+        if self.max_prompt_length == default and 1 < self.max_length <= default:
             self.max_prompt_length = self.max_length // 2
 
 
 @dataclasses.dataclass
 class Training(Data):
-    """Besides, how a run trains, saves and goes on."""
+    """How a run trains, saves and goes on, besides."""
 
-    batch_size: int = 16
+    batch_size: int = flag(16, card=(9, "pairs a step"))
     """Pairs a step, over all ranks."""
-    micro_tokens: int | None = None
-    """Tokens a packed row may hold. None: from the free memory."""
+    micro_tokens: int | None = flag(None, may_change=True)
+    """Tokens a packed batch may hold. None: from the free memory."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
     """Most optimiser steps. None: no bound, but 6 steps for the built-in data on a CPU."""
-    lr: float = 5e-6
+    lr: float = flag(5e-6, card=(4, "learning rate (AdamW)"))
     """Peak learning rate."""
     lr_scheduler: Literal[
         "linear",
@@ -93,55 +142,55 @@ class Training(Data):
         "constant",
         "constant_with_warmup",
         "inverse_sqrt",
-    ] = "linear"
+    ] = flag("linear", card=(5, "schedule"))
     """Schedule after warm-up, as transformers names it."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = flag(0.0, card=(6, "warm-up, share of the steps"))
     """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: float = flag(0.0, card=(7, "weight decay"))
     """AdamW's decoupled decay of matrices; norms and biases never decay."""
-    grad_clip: float = 1.0
+    grad_clip: float = flag(1.0, card=(8, "largest gradient norm"))
     """Largest 2-norm of a step's gradient; 0 does not clip."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = flag("auto", inherited=True)
     """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. Master weights and sums are fp32 in any
     case.
     """
-    ds_config: str = str(ROOT / "ds_configs" / "zero0.json")
+    ds_config: str = flag(str(ROOT / "ds_configs" / "zero0.json"), may_change=True)
     """DeepSpeed JSON: the ZeRO stage, offload, buckets."""
-    layout: Literal["packed", "padded"] = "packed"
+    layout: Literal["packed", "padded"] = flag("packed", inherited=True)
     """packed: shared prompts without padding. padded: a padded sequence a response, for models that
     packing refuses.
     """
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = flag(False, may_change=True)
     """Recompute activations in the backward pass: less memory, about a third more work."""
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the weights in OUTPUT/model: fp32, bf16, or auto, the type that they were trained in.
     """
     eval_every: int = 0
     """Steps between evaluations; 0: at the start and at the end only."""
-    save_every: int = 0
+    save_every: int = flag(0, may_change=True)
     """Steps between checkpoints; 0: by --save_minutes alone."""
-    save_minutes: float = 30.0
+    save_minutes: float = flag(30.0, may_change=True)
     """Minutes between checkpoints; 0: by --save_every alone. Being told to stop saves in any case.
     """
-    keep: int = 2
+    keep: int = flag(2, may_change=True)
     """Checkpoints to keep, the newest ones."""
-    resume: str = "auto"
+    resume: str = flag("auto", may_change=True)
     """auto: continue from the newest sound checkpoint in --output. never: start over (a job that
     SLURM has requeued goes on). Else the path of a checkpoint to begin from where --output has none
     of its own, or of one of its own to go back to.
     """
-    max_skipped: int = 5
+    max_skipped: int = flag(5, may_change=True)
     """Steps in a row that may be skipped because their gradient is not finite; one more ends the
     run.
     """
-    log_every: int = 1
+    log_every: int = flag(1, may_change=True)
     """Steps between readings of the training measures."""
     allow_pickle: bool = False
     """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's
     weights_only holds.
     """
-    seed: int = 0
-    """Seed of the data's order."""
+    seed: int = flag(0, card=(10, "seed of the data's order"))
+    """Seed of the data's order, and of LoRA's adapters."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -162,28 +211,58 @@ class Training(Data):
         check_bounds(self, at_least, shares=("warmup_ratio",), positive=("epochs",))
 
 
-def check_bounds(settings, at_least: dict, shares=(), positive=()):
-    """ValueError for the first flag out of its bounds: its least value, 0 to 1, above 0. None is
-    within all.
+@dataclasses.dataclass
+class Preference(Training):
+    """What preference training minimises, besides."""
+
+    # Here and not in the script, because a dataclass lists what it inherits first, and --help shows
+    # where a run writes before what it minimises.
+    output: str = flag("runs/dpo", may_change=True)
+    """Folder for the model, TensorBoard, logs and run.json."""
+    loss: str = flag("sigmoid", card=(1, "loss"), inherited=True)
+    """The loss, a row of train/losses/composition.py's LOSSES, or a weighted sum:
+    sigmoid:0.8,sft:0.2.
     """
-    given = lambda names: [
-        (name, value) for name in names if (value := getattr(settings, name)) is not None
-    ]
-    for name, value in given(at_least):
-        if not value >= at_least[name]:  # nor NaN
+    beta: float = flag(0.1, card=(2, "beta"), inherited=True)
+    """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
+    loss_args: dict = flag({}, card=(3, "parameters of the loss"), inherited=True)
+    """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha:
+    0.5}'.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_bounds(self, {}, positive=("beta",))
+
+
+def check_bounds(settings, at_least: dict, shares=(), positive=()):
+    """ValueError for the first flag out of its bounds; None is within all.
+
+    at_least: the least value by name; shares: names of flags from 0 to 1; positive: of flags that
+    are finite and above 0.
+    """
+
+    def set_values(names):
+        values = [(name, getattr(settings, name)) for name in names]
+        return [(name, value) for name, value in values if value is not None]
+
+    # each condition is put so that NaN fails it
+    for name, value in set_values(at_least):
+        if not value >= at_least[name]:
             raise ValueError(f"--{name} is at least {at_least[name]}, not {value}")
-    for name, value in given(shares):
+    for name, value in set_values(shares):
         if not 0 <= value <= 1:
             raise ValueError(f"--{name} is a share from 0 to 1, not {value}")
-    for name, value in given(positive):
+    for name, value in set_values(positive):
         if not 0 < value < math.inf:
             raise ValueError(f"--{name} is a finite number above 0, not {value}")
 
 
 def sources(settings: Data) -> tuple[list[str], list[str] | None]:
-    """The data to train on and to evaluate on, None: none, or a part of the first."""
-    folder = ROOT / "train/data/builtin"
+    """The data to train on and to evaluate on; None for the second: none, or a part of the first."""
     if settings.data:
+        # the built-in held-out pairs say nothing about other data
         return settings.data, settings.eval_data
-    held_out = None if settings.eval_split else [str(folder / "held_out.jsonl")]
-    return [str(folder / "train.jsonl")], settings.eval_data or held_out
+    builtin = ROOT / "train/data/builtin"
+    held_out = None if settings.eval_split else [str(builtin / "held_out.jsonl")]
+    return [str(builtin / "train.jsonl")], settings.eval_data or held_out

@@ -8,15 +8,15 @@ same pairs.
 (TRL comes with the extra: pip install -e '.[peers]'.) A step is policy forward, reference forward,
 backward, clipping and AdamW update. Contenders, with the name's number the pairs of a micro-batch:
 
-    ours      the loop of launch/train_dpo.py at ZeRO stage 0: packed rows, shared prompts, chunked
-    head, the measures
-              and TensorBoard of every step, clipping and the non-finite check
-    padded/m  the same loop over plain rows: one padded sequence a response, full logits,
-    micro-batches of m pairs trl/m     TRL's DPOTrainer, gradient accumulation up to the step's
-    pairs. Its defaults, but no activation
-              checkpointing (faster without; the others do without; --trl-checkpointing puts its
-              default back), no reports, no checkpoints. It gets our token ids, so that all see the
-              same pairs.
+    ours      the loop of launch/train_dpo.py at ZeRO stage 0: packed batches, shared prompts,
+              chunked head, the measures and TensorBoard of every step, clipping and the non-finite
+              check
+    padded/m  the same loop over plain batches: one padded sequence a response, full logits,
+              micro-batches of m pairs
+    trl/m     TRL's DPOTrainer, gradient accumulation up to the step's pairs. Its defaults, but no
+              activation checkpointing (faster without; the others do without; --trl-checkpointing
+              puts its default back), no reports, no checkpoints. It gets our token ids, so that all
+              see the same pairs.
 
 All train fp32 weights at one constant learning rate, beta and clipping; bf16 is autocast over them.
 Contenders take turns, a fresh process each per round: loading, tokenisation and making the
@@ -52,41 +52,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from train import quiet
-from train.data import (
-    steps,
-    tokens,  # noqa: E402
-)
-from train.data.packing import pack  # noqa: E402
-from train.engine import (
-    checks,
-    dist,
-    ds_config,
-    loading,
-    memory,
-    prefetch,
-    trained,  # noqa: E402
-)
-from train.losses import composition  # noqa: E402
+from train.data import steps, tokens
+from train.data.packing import pack
+from train.engine import checks, dist, ds_config, loading, memory, prefetch, trained
+from train.losses import composition
 from train.methods import preference, preference_report
-from train.methods.reference import Live  # noqa: E402
-from train.models import (
-    builtin,  # noqa: E402
-    pretrained,
-)
-from train.models.flops import Counter  # noqa: E402
-from train.run import folder, meter
+from train.methods.reference import Live
+from train.models import builtin, pretrained
+from train.models.flops import FlopCounter
+from train.run import folder, loop, meter, session
 
 # The reference workload's, but beta: at its 1.0 the second loss of these few pairs is 0 for all,
 # and shows nothing.
 LR, BETA, CLIP, MAX_LENGTH, MAX_PROMPT = 5e-6, 0.1, 1.0, 1024, 256
 AGREE = 2e-3  # nats: how far losses of two contenders may lie apart in fp32
-SHAPES = (
-    (1024,) * 3,
-    (2048,) * 3,
-    (4096,) * 3,
-    (2048, 576, 1536),
-    (1536, 576, 49152),
-)  # matrix products (m, k, n)
+# matrix products (m, k, n)
+SHAPES = ((1024,) * 3, (2048,) * 3, (4096,) * 3, (2048, 576, 1536), (1536, 576, 49152))
 
 
 # In a process of its own: one contender's turn.
@@ -143,19 +124,18 @@ def machine(job, _) -> dict:
 
 
 def in_house(job, micro) -> dict:
-    """The loop of launch/train_dpo.py: packed rows, or with `micro` padded ones of that many pairs."""
-    quiet.now()
+    """The loop of launch/train_dpo.py: packed batches, or with `micro` padded ones of that many
+    pairs.
+    """
+    quiet.silence_libraries()
     device = dist.init()
     _, data = open_pairs(job)
-    policy, reference, loss_of, budget, training = _open_models(
-        job, data, device, "padded" if micro else "packed"
-    )
-    plans = _steps(job, micro, data, budget)
-    seconds, losses, rows = _train(
-        plans, data, device, policy, reference, loss_of, budget, training
-    )
-    useful, own = _operations(policy.module, data, rows, bool(micro))
-    training.board.close()
+    run = session.Run(folder.RunFolder(job["folder"], {}), device)
+    objective, report = _open_models(job, data, run, "padded" if micro else "packed")
+    planned = _planned_steps(job, micro, data, run.plan.batch_tokens)
+    seconds, losses, batches = _train(planned, data, run, objective, report)
+    useful, own = _operations(objective.policy.module, data, batches, bool(micro))
+    report.close()
     dist.shutdown()
     return {
         "seconds": seconds,
@@ -163,19 +143,18 @@ def in_house(job, micro) -> dict:
         "peak_gb": meter.peak_memory(device),
         "useful_flops": useful,
         "own_flops": own,
-        "rows": [row.input_ids.shape[0] for row in rows],
-        "budget": budget,
+        "rows": [batch.input_ids.shape[0] for batch in batches],
+        "budget": run.plan.batch_tokens,
     }
 
 
-def _open_models(job, data, device, layout):
-    """Policy, reference, loss, token budget and reporter as launch/train_dpo.py makes them, after
-    its start check.
-    """
-    precision, steps = job["precision"], 1 + job["steps"]
+def _open_models(job, data, run, layout):
+    """The objective and the reporter as launch/train_dpo.py makes them, after its start check."""
+    precision, steps_of_run = job["precision"], 1 + job["steps"]
     ds = ds_config.resolve(ds_config.read_config(ROOT / "ds_configs/zero0.json"), precision, CLIP)
     module, frozen = (
-        loading.load_backbone(job["model"], ds, precision, 0, device, layout) for _ in range(2)
+        loading.load_backbone(job["model"], ds, precision, 0, run.device, layout=layout)
+        for _ in range(2)
     )
     policy = trained.TrainedModel(
         module,
@@ -185,52 +164,62 @@ def _open_models(job, data, device, layout):
         grad_clip=CLIP,
         scheduler="constant",
         warmup_ratio=0.0,
-        total_steps=steps,
+        total_steps=steps_of_run,
     )
     reference = Live(frozen, ds_config.resolve_frozen({}, ds))
-    budget = job["micro_tokens"] or memory.default_batch_tokens(
-        module, device, 0, False, MAX_LENGTH
+    batch_tokens = job["micro_tokens"] or memory.default_batch_tokens(
+        module, run.device, 0, False, MAX_LENGTH
     )
+    run.plan = session.Plan(precision, batch_tokens, steps_of_run, same_weights=True)
     if layout == "packed":
-        checks.start(policy, reference, data, device, precision, True)
-    plan = SimpleNamespace(
-        precision=precision, steps=steps, same_weights=True, begun=0, beta=BETA, log_every=1
-    )
-    training = preference_report.Training(folder.Run(job["folder"], {}), plan, policy, device, plan)
-    return policy, reference, composition.choose("sigmoid", BETA, {}), budget, training
+        checks.check_start(policy, reference, data, run.device, precision, same_weights=True)
+    loss = composition.choose("sigmoid", BETA, {})
+    objective = preference.Objective(run, loss, policy, reference, data, max_length=MAX_LENGTH)
+    flags = SimpleNamespace(beta=BETA, log_every=1, reference="live")
+    report = preference_report.Report(run, flags, objective, None)
+    report.start()
+    return objective, report
 
 
-def _steps(job, micro, data, budget):
+def _planned_steps(job, micro, data, batch_tokens):
     if not micro:
         return steps.plan_steps(
-            data.lengths.sum(1), job["pairs"], budget, seed=0, total=1 + job["steps"]
+            data.lengths.sum(1), job["pairs"], batch_tokens, seed=0, total=1 + job["steps"]
         )
     groups = tuple(range(job["pairs"]))
-    rows = tuple(groups[i : i + micro] for i in groups[::micro])
-    return [steps.PlannedStep(number, number, groups, rows) for number in range(1 + job["steps"])]
+    batches = tuple(groups[i : i + micro] for i in groups[::micro])
+    return [
+        steps.PlannedStep(number, number, groups, batches) for number in range(1 + job["steps"])
+    ]
 
 
-def _train(plans, data, device, policy, reference, loss_of, budget, training):
-    """Seconds and mean loss of each step, and the last step's rows."""
-    seconds, means, last = [], [], _now(device)
-    for step, rows in prefetch.ahead(plans, data, device):
+def _train(planned, data, run, objective, report):
+    """Seconds and mean loss of each step, and the last step's batches."""
+    policy, seconds, means, last = objective.policy, [], [], _now(run.device)
+    ahead = prefetch.packed(((plan, plan.batches) for plan in planned), data, run.device)
+    for plan, batches in ahead:
+        step = loop.Step(run, plan, batches)
         mean = 0.0
-        for row in rows:
-            with memory.room_for_batch(row, budget):
-                pairs, losses, total = preference.of_row(policy, reference, row, loss_of)
-                policy.backward(total * dist.world_size() / len(step.groups))
-            training.add(row, pairs, losses)
-            mean = mean + losses.detach().sum() / len(step.groups)
-        training.stepped(step, policy.step())
-        seconds.append(_now(device) - last)
+        objective.begin(step)
+        for batch in step.batches():
+            ref_logps = objective.ref_logps(batch)
+            scored = objective.score(policy(batch), ref_logps, batch)
+            losses = objective.losses(scored)
+            policy.backward(losses.sum() / step.num_groups)
+            report.add(batch, scored.examples, losses)
+            mean = mean + losses.detach().sum() / step.num_groups
+        update = policy.step()
+        objective.end(step, update)
+        report.step(step, update)
+        seconds.append(_now(run.device) - last)
         means.append(float(mean))
-        last = _now(device)
-    return seconds, means, rows
+        last = _now(run.device)
+    return seconds, means, batches
 
 
 def _operations(module, data, rows, padded):
     """FLOPs of a step: useful (prompts once, no padding), and own (as this layout computes them)."""
-    counter = Counter(module)
+    counter = FlopCounter(module)
     if padded:
         sizes = [
             [prompt + n for prompt, *responses in row.shape for n in responses] for row in rows

@@ -22,15 +22,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train.data import tokens  # noqa: E402
-from train.data.packing import pack  # noqa: E402
-from train.data.steps import plan_pass  # noqa: E402
+from train.data import tokens
+from train.data.packing import pack
+from train.data.steps import plan_pass
 from train.engine import memory
-from train.losses.logprobs import score  # noqa: E402
+from train.losses.logprobs import sum_per_response
 from train.models import (
     backbone,
-    builtin,  # noqa: E402
-    pretrained,  # noqa: E402
+    builtin,
+    pretrained,
 )
 
 PACKED = "packed"
@@ -90,7 +90,9 @@ def once(module, data, plan, padded):
         began = time.perf_counter()
         for groups in plan:
             row = pack([data.group(i) for i in groups])
-            found |= dict(zip(groups, score(module(row), row.lengths).view(-1, 2), strict=True))
+            found |= dict(
+                zip(groups, sum_per_response(module(row), row.lengths).view(-1, 2), strict=True)
+            )
         took = time.perf_counter() - began
     return took, torch.stack([found[i] for i in range(len(data))])
 

@@ -18,19 +18,19 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-import torch  # noqa: E402
+import torch
 
-from train.losses.composition import choose  # noqa: E402
+from train.losses.composition import choose
 from train.losses.logprobs import (
     damped,
-    score,
-    weights,  # noqa: E402
+    sum_per_response,
+    wpo_weights,
 )
 from train.losses.preference import (
     Labelled,
     Pairs,
     kto,
-    orpo,  # noqa: E402
+    orpo,
 )
 
 BETA = 0.3
@@ -165,7 +165,10 @@ def made(case: Case) -> Made:
         else torch.full((18,), 6)
     )
     total = int(lengths.sum())
-    values = lambda scale: -scale * torch.rand(total, dtype=torch.float64, generator=random)
+
+    def values(scale):
+        return -scale * torch.rand(total, dtype=torch.float64, generator=random)
+
     made = [values(3.0), values(3.0), values(2.0)]
     return Made(*(x.to(case.dtype) for x in made), lengths)
 
@@ -232,7 +235,10 @@ def of_trl(case: Case, tokens: Made) -> torch.Tensor:
     sides = torch.cat(
         [torch.arange(0, 2 * PAIRS, 2), torch.arange(1, 2 * PAIRS, 2)]
     )  # chosen first, then rejected
-    place = lambda values: padded(values, tokens.lengths)[sides]
+
+    def place(values):
+        return padded(values, tokens.lengths)[sides]
+
     mask = padded(torch.ones_like(tokens.logps, dtype=torch.long), tokens.lengths)[sides]
     mask = torch.cat(
         [torch.zeros(2 * PAIRS, 1, dtype=torch.long), mask], 1
@@ -258,11 +264,11 @@ def of_ours(case: Case, tokens: Made) -> torch.Tensor:
     loss = choose(case.loss, BETA, case.ours)
     logps, ref_logps, lengths = tokens.logps, tokens.ref_logps, tokens.lengths
     of_pair = None
-    if loss.across.use_weighting:
-        each = weights(logps, tokens.log_p2, lengths)
+    if loss.shared.use_weighting:
+        each = wpo_weights(logps, tokens.log_p2, lengths)
         of_pair = each[0::2] * each[1::2]
-    values = (damped(x, lengths, loss.across.ld_alpha) for x in (logps, ref_logps))
-    return loss(Pairs.of(*(score(x, lengths) for x in values), lengths), of_pair).mean()
+    values = (damped(x, lengths, loss.shared.ld_alpha) for x in (logps, ref_logps))
+    return loss(Pairs.of(*(sum_per_response(x, lengths) for x in values), lengths), of_pair).mean()
 
 
 def of_trl_kto(tokens: Made, mismatched: Made) -> torch.Tensor:
@@ -300,16 +306,26 @@ def kto_row():
     # likelier than under the reference, so that the estimate of the KL divergence is above its
     # bound of 0
     other = other._replace(logps=other.logps * 0.5)
-    theirs = lambda logps: of_trl_kto(tokens._replace(logps=logps), other)
-    ratio = score(other.logps, other.lengths) - score(other.ref_logps, other.lengths)
-    assert ratio.mean() > 0
-    examples = lambda logps: Labelled(
-        score(logps, tokens.lengths),
-        score(tokens.ref_logps, tokens.lengths),
-        tokens.lengths,
-        torch.arange(2 * PAIRS) % 2 == 0,
+
+    def theirs(logps):
+        return of_trl_kto(tokens._replace(logps=logps), other)
+
+    ratio = sum_per_response(other.logps, other.lengths) - sum_per_response(
+        other.ref_logps, other.lengths
     )
-    ours = lambda logps: kto(examples(logps), BETA, float(ratio.mean()), **case.ours).mean()
+    assert ratio.mean() > 0
+
+    def examples(logps):
+        return Labelled(
+            sum_per_response(logps, tokens.lengths),
+            sum_per_response(tokens.ref_logps, tokens.lengths),
+            tokens.lengths,
+            torch.arange(2 * PAIRS) % 2 == 0,
+        )
+
+    def ours(logps):
+        return kto(examples(logps), BETA, float(ratio.mean()), **case.ours).mean()
+
     return case, tokens, ours, theirs
 
 
@@ -320,7 +336,8 @@ def reference_free_rows():
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
-    pairs = lambda logps, tokens: Pairs.of(*(score(logps, tokens.lengths),) * 2, tokens.lengths)
+    def pairs(logps, tokens):
+        return Pairs.of(*(sum_per_response(logps, tokens.lengths),) * 2, tokens.lengths)
 
     def cpo_trainer(loss_type, logps, tokens):
         p = pairs(logps, tokens)
@@ -344,11 +361,15 @@ def reference_free_rows():
         (odds_case, odds),
     ):
         tokens = made(case)
-        ours = lambda logps, c=case, t=tokens: choose(c.loss, BETA, c.ours)(pairs(logps, t)).mean()
+
+        def ours(logps, c=case, t=tokens):
+            return choose(c.loss, BETA, c.ours)(pairs(logps, t)).mean()
+
         if case.loss == "orpo":
-            ours = lambda logps, t=tokens: (
-                orpo(pairs(logps, t), BETA) - pairs(logps, t).nll()
-            ).mean()
+
+            def ours(logps, t=tokens):
+                return (orpo(pairs(logps, t), BETA) - pairs(logps, t).nll()).mean()
+
         yield case, tokens, ours, lambda logps, t=tokens, f=theirs: f(logps, t)
 
 
@@ -388,7 +409,9 @@ class Found(NamedTuple):
 
 
 def compare(case, tokens, ours, theirs) -> Found:
-    near = lambda a, b: float((a - b).abs().max() / b.abs().max())
+    def near(a, b):
+        return float((a - b).abs().max() / b.abs().max())
+
     leaf = tokens.logps.clone().requires_grad_()
     value, their_value = ours(leaf), theirs(leaf)
     (gradient,) = torch.autograd.grad(value, leaf)

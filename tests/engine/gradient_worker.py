@@ -1,7 +1,7 @@
 """Run by torchrun in test_invariance.py: one step's gradient under every ZeRO stage and token
 budget, written as one file.
 
-torchrun --nproc_per_node N tests/engine/gradient_worker.py MODEL_DIR OUT [STAGE ...]
+    torchrun --nproc_per_node N tests/engine/gradient_worker.py MODEL_DIR OUT [STAGE ...]
 """
 
 import json
@@ -11,26 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
+import torch
 
-from tests.engine.made_pairs import (
-    BETA,
-    BUDGETS,
-    CLIP,
-    made_pairs,  # noqa: E402
-)
+from tests.engine.made_pairs import BETA, BUDGETS, CLIP, made_pairs
 from train import quiet
-from train.data import steps  # noqa: E402
-from train.engine import (
-    dist,
-    ds_config,
-    loading,
-    prefetch,
-    trained,  # noqa: E402
-)
-from train.losses import composition  # noqa: E402
+from train.data import steps
+from train.engine import dist, ds_config, loading, prefetch, trained
+from train.losses import composition
 from train.methods import preference
-from train.methods.reference import Live  # noqa: E402
+from train.methods.reference import Live
 
 
 def one_step(model, data, device, stage, budget):
@@ -38,9 +27,8 @@ def one_step(model, data, device, stage, budget):
     times it.
     """
     config = ds_config.read_config(ROOT / f"ds_configs/zero{stage}.json")
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = (
-        0  # else a model this small stays whole
-    )
+    # else a model this small stays whole
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     resolved = ds_config.resolve(config, "fp32", CLIP)
     policy = trained.TrainedModel(
         loading.load_backbone(model, resolved, "fp32", stage, device),
@@ -56,7 +44,7 @@ def one_step(model, data, device, stage, budget):
         ds_config.read_config(ROOT / "ds_configs/frozen_zero3.json") if stage == 3 else {}, resolved
     )
     reference = Live(loading.load_backbone(f"{model}-ref", frozen, "fp32", stage, device), frozen)
-    loss_of = composition.choose("sigmoid", BETA, {})
+    loss = composition.choose("sigmoid", BETA, {})
     planned = steps.plan_steps(
         data.lengths.sum(1),
         len(data),
@@ -66,10 +54,11 @@ def one_step(model, data, device, stage, budget):
         rank=dist.rank(),
         world=dist.world_size(),
     )
-    for step, rows in prefetch.ahead(planned, data, device):
-        for row in rows:
-            *_, total = preference.of_row(policy, reference, row, loss_of)
-            policy.backward(total * dist.world_size() / len(step.groups))
+    for plan, batches in prefetch.packed(((p, p.batches) for p in planned), data, device):
+        for batch in batches:
+            ref_logps = reference(batch)
+            scored = preference.score_batch(policy(batch), ref_logps, batch, loss)
+            policy.backward(loss(scored.examples).sum() / len(plan.groups))
     update = policy.step()
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -86,7 +75,7 @@ def one_step(model, data, device, stage, budget):
 
 def main():
     model, out, *stages = sys.argv[1:]
-    quiet.now()
+    quiet.silence_libraries()
     device = dist.init()
     data = made_pairs()
     results, norms = {}, {}

@@ -28,5 +28,8 @@ class MadePairs:
 def made_pairs(count=11, seed=0):
     """`count` pairs; prompts of 1 to 30 tokens, responses of 1 to 40."""
     random = np.random.default_rng(seed)
-    ids = lambda most: tuple(int(i) for i in random.integers(3, 1000, random.integers(1, most + 1)))
+
+    def ids(most):
+        return tuple(int(i) for i in random.integers(3, 1000, random.integers(1, most + 1)))
+
     return MadePairs([Group(ids(30), (ids(40), ids(40)), row=i) for i in range(count)])

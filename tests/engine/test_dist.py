@@ -34,13 +34,13 @@ def environ(monkeypatch):
 
 
 def test_alone(environ):
-    dist._environment()
+    dist._set_environment()
     assert (dist.rank(), dist.world_size(), dist.local_rank(), dist.is_main()) == (0, 1, 0, True)
 
 
 def test_launcher_s_variables_stand(environ):
     environ(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
-    dist._environment()
+    dist._set_environment()
     assert (dist.rank(), dist.world_size(), dist.local_rank(), dist.is_main()) == (3, 4, 1, False)
 
 
@@ -52,7 +52,7 @@ def test_srun_with_a_task_a_gpu(environ, monkeypatch):
         SLURM_STEP_NODELIST="gpu[03-04,7]",
         SLURM_JOB_ID="123456",
     )
-    dist._environment()
+    dist._set_environment()
     assert (dist.rank(), dist.world_size(), dist.local_rank()) == (9, 16, 1)
     import os
 
@@ -61,7 +61,7 @@ def test_srun_with_a_task_a_gpu(environ, monkeypatch):
 
 def test_a_batch_job_s_single_task_is_alone(environ):
     environ(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1", SLURM_JOB_ID="7")
-    dist._environment()
+    dist._set_environment()
     assert dist.world_size() == 1
 
 

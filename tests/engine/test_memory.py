@@ -1,4 +1,4 @@
-"""The default size of a row, and what is said when a row was too large."""
+"""The default size of a batch, and what is said when a batch was too large."""
 
 import pytest
 import tiny
@@ -9,39 +9,40 @@ from train.engine import checks, memory
 from train.models.backbone import Backbone
 
 
-def test_default_rows_shrink_with_memory_and_stay_large_enough(monkeypatch):
-    backbone, cpu = Backbone(tiny.make_model()), torch.device("cpu")
-    rows = lambda free, **options: _rows(monkeypatch, backbone, cpu, free, **options)
-    assert rows(64 << 30) == memory.CPU_TOKENS
+def test_default_batches_shrink_with_memory_and_stay_large_enough(monkeypatch):
+    backbone = Backbone(tiny.make_model())
+    cpu = torch.device("cpu")
+
+    def batch_tokens(free, max_length=1024, checkpointing=False):
+        monkeypatch.setattr(memory, "free", lambda device: free)
+        return memory.default_batch_tokens(backbone, cpu, 0, checkpointing, max_length)
+
+    assert batch_tokens(64 << 30) == memory.CPU_TOKENS
     # 2 layers of (8 x 64 + 4 x 96) floats a token: 7,168 bytes; half of the free memory less two
     # chunks of logits, where gradients and moments have taken their 12 bytes a parameter
-    enough = 2 * (2 * memory.LOGITS_BYTES + 7168 * 300) + 12 * sum(
-        p.numel() for p in backbone.parameters()
-    )
-    assert rows(enough, max_length=100) == 300
-    assert rows(0, max_length=100) == 100
-    assert rows(enough, max_length=100, checkpointing=True) > 300
+    num_parameters = sum(p.numel() for p in backbone.parameters())
+    enough = 2 * (2 * memory.LOGITS_BYTES + 7168 * 300) + 12 * num_parameters
+    assert batch_tokens(enough, max_length=100) == 300
+    assert batch_tokens(0, max_length=100) == 100
+    assert batch_tokens(enough, max_length=100, checkpointing=True) > 300
 
 
-def _rows(monkeypatch, backbone, device, free, max_length=1024, checkpointing=False):
-    monkeypatch.setattr(memory, "free", lambda device: free)
-    return memory.default_batch_tokens(backbone, device, 0, checkpointing, max_length)
+def room_for_batch(batch, batch_tokens):
+    return memory.room_for(*memory.describe_batch(batch, batch_tokens))
 
 
-def test_out_of_memory_names_the_row_and_a_smaller_budget(capsys):
-    row = pack([Group(tuple(range(500)), ((1,) * 500, (2,) * 500))])
-    with pytest.raises(SystemExit) as ended, memory.room_for_batch(row, 2048):
+def test_out_of_memory_names_the_batch_and_a_smaller_budget(capsys):
+    batch = pack([Group(tuple(range(500)), ((1,) * 500, (2,) * 500))])
+    with pytest.raises(SystemExit) as ended, room_for_batch(batch, 2048):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert ended.value.code == 1
     said = capsys.readouterr().err
-    assert (
-        "a row of 1,500 tokens (--micro_tokens is 2,048): try --micro_tokens 768" in said
-        and "Traceback" not in said
-    )
+    assert "a batch of 1,500 tokens (--micro_tokens is 2,048): try --micro_tokens 768" in said
+    assert "Traceback" not in said
 
 
 def test_the_check_at_the_start_has_advice_too(capsys):
-    def full(row):
+    def full(batch):
         raise RuntimeError(
             "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"
         )
@@ -49,13 +50,11 @@ def test_the_check_at_the_start_has_advice_too(capsys):
     data = [Group((1, 2), ((3, 4), (5,)))]
     data = type("Data", (list,), {"group": list.__getitem__})(data)
     with pytest.raises(SystemExit):
-        checks.start(full, None, data, torch.device("cpu"), "fp32", True)
-    assert (
-        "out of memory in the check at the start (two groups of the data): lower"
-        in capsys.readouterr().err
-    )
+        checks.check_start(full, None, data, torch.device("cpu"), "fp32", True)
+    said = capsys.readouterr().err
+    assert "out of memory in the check at the start (two groups of the data): lower" in said
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="shape"), memory.room_for_batch(pack([]), 2048):
+    with pytest.raises(RuntimeError, match="shape"), room_for_batch(pack([]), 2048):
         raise RuntimeError("shape mismatch")

@@ -11,18 +11,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import tiny  # noqa: E402
-import torch  # noqa: E402
+import tiny
+import torch
 
 from eval import generations
-from train.engine import dist  # noqa: E402
-from train.methods import rewards  # noqa: E402
-from train.methods.reference import Live  # noqa: E402
-from train.models.backbone import Backbone  # noqa: E402
+from eval.models import Models
+from train.engine import dist
+from train.methods.reference import Live
+from train.methods.rewards import Prompt
+from train.models.backbone import Backbone
 
 
 def models():
-    """A tiny model, and the same with other last digits of its weights: near enough for a small KL."""
+    """(model, reference): a tiny one and the same with other last digits of its weights, near enough
+    for a small KL.
+    """
     model, reference = (tiny.make_model(initializer_range=0.05) for _ in range(2))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -31,22 +34,38 @@ def models():
     return tuple(Live(Backbone(lm), {}) for lm in (model, reference))
 
 
+def compared(model, reference, reward_model=None, batch_tokens=128):
+    """The carrier that generations.compare takes."""
+    return Models(
+        model=model,
+        reference=reference,
+        reward_model=reward_model,
+        sharded=False,
+        batch_tokens=batch_tokens,
+        facts={},
+    )
+
+
 def prompts(count=9):
+    """Prompts of random tokens, of four lengths."""
     random = torch.Generator().manual_seed(0)
-    ids = lambda n: tuple(torch.randint(3, 1000, (n,), generator=random).tolist())
-    say = lambda i: [{"role": "user", "content": f"question {i}"}]
-    return [rewards.Prompt(10 * i, ids(3 + 5 * (i % 4)), say(i)) for i in range(count)]
+    found = []
+    for i in range(count):
+        ids = torch.randint(3, 1000, (3 + 5 * (i % 4),), generator=random)
+        messages = [{"role": "user", "content": f"question {i}"}]
+        found.append(Prompt(10 * i, tuple(ids.tolist()), messages))
+    return found
 
 
 def main():
     torch.set_num_threads(1)
-    device = dist.init()
+    dist.init()
     tokenizer = tiny.save_tokenizer(f"{sys.argv[1]}.tokenizer-{dist.rank()}")
-    found = generations.compare(
-        *models(), prompts(), tokenizer, device, budget=128, max_new_tokens=12, batch_size=4
-    )
+    decoding = generations.Decoding(max_new_tokens=12, batch_size=4)
+    generated = generations.compare(compared(*models()), prompts(), tokenizer, decoding)
     if dist.is_main():
-        Path(sys.argv[1]).write_text(json.dumps([found.report, found.rows]), encoding="utf-8")
+        content = json.dumps([generated.report, generated.rows])
+        Path(sys.argv[1]).write_text(content, encoding="utf-8")
     dist.barrier()
     dist.shutdown()
 

@@ -1,5 +1,6 @@
 """TensorBoard in a real browser, headless: the pages load and name our tags."""
 
+import functools
 import json
 import shutil
 import socket
@@ -11,10 +12,13 @@ import urllib.request
 import numpy as np
 import pytest
 
-from eval import baselines, distribution, figures, generations, preferences, report, tensorboard
+from eval import baselines, board, distribution, figures, generations, preferences, report
 from eval.scores import Scores
+from eval.verdict import verdict
 from tests.launch.commands import free_port
 from train.losses import composition
+from train.models.generate import Completion
+from train.run.tensorboard import Board
 
 DRIVER = shutil.which("chromedriver")  # it speaks WebDriver: plain HTTP
 # A page of TensorBoard, and what stands on it of ours.
@@ -41,35 +45,39 @@ return text(document.body);
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
     """The folder of a training run, and of an evaluation in it, of made-up numbers."""
-    folder, rng, n = tmp_path_factory.mktemp("logs"), np.random.default_rng(0), 40
-    training = tensorboard.Board(folder / "tensorboard", total=0, quiet=True)
+    folder = tmp_path_factory.mktemp("logs")
+    rng, n = np.random.default_rng(0), 40  # pairs, and texts
+    training = Board(folder / "tensorboard", total=0, quiet=True)
     for step in range(6):
-        training.scalars(
-            {"rewards/margins": 0.1 * step, "rewards/accuracies": 0.5 + 0.05 * step}, step, "train/"
-        )
+        values = {"rewards/margins": 0.1 * step, "rewards/accuracies": 0.5 + 0.05 * step}
+        training.scalars(values, step, "train/")
     training.close()
 
     def scores(k, mean):
         lengths = rng.integers(20, 60, (n, k))
         tokens = -rng.exponential(mean, (2, lengths.sum())).astype(np.float32)
-        sums = np.stack(
-            [
-                np.add.reduceat(t.astype(float), np.cumsum(lengths) - lengths.reshape(-1))
-                for t in tokens
-            ]
+        starts = np.cumsum(lengths) - lengths.reshape(-1)
+        sums = np.add.reduceat(tokens.astype(float), starts, axis=1)
+        return Scores(
+            rows=np.arange(n),
+            prompts=np.arange(n),
+            lengths=lengths,
+            sums=sums.reshape(2, n, k),
+            tokens=tokens,
         )
-        return Scores(np.arange(n), np.arange(n), lengths, sums.reshape(2, n, k), tokens)
 
     pairs, texts = scores(2, 3), scores(1, 4)
     preferred, columns = preferences.measure(pairs, 0.1, composition.choose("sigmoid", 0.1, {}))
-    said = [[f"warm kitchen {i}" for i in range(n)], [f"office form {i}" for i in range(n)]]
-    trivial, _ = baselines.measure(*said, columns["prompt"], columns["correct"])
+    chosen = [f"warm kitchen {i}" for i in range(n)]
+    rejected = [f"office form {i}" for i in range(n)]
+    trivial, _ = baselines.measure(chosen, rejected, columns["prompt"], columns["correct"])
     apart, _ = distribution.measure(pairs, texts, ["model", "reference"])
     row = {"row": 0, "prompt": "How are you?"}
     for key in ("greedy/reference", "greedy/model", "sampled/reference", "sampled/model"):
         row |= {f"{key}/text": "Fine, and you?", f"{key}/ended": 1.0}
     summary = generations.summary(
-        {"length": [3.0] * n, "ended": [1.0] * n, "repetition": [0.0] * n}, [(1, 2, 3)] * n
+        {"length": [3.0] * n, "ended": [1.0] * n, "repetition": [0.0] * n},
+        [Completion((1, 2, 3), ended=False)] * n,
     )
     modes = {mode: {"model": summary, "reference": summary} for mode in generations.MODES}
     written = modes | {
@@ -99,36 +107,26 @@ def logs(tmp_path_factory):
         "distribution": apart,
         "generations": written,
         "run": {"precision": "fp32"},
-        "verdict": report.verdict(preferred, trivial, apart, written, False),
+        "verdict": verdict(preferred, trivial, apart, written, unchanged=False),
     }
     drawn = figures.draw(folder / "figures", content, columns)
     pages = {
         "report": report.markdown(content, []),
-        "generations/greedy": "\n".join(report.samples([row], "greedy", 1)),
+        "generations/greedy": "\n".join(report.samples([row], "greedy")),
     }
-    values = tensorboard.histograms(columns, pairs, texts, ["model", "reference"])
-    tensorboard.write(folder / "eval/tensorboard", content, pages, values, drawn, 6)
+    values = board.histograms(columns, pairs, texts, ["model", "reference"])
+    board.write(folder / "eval/tensorboard", content, board.Shown(pages, values, drawn), step=6)
     return folder
 
 
 @pytest.fixture(scope="module")
 def address(logs):
     """Where TensorBoard answers with both runs loaded."""
-    root = f"http://127.0.0.1:{(port := free_port())}"
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        logs,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-    ]
-    server = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    port = free_port()
+    root = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until(lambda: len(json.load(urllib.request.urlopen(f"{root}/data/runs", timeout=10))) == 2)
         yield root
@@ -186,5 +184,10 @@ def test_pages_load_with_our_tags(address, ask):
     for page, expected in PAGES.items():
         ask("/url", url="about:blank")  # else only the fragment would change
         ask("/url", url=f"{address}/#{page}")
-        shown = lambda: ask("/execute/sync", script=TEXT, args=[])
-        until(lambda: all(text in shown() for text in expected))  # noqa: B023
+        until(functools.partial(_shows, ask, expected))
+
+
+def _shows(ask, expected):
+    """Whether all these texts stand on the page by now."""
+    shown = ask("/execute/sync", script=TEXT, args=[])
+    return all(text in shown for text in expected)

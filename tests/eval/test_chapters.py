@@ -1,6 +1,8 @@
 """Preferences, distribution, baselines and verdict on cases small enough to work out by hand."""
 
+import importlib.metadata
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,27 +10,27 @@ import scipy.stats
 import sklearn.metrics
 import torch
 
-from eval import baselines, distribution, generations, preferences, report, tensorboard
+from eval import baselines, board, distribution, generations, measures, output, preferences
 from eval.scores import Scores, score_all
+from eval.verdict import verdict
+from tests.launch.commands import ROOT
 from train.losses import composition
 
 LOSS = composition.choose("sigmoid", 0.5, {})
 
 
 def scores(model, lengths, reference=None, prompts=None, tokens=None):
-    sums = np.array([model] + ([reference] if reference is not None else []), dtype=float)
-    n, size = sums.shape[1], int(np.sum(lengths))
-    tokens = (
-        np.zeros((len(sums), size), np.float32)
-        if tokens is None
-        else np.array(tokens, dtype=np.float32)
-    )
+    """Scores of the groups' log-probabilities, (N, k), under the model and perhaps the reference."""
+    sums = np.array([model] if reference is None else [model, reference], dtype=float)
+    if tokens is None:
+        tokens = np.zeros((len(sums), np.sum(lengths)))
+    rows = np.arange(sums.shape[1])
     return Scores(
-        np.arange(n),
-        np.arange(n) if prompts is None else np.array(prompts),
-        np.array(lengths),
-        sums,
-        tokens,
+        rows=rows,
+        prompts=rows if prompts is None else np.array(prompts),
+        lengths=np.array(lengths),
+        sums=sums,
+        tokens=np.array(tokens, dtype=np.float32),
     )
 
 
@@ -43,20 +45,14 @@ FOUR = scores(
 def test_rewards_by_hand():
     section, columns = preferences.measure(FOUR, 0.5, LOSS)
     # rewards 0.5 x (2, 0, -1, 0) and 0.5 x (0, 0, 1, -1); margins 1, 0, -1, 0.5
-    value = {name: found["value"] for name, found in section["model"].items()}
-    assert columns["margin"].tolist() == [1, 0, -1, 0.5] and columns["correct"].tolist() == [
-        1,
-        0.5,
-        0,
-        1,
-    ]
+    value = {name: estimate["value"] for name, estimate in section["model"].items()}
+    assert columns["margin"].tolist() == [1, 0, -1, 0.5]
+    assert columns["correct"].tolist() == [1, 0.5, 0, 1]
     assert value["rewards/accuracies"] == 2.5 / 4 and value["rewards/margins"] == 0.125
     assert value["rewards/chosen"] == 0.125 and value["rewards/rejected"] == 0.0
     assert value["chosen_fell"] == 0.25
-    softplus = lambda x: math.log1p(math.exp(-x))
-    assert value["loss"] == pytest.approx(
-        np.mean([softplus(1), softplus(0), softplus(-1), softplus(0.5)]), rel=1e-12
-    )
+    losses = [math.log1p(math.exp(-margin)) for margin in (1, 0, -1, 0.5)]
+    assert value["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
     assert value["logps/chosen"] == -8.5 and value["logps/chosen_per_token"] == -34 / 19
     assert value["logps/rejected_per_token"] == -32 / 18
     assert value["logps/accuracies"] == (1 + 0.5 + 0 + 0.5) / 4
@@ -67,10 +63,14 @@ def test_rewards_by_hand():
 
 
 def test_a_loss_that_looks_at_a_whole_step_is_told_from_others():
-    told = lambda name, **args: preferences.by_pair(composition.choose(name, 0.1, args))
-    assert told("sigmoid") and told("ipo") and told("sigmoid:0.5,sft:1.0")
-    assert not told("kto") and not told("aot") and not told("sigmoid:0.5,bco_pair:0.5")
-    assert not told("sigmoid", use_weighting=True) and not told("sigmoid", ld_alpha=0.5)
+    def is_by_pair(name, **args):
+        return preferences.is_by_pair(composition.choose(name, 0.1, args))
+
+    assert is_by_pair("sigmoid") and is_by_pair("ipo") and is_by_pair("sigmoid:0.5,sft:1.0")
+    assert not is_by_pair("kto") and not is_by_pair("aot")
+    assert not is_by_pair("sigmoid:0.5,bco_pair:0.5")
+    assert not is_by_pair("sigmoid", use_weighting=True)
+    assert not is_by_pair("sigmoid", ld_alpha=0.5)
 
 
 def test_displacement_counts_the_pairs_whose_chosen_answer_lost():
@@ -82,13 +82,9 @@ def test_displacement_counts_the_pairs_whose_chosen_answer_lost():
 def test_by_length_and_its_correlation():
     section, _ = preferences.measure(FOUR, 0.5, LOSS)
     # (chosen - rejected) / longer: -.5, 0, .75, 0
-    assert [(row["from"], row["n"]) for row in section["by_length"]] == [
-        (-1, 0),
-        (-0.5, 1),
-        (-0.1, 2),
-        (0.1, 0),
-        (0.5, 1),
-    ]
+    counts = {row["from"]: row["n"] for row in section["by_length"]}
+    assert counts == {-1: 0, -0.5: 1, -0.1: 2, 0.1: 0, 0.5: 1}
+    assert [row["from"] for row in section["by_length"]] == sorted(counts)
     assert [row["value"] for row in section["by_length"]][1:3] == [1, 0.75]
     # ranks of length 1, 2.5, 4, 2.5 against ranks of margin 4, 2, 1, 3: Pearson's r of the ranks
     assert section["length_correlation"]["value"] == pytest.approx(
@@ -98,13 +94,13 @@ def test_by_length_and_its_correlation():
 
 def test_calibration_of_the_implied_probability():
     section, _ = preferences.measure(FOUR, 0.5, LOSS)
-    found = section["calibration"]
-    sure = [
-        1 / (1 + math.exp(-m)) for m in (1, 0, 1, 0.5)
-    ]  # .731 right, .5 a tie, .731 wrong, .622 right
-    assert found["confidence"]["value"] == pytest.approx(np.mean(sure))
-    assert [row["n"] for row in found["table"]] == [1, 0, 1, 0, 2, 0, 0, 0, 0, 0]
-    assert found["ece"]["value"] == pytest.approx((2 * (sure[0] - 0.5) + 0 + (1 - sure[3])) / 4)
+    calibration = section["calibration"]
+    # .731 right, .5 a tie, .731 wrong, .622 right
+    sure = [1 / (1 + math.exp(-m)) for m in (1, 0, 1, 0.5)]
+    assert calibration["confidence"]["value"] == pytest.approx(np.mean(sure))
+    assert [row["n"] for row in calibration["table"]] == [1, 0, 1, 0, 2, 0, 0, 0, 0, 0]
+    error = (2 * (sure[0] - 0.5) + 0 + (1 - sure[3])) / 4
+    assert calibration["ece"]["value"] == pytest.approx(error)
 
 
 def test_a_calibrated_model_lies_within_what_chance_shows():
@@ -112,8 +108,9 @@ def test_a_calibrated_model_lies_within_what_chance_shows():
     margins = rng.normal(0, 1.5, 400)
     right = rng.random(400) < 1 / (1 + np.exp(-np.abs(margins)))
     honest = torch.from_numpy(np.where(right, np.abs(margins), -np.abs(margins)))
-    low, high = preferences.calibration(honest, np.arange(400))["ece_if_calibrated"]
-    assert low <= preferences.calibration(honest, np.arange(400))["ece"]["value"] <= high
+    calibration = preferences.calibration(honest, np.arange(400))
+    low, high = calibration["ece_if_calibrated"]
+    assert low <= calibration["ece"]["value"] <= high
     boastful = preferences.calibration(4 * honest, np.arange(400))
     assert boastful["ece"]["value"] > boastful["ece_if_calibrated"][1]
 
@@ -121,14 +118,9 @@ def test_a_calibrated_model_lies_within_what_chance_shows():
 def test_without_a_reference_margins_are_differences_of_log_probabilities():
     alone = FOUR._replace(sums=FOUR.sums[:1], tokens=FOUR.tokens[:1])
     section, columns = preferences.measure(alone, 0.5, LOSS)
-    assert (
-        columns["margin"].tolist() == [2, 0, -4, 0]
-        and "nats" in section["margin"]
-        and section["beta"] is None
-    )
-    assert not any(
-        name.startswith("rewards/") or name in ("loss", "chosen_fell") for name in section["model"]
-    )
+    assert columns["margin"].tolist() == [2, 0, -4, 0]
+    assert "nats" in section["margin"] and section["beta"] is None
+    assert all(name.startswith("logps/") for name in section["model"])
     assert section["model"]["logps/margins"]["value"] == -0.5 and "calibration" not in section
 
 
@@ -151,20 +143,17 @@ def test_distribution_by_hand_and_by_scikit_learn():
     )
     section, columns = distribution.measure(pairs, texts, ["model", "reference"])
     for number, name in enumerate(("model", "reference")):
-        inside = tokens[number, chosen].astype(float)
-        found = section[name]
-        assert found["in"]["perplexity"]["value"] == pytest.approx(
-            math.exp(-inside.mean()), rel=1e-6
-        )
-        assert found["out"]["logp_per_token"]["value"] == pytest.approx(
-            out_tokens[number].mean(), rel=1e-6
-        )
-        auroc = sklearn.metrics.roc_auc_score(
-            [1] * 6 + [0] * 5, np.concatenate([inside, out_tokens[number]])
-        )
-        assert found["by_token"]["auroc"]["value"] == pytest.approx(auroc)
-        assert sum(found["by_token"]["histogram"]["in"]) == pytest.approx(6)
-        assert sum(found["by_text"]["histogram"]["out"]) == pytest.approx(2)
+        inside, outside = tokens[number, chosen].astype(float), out_tokens[number]
+        of_model = section[name]
+        perplexity = of_model["in"]["perplexity"]["value"]
+        assert perplexity == pytest.approx(math.exp(-inside.mean()), rel=1e-6)
+        mean = of_model["out"]["logp_per_token"]["value"]
+        assert mean == pytest.approx(outside.mean(), rel=1e-6)
+        labels, values = [1] * 6 + [0] * 5, np.concatenate([inside, outside])
+        auroc = sklearn.metrics.roc_auc_score(labels, values)
+        assert of_model["by_token"]["auroc"]["value"] == pytest.approx(auroc)
+        assert sum(of_model["by_token"]["histogram"]["in"]) == pytest.approx(6)
+        assert sum(of_model["by_text"]["histogram"]["out"]) == pytest.approx(2)
     edges = [section[name]["by_token"]["histogram"]["edges"] for name in ("model", "reference")]
     assert edges[0] == edges[1]  # shared bins
     change = section["change"]["out"]
@@ -190,27 +179,25 @@ def test_bins_follow_the_bulk_of_the_narrower_sample():
     rng = np.random.default_rng(0)
     quantiles = scipy.stats.norm.ppf((np.arange(64) + 0.5) / 64)
     narrow, wide = -2 + 0.3 * quantiles[None], rng.normal(-3, 1, (1, 500))
-    width = lambda *samples: float(np.diff(distribution.shared_edges(*samples)).mean())
+
+    def width(*samples):
+        return float(np.diff(distribution.shared_edges(*samples)).mean())
+
     assert width(narrow, wide) == pytest.approx(0.2)
-    assert width(narrow, np.append(wide, [[-12.0]], 1)) == pytest.approx(
-        0.2
-    )  # one value far out changes nothing
+    # one value far out changes nothing
+    assert width(narrow, np.append(wide, [[-12.0]], 1)) == pytest.approx(0.2)
     assert width(1e-4 * narrow) == pytest.approx(2e-5) and width(1e3 * narrow) == pytest.approx(200)
     assert len(distribution.shared_edges(narrow, np.array([[-1e4]]))) <= distribution.MOST_BINS + 2
     assert distribution.shared_edges(np.zeros((2, 9))).tolist() == [0, 1]  # all alike: one bin
     # a token that is certain: 0, or a rounding error below it, in the same last bin
-    assert np.array_equal(
-        *(distribution.shared_edges(np.array([[-3.0, -1.2, -0.6, top]])) for top in (0.0, -1e-7))
-    )
-    for samples in (
-        (narrow, wide),
-        (np.array([[3.0]]), np.array([[-0.0004]])),
-        (np.full((1, 5), -2.5),),
-    ):
+    certain, rounded = (np.array([[-3.0, -1.2, -0.6, top]]) for top in (0.0, -1e-7))
+    assert np.array_equal(distribution.shared_edges(certain), distribution.shared_edges(rounded))
+    apart = (np.array([[3.0]]), np.array([[-0.0004]]))
+    alike = (np.full((1, 5), -2.5),)
+    for samples in ((narrow, wide), apart, alike):
         edges = distribution.shared_edges(*samples)
-        assert (
-            edges[0] <= min(x.min() for x in samples) and max(x.max() for x in samples) <= edges[-1]
-        )
+        assert edges[0] <= min(x.min() for x in samples)
+        assert max(x.max() for x in samples) <= edges[-1]
         assert (np.diff(edges) > 0).all()
 
 
@@ -218,25 +205,20 @@ def test_what_chance_shows_of_alike_samples():
     rng = np.random.default_rng(0)
     a, b = (torch.from_numpy(rng.normal(0, 1, n)) for n in (60, 50))
     bins = torch.linspace(-4, 4, 9, dtype=torch.float64)
-    found = distribution.alike(a, b, bins)
-    draws = [
-        distribution.measures.overlap(
-            *(
-                distribution.measures.histogram(torch.from_numpy(rng.normal(0, 1, n)), bins)
-                for n in (60, 50)
-            )
-        )
-        for _ in range(300)
-    ]
-    inside = np.mean([found["overlap"][0] <= float(x) <= found["overlap"][1] for x in draws])
-    assert inside > 0.85
+    low, high = distribution.range_if_alike(a, b, bins)["overlap"]
+
+    def histogram(n):
+        return measures.histogram(torch.from_numpy(rng.normal(0, 1, n)), bins)
+
+    overlaps = [float(measures.overlap(histogram(60), histogram(50))) for _ in range(300)]
+    assert np.mean([low <= overlap <= high for overlap in overlaps]) > 0.85
 
 
 def test_bag_of_words_learns_a_rule_and_no_noise():
     rng = np.random.default_rng(0)
     warm, cold = "kitchen soup rain garden laugh".split(), "policy form report item office".split()
-    say = lambda words: " ".join(rng.choice(words, 6))
-    chosen, rejected = [say(warm) for _ in range(80)], [say(cold) for _ in range(80)]
+    chosen = [" ".join(rng.choice(warm, 6)) for _ in range(80)]
+    rejected = [" ".join(rng.choice(cold, 6)) for _ in range(80)]
     assert (baselines.bag_of_words(chosen, rejected, np.arange(80)) > 0).all()
     flip = rng.random(80) < 0.5
     mixed = [(b, a) if f else (a, b) for a, b, f in zip(chosen, rejected, flip, strict=True)]
@@ -254,34 +236,27 @@ def test_bag_of_words_never_sees_the_prompt_that_it_is_scored_on():
     chosen, rejected = ([pair[side] for pair in pairs for _ in range(4)] for side in (0, 1))
     by_prompt = baselines.bag_of_words(chosen, rejected, np.repeat(np.arange(60), 4))
     by_row = baselines.bag_of_words(chosen, rejected, np.arange(240))
-    assert (by_prompt == 0).all() and (
-        by_row > 0
-    ).all()  # no known word in the other folds, or every word known
+    assert (by_prompt == 0).all()  # no known word in the other folds
+    assert (by_row > 0).all()  # every word known
 
 
 def test_longer_wins_counts_ties_half_and_one_prompt_fits_nothing():
     section, columns = baselines.measure(
         ["aaa", "b", "cc"], ["a", "bb", "dd"], np.zeros(3, dtype=int), np.ones(3)
     )
-    assert (
-        section["longer_wins"]["value"] == 0.5
-        and section["bag_of_words"]["value"] is None
-        and columns == {}
-    )
+    assert section["longer_wins"]["value"] == 0.5 and section["bag_of_words"]["value"] is None
+    assert columns == {}
 
 
 def test_model_against_bag_of_words():
     texts = [(f"soup garden {i}", f"form office {i}") for i in range(10)]
-    section, _ = baselines.measure(
-        [a for a, _ in texts], [b for _, b in texts], np.arange(10), np.full(10, 0.5)
-    )
-    assert (
-        section["bag_of_words"]["value"] == 1
-        and section["model_minus_bag_of_words"]["value"] == -0.5
-    )
+    chosen, rejected = zip(*texts, strict=True)
+    section, _ = baselines.measure(chosen, rejected, np.arange(10), np.full(10, 0.5))
+    assert section["bag_of_words"]["value"] == 1
+    assert section["model_minus_bag_of_words"]["value"] == -0.5
 
 
-def measure(value, low, high):
+def estimate(value, low, high):
     return {"value": value, "interval": [low, high], "n": 9, "method": "m"}
 
 
@@ -293,14 +268,9 @@ FINE, CHANCE, SAME = (0.8, 0.7, 0.9), (0.5, 0.4, 0.6), (1.0, 0.99, 1.01)
     [
         (FINE, (1, 0.5, 1.5), SAME, None, "better"),
         (FINE, (1, 0.5, 1.5), (0.9, 0.85, 0.95), CHANCE, "better"),
-        (FINE, (1, 0.5, 1.5), (1.3, 1.2, 1.4), None, "different"),  # the gain has a price
-        (
-            FINE,
-            (1, 0.5, 1.5),
-            SAME,
-            (0.3, 0.2, 0.4),
-            "different",
-        ),  # and so here: the reward model likes it less
+        # the gain has a price: other text is less likely, the reward model likes the answers less
+        (FINE, (1, 0.5, 1.5), (1.3, 1.2, 1.4), None, "different"),
+        (FINE, (1, 0.5, 1.5), SAME, (0.3, 0.2, 0.4), "different"),
         (FINE, (1, -0.5, 1.5), SAME, FINE, "different"),  # the margin is not shown
         ((0.3, 0.2, 0.4), (-1, -1.5, -0.5), SAME, FINE, "worse"),
         (CHANCE, (0, -0.5, 0.5), (1.3, 1.2, 1.4), None, "worse"),
@@ -309,45 +279,38 @@ FINE, CHANCE, SAME = (0.8, 0.7, 0.9), (0.5, 0.4, 0.6), (1.0, 0.99, 1.01)
 )
 def test_verdict(accuracy, margin, ratio, won, word):
     model = {
-        "rewards/accuracies": measure(*accuracy),
-        "rewards/margins": measure(*margin),
-        "chosen_fell": measure(0.1, 0, 0.2),
+        "rewards/accuracies": estimate(*accuracy),
+        "rewards/margins": estimate(*margin),
+        "chosen_fell": estimate(0.1, 0, 0.2),
     }
     trivial = {
-        "bag_of_words": measure(1.0, 0.9, 1),
-        "longer_wins": measure(0.5, 0.4, 0.6),
-        "model_minus_bag_of_words": measure(-0.125, -0.25, 0),
+        "bag_of_words": estimate(1.0, 0.9, 1),
+        "longer_wins": estimate(0.5, 0.4, 0.6),
+        "model_minus_bag_of_words": estimate(-0.125, -0.25, 0),
     }
-    text = {"change": {"out": {"perplexity_ratio": measure(*ratio)}}}
+    text = {"change": {"out": {"perplexity_ratio": estimate(*ratio)}}}
     change = {
-        "length": measure(-7.5, -9, -6),
-        "ended": measure(0.25, 0, 0.5),
-        "repetition": measure(0.01, 0, 0.02),
+        "length": estimate(-7.5, -9, -6),
+        "ended": estimate(0.25, 0, 0.5),
+        "repetition": estimate(0.01, 0, 0.02),
     }
-    written = {"sampled": {"model": {"kl_k3": measure(1.5, 1, 2)}, "change": change}}
+    written = {"sampled": {"model": {"kl_k3": estimate(1.5, 1, 2)}, "change": change}}
     if won:
-        written["sampled"]["win_rate"] = measure(*won)
-    found = report.verdict({"model": model}, trivial, text, written, unchanged=False)
-    said = " ".join(found["reasons"])
-    assert found["word"] == word and "right on 100.0%" in said and "-12.5% [-25.0%, 0.0%]" in said
-    assert (
-        "by -7.5 [-9, -6] tokens" in said
-        and "1.5 [1, 2] nats" in said
-        and ("reward model" in said) == bool(won)
-    )
-    assert (
-        report.verdict({"model": model}, trivial, text, {}, unchanged=True)["word"] == "unchanged"
-    )
-    assert (
-        report.verdict({"model": model}, trivial, {}, {}, unchanged=False)["word"] == "not compared"
-    )
+        written["sampled"]["win_rate"] = estimate(*won)
+    preferred = {"model": model}
+    reached = verdict(preferred, trivial, text, written, unchanged=False)
+    reasons = " ".join(reached["reasons"])
+    assert reached["word"] == word
+    assert "right on 100.0%" in reasons and "-12.5% [-25.0%, 0.0%]" in reasons
+    assert "by -7.5 [-9, -6] tokens" in reasons and "1.5 [1, 2] nats" in reasons
+    assert ("reward model" in reasons) == bool(won)
+    assert verdict(preferred, trivial, text, {}, unchanged=True)["word"] == "unchanged"
+    assert verdict(preferred, trivial, {}, {}, unchanged=False)["word"] == "not compared"
 
 
-def test_clean_has_no_nan_and_plain_numbers():
-    assert report.clean({"a": [np.float64(1.5), math.nan, (np.int64(2),)], "b": math.inf}) == {
-        "a": [1.5, None, [2]],
-        "b": None,
-    }
+def test_content_has_no_nan_and_plain_numbers():
+    content = {"a": [np.float64(1.5), math.nan, (np.int64(2),)], "b": math.inf}
+    assert output.plain(content) == {"a": [1.5, None, [2]], "b": None}
 
 
 def test_curves_rank_the_values_wherever_they_lie():
@@ -359,35 +322,41 @@ def test_curves_rank_the_values_wherever_they_lie():
         "model/logp_per_token_in": np.array([-9.1, -9.2]),
         "model/logp_per_token_out": np.array([-9.3, -9.15]),
     }
-    found = tensorboard.curves({}, values)
-    labels, chances = found["in_or_out/model"]
+    curves = board.curves(values)
+    labels, chances = curves["in_or_out/model"]
     assert labels.tolist() == [1, 1, 0, 0] and chances.tolist() == [1, 0.5, 0.25, 0.75]
-    labels, chances = found["chosen_or_rejected"]
-    assert sklearn.metrics.roc_auc_score(labels, chances) == pytest.approx(
-        sklearn.metrics.roc_auc_score(
-            [1] * 3 + [0] * 3, [0.001, 0.002, -0.001, -0.001, -0.002, 0.001]
-        )
+    labels, chances = curves["chosen_or_rejected"]
+    auroc = sklearn.metrics.roc_auc_score(
+        [1] * 3 + [0] * 3, [0.001, 0.002, -0.001, -0.001, -0.002, 0.001]
     )
-    assert set(found) == {"in_or_out/model", "chosen_or_rejected"}
+    assert sklearn.metrics.roc_auc_score(labels, chances) == pytest.approx(auroc)
+    assert set(curves) == {"in_or_out/model", "chosen_or_rejected"}
 
 
 def test_out_of_memory_ends_with_advice(capsys):
-    """A model that runs out of memory in a row, as torch says it on CUDA and on a CPU."""
+    """A model that runs out of memory in a batch, as torch says it on CUDA and on a CPU."""
     data = generations.as_data([(1, 2)], [(3, 4)], [0])
 
-    def too_large(row):
+    def too_large_for_cuda(batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def too_large_here(row):
+    def too_large_for_cpu(batch):
         raise RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         )
 
-    for model in (too_large, too_large_here):
+    for model in (too_large_for_cuda, too_large_for_cpu):
         with pytest.raises(SystemExit) as ended:
             score_all(data, [model], 64, torch.device("cpu"), "rows")
         assert ended.value.code == 1
-        assert (
-            "out of memory in a row of 4 tokens (--micro_tokens is 64: lower it"
-            in capsys.readouterr().err
-        )
+        line = "out of memory in a batch of 4 tokens (--micro_tokens is 64: lower it"
+        assert line in capsys.readouterr().err
+
+
+def test_no_chapter_hides_a_library():
+    """Python puts the folder of the script that it runs first on its path: from there an eval/json.py
+    would be everybody's json.
+    """
+    installed = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
+    assert {"statistics", "tensorboard"} <= installed
+    assert not installed & {path.stem for path in (ROOT / "eval").glob("[!_]*.py")}

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.launch.commands import ROOT, free_port, launched, several
@@ -27,39 +28,15 @@ def place(tmp_path_factory, model_dir):
     one-token rows.
     """
     folder = tmp_path_factory.mktemp("evaluate")
-    rows = (
-        HELD_OUT[:24]
-        + [json.dumps({"prompt": "Say <|im_end|>", "chosen": "a", "rejected": "b"})]
-        + HELD_OUT[:6]
-    )
+    with_control_token = json.dumps({"prompt": "Say <|im_end|>", "chosen": "a", "rejected": "b"})
+    rows = [*HELD_OUT[:24], with_control_token, *HELD_OUT[:6]]
     write(folder / "pairs.jsonl", "\n".join(rows))
-    texts = [
-        "",
-        "a",
-        "The river Ouse rises in the hills.",
-        "  ",
-        "Tin melts at 232 degrees. " * 20,
-        "Ash is a hard wood.",
-    ]
+    texts = ["", "a", "The river Ouse rises in the hills.", "  "]
+    texts += ["Tin melts at 232 degrees. " * 20, "Ash is a hard wood."]
     write(folder / "texts.jsonl", "\n".join(json.dumps({"text": text}) for text in texts))
-    line = [
-        "--model",
-        model_dir,
-        "--output",
-        folder / "run",
-        "--max_steps",
-        2,
-        "--batch_size",
-        8,
-        "--lr",
-        "1e-2",
-        "--beta",
-        0.4,
-        "--max_length",
-        200,
-        "--max_prompt_length",
-        100,
-    ]
+    line = ["--model", model_dir, "--output", folder / "run", "--max_steps", 2]
+    line += ["--batch_size", 8, "--lr", "1e-2", "--beta", 0.4]
+    line += ["--max_length", 200, "--max_prompt_length", 100]
     ((code, _, err),) = several("launch/train_dpo.py", [line], folder / "cache")
     assert code == "0", err[-3000:]
     return folder
@@ -83,19 +60,29 @@ def load(folder):
 def differences(a, b, path=""):
     """(place, value, value) of every leaf in which two reports differ."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [found for key in a for found in differences(a[key], b[key], f"{path}/{key}")]
+        return [leaf for key in a for leaf in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [
-            found
+            leaf
             for i, both in enumerate(zip(a, b, strict=True))
-            for found in differences(*both, f"{path}[{i}]")
+            for leaf in differences(*both, f"{path}[{i}]")
         ]
     return [] if a == b else [(path, a, b)]
 
 
+def on_two_ranks(launcher, line, cache):
+    """Run an evaluation under `launcher`, deepspeed or torchrun; it must succeed."""
+    launchers = {
+        "deepspeed": ["--master_port", free_port(), "--num_accelerators", 2],
+        "torchrun": ["--master_port", free_port(), "--nproc_per_node", 2],
+    }
+    done = launched([launcher, *launchers[launcher], SCRIPT, *line], cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def runs(place, model_dir):
-    """One evaluation by one rank and by two, in rows of other sizes, without a reference, of a
+    """One evaluation by one rank and by two, in batches of other sizes, without a reference, of a
     model against itself.
     """
     common = ["--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl", *SMALL]
@@ -109,26 +96,11 @@ def runs(place, model_dir):
         "itself": ["--model", model_dir, "--reference", model_dir, *common, *LENGTH, "--beta", 2],
         "bf16": [*pair, "--precision", "bf16", "--max_rows", 5],
     }
-    done = several(
-        SCRIPT, [[*line, "--output", place / name] for name, line in lines.items()], place / "cache"
-    )
+    commands = [[*line, "--output", place / name] for name, line in lines.items()]
+    done = several(SCRIPT, commands, place / "cache")
     for name, (code, _, err) in zip(lines, done, strict=True):
         assert code == "0", (name, err[-3000:])
-    two = launched(
-        [
-            "deepspeed",
-            "--master_port",
-            free_port(),
-            "--num_accelerators",
-            2,
-            "eval/evaluate.py",
-            *lines["one"],
-            "--output",
-            place / "two",
-        ],
-        place / "cache",
-    )
-    assert two.returncode == 0, two.stderr[-3000:]
+    on_two_ranks("deepspeed", [*lines["one"], "--output", place / "two"], place / "cache")
     return place
 
 
@@ -143,32 +115,10 @@ def test_two_ranks_write_the_same_digits(runs):
 
 @pytest.mark.slow
 def test_torchrun_writes_the_same_digits(runs, model_dir):
-    line = [
-        "--model",
-        runs / "run/model",
-        "--reference",
-        model_dir,
-        "--data",
-        runs / "pairs.jsonl",
-        "--ood",
-        runs / "texts.jsonl",
-        *SMALL,
-        "--micro_tokens",
-        700,
-        "--output",
-        runs / "torchrun",
-    ]
-    command = [
-        "torchrun",
-        "--master_port",
-        free_port(),
-        "--nproc_per_node",
-        2,
-        "eval/evaluate.py",
-        *line,
-    ]
-    done = launched(command, runs / "cache")
-    assert done.returncode == 0, done.stderr[-3000:]
+    line = ["--model", runs / "run/model", "--reference", model_dir]
+    line += ["--data", runs / "pairs.jsonl", "--ood", runs / "texts.jsonl", *SMALL]
+    line += ["--micro_tokens", 700, "--output", runs / "torchrun"]
+    on_two_ranks("torchrun", line, runs / "cache")
     assert json.loads((runs / "torchrun/report.json").read_text())["run"]["hardware"]["world"] == 2
     assert differences(load(runs / "one"), load(runs / "torchrun")) == []
 
@@ -181,13 +131,11 @@ def test_other_token_budgets_change_no_more_than_rounding(runs):
         pyarrow.parquet.read_table(runs / name / "pairs.parquet")["row"].to_pylist()
         for name in ("512", "8192")
     ]
-    assert (
-        rows[0] == rows[1] == [*range(24), *range(25, 31)]
-    )  # every row once; 24 has a control token
+    # every row once; 24 has a control token
+    assert rows[0] == rows[1] == [*range(24), *range(25, 31)]
     padded = load(runs / "padded")
-    assert padded["preferences"]["model"]["loss"]["value"] == pytest.approx(
-        small["preferences"]["model"]["loss"]["value"], rel=1e-4
-    )
+    losses = [report["preferences"]["model"]["loss"]["value"] for report in (padded, small)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_per_row_values_are_those_of_one_sequence_alone(runs):
@@ -204,7 +152,9 @@ def test_per_row_values_are_those_of_one_sequence_alone(runs):
             logps = model(whole).logits.log_softmax(-1)[0, :-1]
         return float(logps.gather(1, whole[0, 1:, None])[max(len(prompt_ids) - 1, 0) :].sum())
 
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
     for row in rows[:3]:
         pair = json.loads(HELD_OUT[row["row"]])
         prompt = tokenizer.apply_chat_template(
@@ -219,28 +169,22 @@ def test_per_row_values_are_those_of_one_sequence_alone(runs):
             assert row[f"{side}_logp"] == pytest.approx(alone(prompt_ids, ids), rel=1e-5)
     text = pyarrow.parquet.read_table(runs / "one/texts.parquet").to_pylist()[0]
     ids = encode("The river Ouse rises in the hills.")
-    assert (
-        text["row"] == 2
-        and text["tokens"] == len(ids) - 1
-        and text["logp"] == pytest.approx(alone([], ids), rel=1e-5)
-    )
+    assert text["row"] == 2 and text["tokens"] == len(ids) - 1
+    assert text["logp"] == pytest.approx(alone([], ids), rel=1e-5)
 
 
 def test_report_adds_up_from_its_rows(runs):
-    report, rows = (
-        load(runs / "one"),
-        pyarrow.parquet.read_table(runs / "one/pairs.parquet").to_pandas(),
-    )
+    report = load(runs / "one")
+    rows = pyarrow.parquet.read_table(runs / "one/pairs.parquet").to_pandas()
     model = report["preferences"]["model"]
-    margin = 0.4 * (
-        (rows.chosen_logp - rows.ref_chosen_logp) - (rows.rejected_logp - rows.ref_rejected_logp)
-    )
+    chosen = rows.chosen_logp - rows.ref_chosen_logp
+    rejected = rows.rejected_logp - rows.ref_rejected_logp
+    margin = 0.4 * (chosen - rejected)
     assert model["rewards/margins"]["value"] == pytest.approx(margin.mean(), rel=1e-12)
     assert model["rewards/accuracies"]["value"] == (margin > 0).mean()
     assert model["loss"]["value"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-12)
-    assert (
-        model["rewards/margins"]["n"] == 30 and model["rewards/margins"]["prompts"] == 24
-    )  # six rows stand twice
+    # six rows stand twice
+    assert model["rewards/margins"]["n"] == 30 and model["rewards/margins"]["prompts"] == 24
     low, high = model["rewards/margins"]["interval"]
     assert low < model["rewards/margins"]["value"] < high
     texts = pyarrow.parquet.read_table(runs / "one/texts.parquet").to_pandas()
@@ -251,17 +195,8 @@ def test_report_adds_up_from_its_rows(runs):
 def test_settings_come_from_the_models_run_and_flags_override(runs):
     report = load(runs / "one")
     recipe = report["recipe"]
-    assert (
-        recipe["beta"],
-        recipe["max_length"],
-        recipe["max_prompt_length"],
-        recipe["layout"],
-    ) == (
-        0.4,
-        200,
-        100,
-        "packed",
-    )
+    assert recipe["beta"] == 0.4 and recipe["layout"] == "packed"
+    assert recipe["max_length"] == 200 and recipe["max_prompt_length"] == 100
     assert recipe["from"] == "run/run.json" and report["ood"]["truncated"] == 1
     assert report["trained"] == {
         "from": "llama",
@@ -281,26 +216,21 @@ def test_settings_come_from_the_models_run_and_flags_override(runs):
 
 def test_dropped_rows_are_listed(runs):
     dropped = [json.loads(line) for line in (runs / "one/dropped.jsonl").read_text().splitlines()]
-    assert [(row["split"], row["row"]) for row in dropped] == [
-        ("data", 24),
-        ("ood", 0),
-        ("ood", 3),
-        ("ood", 1),
-    ]
+    places = [(row["split"], row["row"]) for row in dropped]
+    assert places == [("data", 24), ("ood", 0), ("ood", 3), ("ood", 1)]
     assert "<|im_end|>" in dropped[0]["reason"] and "one token" in dropped[3]["reason"]
     assert load(runs / "one")["ood"]["dropped"] == 3
 
 
 def test_a_model_against_itself_is_unchanged_and_alone_has_no_rewards(runs):
     itself, alone = load(runs / "itself"), load(runs / "alone")
-    assert itself["verdict"]["word"] == "unchanged" and itself["preferences"]["model"][
-        "rewards/margins"
-    ]["interval"] == [0, 0]
-    assert itself["preferences"]["model"]["rewards/accuracies"]["value"] == 0.5
+    model = itself["preferences"]["model"]
+    assert itself["verdict"]["word"] == "unchanged"
+    assert model["rewards/margins"]["interval"] == [0, 0]
+    assert model["rewards/accuracies"]["value"] == 0.5
     assert alone["verdict"]["word"] == "not compared" and alone["reference"] is None
-    assert "reference" not in alone["distribution"] and alone["generations"] == {
-        "skipped": "--prompts is 0"
-    }
+    assert "reference" not in alone["distribution"]
+    assert alone["generations"] == {"skipped": "--prompts is 0"}
     assert "differences of log-probabilities" in (runs / "alone/report.md").read_text()
     assert not (runs / "alone/generations.parquet").exists()
 
@@ -315,16 +245,12 @@ def test_bf16_is_near_fp32(runs):
 
 
 def test_figures_are_opaque_and_have_both_inks(runs):
-    from PIL import Image
-
     for name in ("preferences", "distribution"):
         pixels = np.asarray(Image.open(runs / f"one/figures/{name}.png").convert("RGBA"))
-        assert (
-            pixels.shape[1] >= 900 and (pixels[..., 3] == 255).all()
-        )  # white ground of its own: legible on any page
-        assert (pixels[..., :3].mean(-1) > 250).mean() > 0.4 and (
-            pixels[..., :3].mean(-1) < 60
-        ).mean() > 0.001
+        # a white ground of its own: legible on any page
+        assert pixels.shape[1] >= 900 and (pixels[..., 3] == 255).all()
+        brightness = pixels[..., :3].mean(-1)
+        assert (brightness > 250).mean() > 0.4 and (brightness < 60).mean() > 0.001
         assert f"figures/{name}.png" in (runs / "one/report.md").read_text()
 
 
@@ -334,9 +260,8 @@ def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
     tags, report = events.Tags(), load(runs / "one")
     for name in ("rewards/margins", "rewards/accuracies", "loss", "logps/chosen_per_token"):
         (event,) = events.Scalars(f"eval/{name}")
-        assert event.step == 2 and event.value == pytest.approx(
-            report["preferences"]["model"][name]["value"], rel=1e-6
-        )
+        value = report["preferences"]["model"][name]["value"]
+        assert event.step == 2 and event.value == pytest.approx(value, rel=1e-6)
     assert {
         "evaluation_distribution/model/out/perplexity",
         "evaluation_baselines/bag_of_words",
@@ -387,90 +312,60 @@ def test_nothing_that_others_read_names_a_place_on_this_machine(runs):
         "page": str(page.tensor_proto.string_val),
     }
     for name, text in texts.items():
-        assert (
-            str(runs) not in text and str(runs.parent) not in text and str(Path.home()) not in text
-        ), name
-        assert str(ROOT) not in text, name
+        for folder in (runs, runs.parent, Path.home(), ROOT):
+            assert str(folder) not in text, name
     report = json.loads(texts["report.json"])
     assert report["model"] == "run/model" and report["reference"] == "llama"
-    assert report["data"]["sources"] == ["pairs.jsonl"] and report["ood"]["sources"] == [
-        "texts.jsonl"
-    ]
+    assert report["data"]["sources"] == ["pairs.jsonl"]
+    assert report["ood"]["sources"] == ["texts.jsonl"]
     flags = report["run"]["flags"]
-    assert (
-        flags["data"] == ["pairs.jsonl"] and flags["model"] == "run/model" and "output" not in flags
-    )
-    assert json.loads((runs / "one/run.json").read_text())["flags"]["data"] == [
-        str(runs / "pairs.jsonl")
-    ]  # this does
+    assert flags["data"] == ["pairs.jsonl"] and flags["model"] == "run/model"
+    assert "output" not in flags
+    own_record = json.loads((runs / "one/run.json").read_text())  # this names places
+    assert own_record["flags"]["data"] == [str(runs / "pairs.jsonl")]
 
 
 def test_the_same_command_again_says_so(runs, model_dir):
-    line = [
-        "--model",
-        model_dir,
-        "--data",
-        runs / "pairs.jsonl",
-        "--ood",
-        runs / "texts.jsonl",
-        *SMALL,
-        *LENGTH,
-        "--prompts",
-        0,
-        "--output",
-        runs / "alone",
-    ]
-    (again, said, _), (other, _, err) = several(
-        SCRIPT, [line, [*line, "--beta", 3]], runs / "cache"
-    )
-    assert again == "0" and "finished" in said
-    assert other == "2" and "holds another run" in err
+    line = ["--model", model_dir, "--data", runs / "pairs.jsonl", "--ood", runs / "texts.jsonl"]
+    line += [*SMALL, *LENGTH, "--prompts", 0, "--output", runs / "alone"]
+    again, other = several(SCRIPT, [line, [*line, "--beta", 3]], runs / "cache")
+    code, out, _ = again
+    assert code == "0" and "finished" in out
+    code, _, err = other
+    assert code == "2" and "holds another run" in err
 
 
 def test_bad_input_is_answered_in_one_line(place, model_dir):
     """Each row: arguments, exit code, what the line says. No traceback anywhere."""
-    file = lambda name, text: write(place / name, text)
+
+    def file(name, text):
+        return write(place / name, text)
+
+    hollow = without_weights(model_dir, place / "hollow")
+    more_tokens = other_tokenizer(model_dir, place / "other", "<new>")
+    other_order = other_merges(model_dir, place / "merges")
+    nowhere = place / "nowhere"
+    to_shards = ["--ds_config", "ds_configs/frozen_zero3.json"]
+    equal_sides = '{"prompt": "a", "chosen": "b", "rejected": "b"}'
     cases = [
         (["--modell", "x"], 2, "did you mean --model"),
         (["--beta", "0"], 2, "--beta is a finite number above 0"),
         (["--temperature", "-1"], 2, "--temperature is at least 0"),
-        (
-            ["--model", without_weights(model_dir, place / "hollow")],
-            2,
-            "cannot load a causal language model",
-        ),
-        (["--model", place / "nowhere"], 2, "nowhere"),
-        (
-            ["--reference", other_tokenizer(model_dir, place / "other", "<new>")],
-            2,
-            "the tokenizer of --reference",
-        ),
-        (["--reference", other_merges(model_dir, place / "merges")], 2, "is split otherwise"),
-        (["--reference", place / "nowhere"], 2, "nowhere"),
+        (["--model", hollow], 2, "cannot load a causal language model"),
+        (["--model", nowhere], 2, "nowhere"),
+        (["--reference", more_tokens], 2, "the tokenizer of --reference"),
+        (["--reference", other_order], 2, "is split otherwise"),
+        (["--reference", nowhere], 2, "nowhere"),
         (["--reward_model", model_dir], 2, "is no reward model"),
-        (["--reward_model", place / "nowhere"], 2, "cannot load a reward model from"),
-        (
-            ["--reward_model", place / "nowhere", "--prompts", 0],
-            2,
-            "with --prompts 0 they write nothing",
-        ),
-        (
-            ["--reward_model", model_dir, "--ds_config", "ds_configs/frozen_zero3.json"],
-            2,
-            "decoding needs whole ones",
-        ),
+        (["--reward_model", nowhere], 2, "cannot load a reward model from"),
+        (["--reward_model", nowhere, "--prompts", 0], 2, "with --prompts 0 they write nothing"),
+        (["--reward_model", model_dir, *to_shards], 2, "decoding needs whole ones"),
         (["--max_new_tokens", 500], 2, "exceed the model's 512 positions: lower --max_new_tokens"),
         (["--data", file("empty.jsonl", "")], 4, "no rows in it"),
         (["--data", place / "none.jsonl"], 4, "none.jsonl"),
         (["--data", place / "texts.jsonl"], 4, "no column"),
         (
-            [
-                "--data",
-                file(
-                    "half.jsonl",
-                    HELD_OUT[0] + '\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
-                ),
-            ],
+            ["--data", file("half.jsonl", f"{HELD_OUT[0]}\n{equal_sides}\n")],
             4,
             "chosen equals rejected",
         ),
@@ -484,108 +379,59 @@ def test_bad_input_is_answered_in_one_line(place, model_dir):
         (["--loss", "sigmiod"], 2, "none of: sigmoid"),
         (["--ds_config", place / "none.json"], 2, "does not exist"),
     ]
-    common = [
-        "--model",
-        model_dir,
-        *LENGTH,
-        "--data",
-        place / "pairs.jsonl",
-        "--ood",
-        place / "texts.jsonl",
-    ]
+    common = ["--model", model_dir, *LENGTH]
+    common += ["--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl"]
     lines = [
-        [*common, "--output", place / f"bad{i}", *extra] for i, (extra, *_) in enumerate(cases)
+        [*common, "--output", place / f"bad{i}", *extra] for i, (extra, _, _) in enumerate(cases)
     ]
-    for (extra, code, words), (found, out, err) in zip(
-        cases, several(SCRIPT, lines, place / "cache"), strict=True
-    ):
+    done = several(SCRIPT, lines, place / "cache")
+    for (extra, code, words), (found, out, err) in zip(cases, done, strict=True):
         assert found == str(code), (extra, found, err[-2000:])
         said = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(said) == 1 and words in said[0], (extra, err[-2000:])
         assert "Traceback" not in out + err
+    # refused at the door: nothing was scored, nothing stands in the way
     assert not list(place.glob("bad*/report.json"))
-    assert not list(
-        place.glob("bad*/run.json")
-    )  # refused at the door: nothing was scored, nothing stands in the way
+    assert not list(place.glob("bad*/run.json"))
 
 
 def test_one_row_a_text_file_and_a_bound_on_tokens(place, model_dir):
-    paragraphs = write(
-        place / "words.txt",
-        "Iron rusts in wet air.\n\nLead does not, or hardly.\r\n\r\nGold never.\n",
-    )
-    one = [
-        "--data",
-        write(place / "one.jsonl", HELD_OUT[3]),
-        "--ood",
-        write(place / "one_text.jsonl", '{"text": "Snow is ice."}'),
-    ]
+    words = "Iron rusts in wet air.\n\nLead does not, or hardly.\r\n\r\nGold never.\n"
+    paragraphs = write(place / "words.txt", words)
+    one_pair = write(place / "one.jsonl", HELD_OUT[3])
+    one_text = write(place / "one_text.jsonl", '{"text": "Snow is ice."}')
     few = ["--data", place / "pairs.jsonl", "--max_rows", 2, "--ood", paragraphs]
     lines = {
-        "single": [*one, *SMALL, "--reference", model_dir],
+        "single": ["--data", one_pair, "--ood", one_text, *SMALL, "--reference", model_dir],
         "paragraphs": [*few, "--prompts", 0],
         "tokens": [*few, "--prompts", 0, "--ood_tokens", 15, "--max_rows", 9],
     }
-    done = several(
-        SCRIPT,
-        [
-            ["--model", model_dir, *LENGTH, *line, "--output", place / f"few_{name}"]
-            for name, line in lines.items()
-        ],
-        place / "cache",
-    )
+    commands = [
+        ["--model", model_dir, *LENGTH, *line, "--output", place / f"few_{name}"]
+        for name, line in lines.items()
+    ]
+    done = several(SCRIPT, commands, place / "cache")
     for name, (code, _, err) in zip(lines, done, strict=True):
         assert code == "0", (name, err[-3000:])
     single = load(place / "few_single")
-    assert (
-        single["preferences"]["pairs"] == 1
-        and single["preferences"]["model"]["loss"]["interval"] is None
-    )
-    assert (
-        single["baselines"]["bag_of_words"]["value"] is None
-        and single["distribution"]["model"]["by_text"]["auroc"]["interval"] is None
-    )
+    assert single["preferences"]["pairs"] == 1
+    assert single["preferences"]["model"]["loss"]["interval"] is None
+    assert single["baselines"]["bag_of_words"]["value"] is None
+    assert single["distribution"]["model"]["by_text"]["auroc"]["interval"] is None
     assert load(place / "few_paragraphs")["ood"]["groups"] == 2  # the first two, as of the pairs
     lengths = pyarrow.parquet.read_table(place / "few_tokens/texts.parquet")["tokens"].to_pylist()
     assert sum(lengths) + len(lengths) == 15  # scored tokens, and one a text that is not
 
 
 def test_sharded_models_are_scored_alike_and_write_nothing(place, model_dir, runs):
-    line = [
-        "--model",
-        place / "run/model",
-        "--reference",
-        model_dir,
-        "--data",
-        place / "pairs.jsonl",
-        "--ood",
-        place / "texts.jsonl",
-        "--ds_config",
-        "ds_configs/frozen_zero3.json",
-        "--micro_tokens",
-        700,
-        *SMALL,
-        "--output",
-        place / "sharded",
-    ]
-    done = launched(
-        [
-            "deepspeed",
-            "--master_port",
-            free_port(),
-            "--num_accelerators",
-            2,
-            "eval/evaluate.py",
-            *line,
-        ],
-        place / "cache",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    line = ["--model", place / "run/model", "--reference", model_dir]
+    line += ["--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl", *SMALL]
+    line += ["--ds_config", "ds_configs/frozen_zero3.json", "--micro_tokens", 700]
+    on_two_ranks("deepspeed", [*line, "--output", place / "sharded"], place / "cache")
     sharded, whole = load(place / "sharded"), load(runs / "one")
     assert "shards the models" in sharded["generations"]["skipped"]
-    assert sharded["preferences"]["model"]["loss"]["value"] == pytest.approx(
-        whole["preferences"]["model"]["loss"]["value"], rel=1e-5
-    )
+    losses = [report["preferences"]["model"]["loss"]["value"] for report in (sharded, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def without_weights(start, folder):

@@ -16,8 +16,17 @@ import torch
 import transformers
 
 from eval import generations
-from eval.generations import compare, distinct, kl, prompts_of, repetition, win_rate, write
-from tests.eval.generations_worker import models, prompts
+from eval.generations import (
+    Decoding,
+    answer,
+    compare,
+    distinct,
+    kl,
+    prompts_of,
+    repetition,
+    win_rate,
+)
+from tests.eval.generations_worker import compared, models, prompts
 from train.data.tokens import prepare
 from train.methods.rewards import Prompt, RewardModel
 from train.models.generate import Completion, generate
@@ -37,10 +46,9 @@ def judge_dir(tmp_path_factory):
     """A tiny reward model with a pad token of its own."""
     folder = tmp_path_factory.mktemp("judge")
     torch.manual_seed(3)
-    config = tiny.make_model().config.to_dict() | {"num_labels": 1, "pad_token_id": 0}
-    transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**config)).save_pretrained(
-        folder
-    )
+    fields = tiny.make_model().config.to_dict() | {"num_labels": 1, "pad_token_id": 0}
+    config = transformers.LlamaConfig(**fields)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
     tiny.save_tokenizer(folder)
     return folder
 
@@ -66,20 +74,10 @@ def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
     """
     model, reference = models()
     asked, judge = prompts(), RewardModel(judge_dir, CPU)
-    found = compare(
-        model,
-        reference,
-        asked,
-        tokenizer,
-        CPU,
-        budget=128,
-        max_new_tokens=12,
-        batch_size=4,
-        reward_model=judge,
-    )
-    assert [row["row"] for row in found.rows] == [p.row for p in asked] and found.rows[3][
-        "prompt"
-    ] == "question 3"
+    decoding = Decoding(max_new_tokens=12, batch_size=4)
+    found = compare(compared(model, reference, judge), asked, tokenizer, decoding)
+    assert [row["row"] for row in found.rows] == [p.row for p in asked]
+    assert found.rows[3]["prompt"] == "question 3"
     lms = {"model": plain(model), "reference": plain(reference)}
     for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         for side, lm in lms.items():
@@ -87,56 +85,50 @@ def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
             answers = generate(
                 lm,
                 [p.ids for p in asked],
-                ends=[2],
+                eos_token_ids=[2],
                 max_new_tokens=12,
                 temperature=temperature,
-                numbers=[p.row for p in asked],
+                prompt_numbers=[p.row for p in asked],
                 batch_size=1,
             )
-            column = lambda name, key=f"{mode}/{side}": [row[f"{key}/{name}"] for row in found.rows]  # noqa: B008
-            bare = [a.ids[: len(a.ids) - a.ended] for a in answers]
-            assert column("length") == list(map(len, bare))
-            assert column("text") == [
-                tokenizer.decode(list(ids), skip_special_tokens=True) for ids in bare
+            columns = {
+                key.removeprefix(f"{mode}/{side}/"): [row[key] for row in found.rows]
+                for key in found.rows[0]
+                if key.startswith(f"{mode}/{side}/")
+            }
+            ids = [list(a.ids[: len(a.ids) - a.ended]) for a in answers]
+            assert columns["length"] == list(map(len, ids))
+            assert columns["text"] == [
+                tokenizer.decode(each, skip_special_tokens=True) for each in ids
             ]
-            assert measured["length"]["value"] == pytest.approx(
-                np.mean(column("length"))
-            ) and measured["length"]["n"] == len(asked)
+            assert measured["length"]["value"] == pytest.approx(np.mean(columns["length"]))
+            assert measured["length"]["n"] == len(asked)
             assert measured["ended"]["value"] == pytest.approx(np.mean([a.ended for a in answers]))
-            assert column("reward") == pytest.approx(
-                [
-                    _judged(judge, p.messages, text, a.ended)
-                    for p, text, a in zip(asked, column("text"), answers, strict=True)
-                ],
-                abs=1e-5,
-            )
+            scores = [
+                _judged(judge, p.messages, text, a.ended)
+                for p, text, a in zip(asked, columns["text"], answers, strict=True)
+            ]
+            assert columns["reward"] == pytest.approx(scores, abs=1e-5)
             if (mode, side) == ("sampled", "model"):
                 gaps = [
                     alone(lms["model"], p.ids, a.ids) - alone(lms["reference"], p.ids, a.ids)
                     for p, a in zip(asked, answers, strict=True)
                 ]
-                assert column("kl_k1") == pytest.approx(
-                    [float(gap.sum()) for gap in gaps], abs=1e-4
-                )
-                assert column("kl_k3") == pytest.approx(
-                    [float((gap + (-gap).exp() - 1).sum()) for gap in gaps], abs=1e-4
-                )
-                tokens = sum(len(gap) for gap in gaps)
-                assert measured["kl_k1_per_token"]["value"] == pytest.approx(
-                    float(sum(gap.sum() for gap in gaps)) / tokens, abs=1e-5
-                )
+                k1 = [float(gap.sum()) for gap in gaps]
+                k3 = [float((gap + (-gap).exp() - 1).sum()) for gap in gaps]
+                assert columns["kl_k1"] == pytest.approx(k1, abs=1e-4)
+                assert columns["kl_k3"] == pytest.approx(k3, abs=1e-4)
+                per_token = float(sum(gap.sum() for gap in gaps)) / sum(len(gap) for gap in gaps)
+                assert measured["kl_k1_per_token"]["value"] == pytest.approx(per_token, abs=1e-5)
             else:
                 assert "kl_k1" not in measured and f"{mode}/{side}/kl_k1" not in found.rows[0]
         pair = [[row[f"{mode}/{side}/reward"] for row in found.rows] for side in lms]
-        won = np.mean(
-            [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(*pair, strict=True)]
-        )
+        won = np.mean([(a > b) + 0.5 * (a == b) for a, b in zip(*pair, strict=True)])
         assert found.report[mode]["win_rate"]["value"] == pytest.approx(won)
         for name in ("reward", "length", "ended", "repetition"):
             sides = [[row[f"{mode}/{side}/{name}"] for row in found.rows] for side in lms]
-            assert found.report[mode]["change"][name]["value"] == pytest.approx(
-                np.mean(np.subtract(*sides))
-            )
+            change = found.report[mode]["change"][name]["value"]
+            assert change == pytest.approx(np.mean(np.subtract(*sides)))
     assert found.report["examples"] == found.rows[:3]
     assert found.values["sampled/model/length"].tolist() == [
         row["sampled/model/length"] for row in found.rows
@@ -145,25 +137,19 @@ def test_compare_measures_what_the_models_write(tokenizer, judge_dir):
 
 def test_a_model_beside_itself_has_changed_nothing(tokenizer):
     model, _ = models()
-    found = compare(model, model, prompts(), tokenizer, CPU, budget=128, max_new_tokens=8)
+    found = compare(compared(model, model), prompts(), tokenizer, Decoding(max_new_tokens=8))
     for mode in ("greedy", "sampled"):
         assert found.report[mode]["unchanged"]["value"] == 1
         assert found.report[mode]["model"]["length"] == found.report[mode]["reference"]["length"]
-    assert (
-        found.report["sampled"]["model"]["kl_k1"]["value"]
-        == found.report["sampled"]["model"]["kl_k3"]["value"]
-        == 0
-    )
-    cool = compare(
-        model, model, prompts(), tokenizer, CPU, budget=128, max_new_tokens=2, temperature=0.5
-    )
-    assert not any(
-        "kl" in name for name in cool.report["sampled"]["model"]
-    )  # it would be another distribution's
-    alone = compare(model, None, prompts(), tokenizer, CPU, budget=128, max_new_tokens=8)
-    assert (
-        set(alone.report["greedy"]) == {"model"} and "kl_k1" not in alone.report["sampled"]["model"]
-    )
+    sampled = found.report["sampled"]["model"]
+    assert sampled["kl_k1"]["value"] == sampled["kl_k3"]["value"] == 0
+    at_half = Decoding(max_new_tokens=2, temperature=0.5)
+    cool = compare(compared(model, model), prompts(), tokenizer, at_half)
+    # it would be another distribution's
+    assert not any("kl" in name for name in cool.report["sampled"]["model"])
+    alone = compare(compared(model, None), prompts(), tokenizer, Decoding(max_new_tokens=8))
+    assert set(alone.report["greedy"]) == {"model"}
+    assert "kl_k1" not in alone.report["sampled"]["model"]
     assert alone.report["sampled"]["model"]["length"] == found.report["sampled"]["model"]["length"]
 
 
@@ -173,12 +159,13 @@ def test_divergence_is_the_exact_one_on_average():
     """
     model, reference = models()
     asked = [Prompt(i, (5, 77, 301), ASK) for i in range(4000)]
-    answers = write(model.module, asked, {2}, 1, 1.0, 0, 500, "")
-    columns = kl(model, reference, asked, answers, 4096, CPU)
+    answers = answer(model.module, asked, {2}, Decoding(max_new_tokens=1, batch_size=500), "")
+    columns = kl(compared(model, reference, batch_tokens=4096), asked, answers)
+    ids = torch.tensor([asked[0].ids])
     with torch.no_grad():
         p, q = (
-            torch.log_softmax(plain(m)(torch.tensor([asked[0].ids])).logits[0, -1].double(), 0)
-            for m in (model, reference)
+            torch.log_softmax(plain(live)(ids).logits[0, -1].double(), 0)
+            for live in (model, reference)
         )
     exact = float((p.exp() * (p - q)).sum())
     assert exact > 0.01
@@ -192,16 +179,9 @@ def test_one_rank_and_two_write_the_same_report(tmp_path, tokenizer):
     """To the last digit: batches are planned for the job, and answers are summed up in the data's
     order.
     """
-    out, threads = tmp_path / "two", torch.get_num_threads()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "tests/eval/generations_worker.py",
-    ]
+    out = tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "tests/eval/generations_worker.py"]
     done = subprocess.run(
         [*command, str(out)],
         cwd=ROOT,
@@ -211,11 +191,11 @@ def test_one_rank_and_two_write_the_same_report(tmp_path, tokenizer):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        one = compare(
-            *models(), prompts(), tokenizer, CPU, budget=128, max_new_tokens=12, batch_size=4
-        )
+        decoding = Decoding(max_new_tokens=12, batch_size=4)
+        one = compare(compared(*models()), prompts(), tokenizer, decoding)
     finally:
         torch.set_num_threads(threads)
     assert json.loads(out.read_text()) == json.loads(json.dumps([one.report, one.rows]))
@@ -223,25 +203,17 @@ def test_one_rank_and_two_write_the_same_report(tmp_path, tokenizer):
 
 
 def test_repetition_and_distinct_by_hand():
-    assert repetition((1, 2, 3, 4, 1, 2, 3, 4)) == pytest.approx(
-        1 - 4 / 5
-    )  # 1234 2341 3412 4123 1234: 4 kinds of 5
-    assert (
-        repetition((7,) * 9) == pytest.approx(5 / 6)
-        and repetition(range(30)) == 0
-        and repetition((1, 1, 1)) == 0
-    )
+    # 1234 2341 3412 4123 1234: 4 kinds of 5
+    assert repetition((1, 2, 3, 4, 1, 2, 3, 4)) == pytest.approx(1 - 4 / 5)
+    assert repetition((7,) * 9) == pytest.approx(5 / 6)
+    assert repetition(range(30)) == 0 and repetition((1, 1, 1)) == 0
     # tokens: 1 2 1 | 2 3 | 4 -> 4 kinds of 6; pairs: 12 21 | 23 -> 3 of 3
     answers = [(1, 2, 1), (2, 3), (4,)]
-    assert (
-        distinct(answers, 1)["value"] == pytest.approx(4 / 6) and distinct(answers, 2)["value"] == 1
-    )
-    assert np.isnan(distinct([(), ()], 1)["value"]) and distinct([(1, 1)], 1) == {
-        "value": 0.5,
-        "interval": None,
-        "n": 1,
-        "method": "none: one answer",
-    }
+    assert distinct(answers, 1)["value"] == pytest.approx(4 / 6)
+    assert distinct(answers, 2)["value"] == 1
+    assert np.isnan(distinct([(), ()], 1)["value"])
+    one_answer = {"value": 0.5, "interval": None, "n": 1, "method": "none: one answer"}
+    assert distinct([(1, 1)], 1) == one_answer
 
 
 def test_interval_of_distinct_is_the_jackknife():
@@ -253,21 +225,19 @@ def test_interval_of_distinct_is_the_jackknife():
         return len(set(grams)) / len(grams)
 
     for n in (1, 2):
-        left = [count(answers[:i] + answers[i + 1 :], n) for i in range(len(answers))]
-        half = 1.959964 * (39 / 40 * np.sum((np.array(left) - np.mean(left)) ** 2)) ** 0.5
-        found = distinct(answers, n)
-        assert found["value"] == pytest.approx(count(answers, n))
-        assert found["interval"] == pytest.approx(
-            [count(answers, n) - half, count(answers, n) + half]
-        )
+        without_one = [count(answers[:i] + answers[i + 1 :], n) for i in range(len(answers))]
+        variance = 39 / 40 * np.sum((np.array(without_one) - np.mean(without_one)) ** 2)
+        half = 1.959964 * variance**0.5
+        found, value = distinct(answers, n), count(answers, n)
+        assert found["value"] == pytest.approx(value)
+        assert found["interval"] == pytest.approx([value - half, value + half])
 
 
 def test_win_rate_has_wilsons_interval():
     found = win_rate([1.0, 2.0, 0.5, 0.1, -1.0, -2.0, 3.0, 1.5])
     expected = scipy.stats.binomtest(6, 8).proportion_ci(method="wilson")
-    assert found["value"] == 0.75 and found["interval"] == pytest.approx(
-        [expected.low, expected.high], abs=1e-6
-    )
+    assert found["value"] == 0.75
+    assert found["interval"] == pytest.approx([expected.low, expected.high], abs=1e-6)
     assert win_rate([0.0, 0.0, 1.0, -1.0])["value"] == 0.5
 
 
@@ -280,21 +250,12 @@ def test_end_tokens_are_those_of_template_tokenizer_and_model(tokenizer):
 
 
 def test_prompts_are_the_first_of_each_kind(tokenizer, tmp_path):
-    rows = [
-        ("a", "x", "y"),
-        ("b", "x", "y"),
-        ("", "x", "y"),
-        ("a", "z", "y"),
-        ("c", "x", "y"),
-        ("b", "v", "w"),
-    ]
+    rows = ["a x y", "b x y", " x y", "a z y", "c x y", "b v w"]  # prompt, chosen, rejected
     file = tmp_path / "pairs.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) + "\n"
-            for row in rows
-        )
-    )
+    with file.open("w") as lines:
+        for row in rows:
+            pair = dict(zip(("prompt", "chosen", "rejected"), row.split(" "), strict=True))
+            lines.write(json.dumps(pair) + "\n")
     data = prepare([str(file)], tokenizer, max_length=64, max_dropped=0.5, cache_dir=tmp_path)
     found = prompts_of([str(file)], data)
     assert [(p.row, p.messages[-1]["content"]) for p in found] == [(0, "a"), (1, "b"), (4, "c")]
@@ -315,10 +276,8 @@ def _judged(judge, messages, text, ended):
     ids = judge.tokenizer(rendered.removesuffix("\n"), add_special_tokens=False)["input_ids"]
     ids = ids if ended else ids[:-1]
     with torch.no_grad():
-        return float(
-            judge.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
-            @ judge.model.score.weight[0]
-        )
+        hidden = judge.model.model(torch.tensor([ids])).last_hidden_state  # (1, tokens, width)
+        return float(hidden[0, -1] @ judge.model.score.weight[0])
 
 
 def test_reward_is_read_off_the_end_token(judge_dir):
@@ -330,14 +289,11 @@ def test_reward_is_read_off_the_end_token(judge_dir):
     assert np.isfinite(found[2]) and len(set(found.tolist())) == 4
     assert judge.description == {"name": judge_dir.name, "reads": "<|im_end|>"}
     assert judge.score([ASK], texts[3:], ended[3:])[0] == found[3]
-    assert (
-        judge.ids(ASK, "Fine", True)[-1] == 2
-        and judge.ids(ASK, "Fine", False) == judge.ids(ASK, "Fine", True)[:-1]
-    )
+    finished = judge.ids(ASK, "Fine", True)
+    assert finished[-1] == 2 and judge.ids(ASK, "Fine", False) == finished[:-1]
     assert judge.ids(ASK, " ", True)[-1] == 2
-    judge.model.config.pad_token_id = (
-        2  # SmolLM's own case: the class passes over the end token, and the report says so
-    )
+    # SmolLM's own case: the class passes over the end token, and the report says so
+    judge.model.config.pad_token_id = 2
     assert judge.description["reads"] != "<|im_end|>"
 
 
@@ -346,10 +302,8 @@ def test_a_conversation_too_long_for_the_reward_model_is_refused(judge_dir):
     asked = [Prompt(0, (1,), ASK), Prompt(1, (1,), [{"role": "user", "content": "word " * 60}])]
     longest = len(judge.ids(asked[1].messages, "", True)) - 1  # without the end token
     judge.check(asked, 512 - longest)
-    with pytest.raises(
-        ValueError,
-        match=f"a prompt of {longest} tokens and {513 - longest} new ones exceed the 512",
-    ):
+    problem = f"a prompt of {longest} tokens and {513 - longest} new ones exceed the 512"
+    with pytest.raises(ValueError, match=problem):
         judge.check(asked, 513 - longest)
 
 
@@ -358,9 +312,8 @@ def test_no_reward_model_is_refused_with_its_reason(model_dir, judge_dir, tmp_pa
         RewardModel(model_dir, CPU)  # a causal model: transformers would draw a head at random
     with pytest.raises(ValueError, match="cannot load a reward model from .*nowhere"):
         RewardModel(tmp_path / "nowhere", CPU)
-    config = transformers.LlamaConfig(
-        **transformers.AutoConfig.from_pretrained(judge_dir).to_dict() | {"num_labels": 3}
-    )
+    fields = transformers.AutoConfig.from_pretrained(judge_dir).to_dict() | {"num_labels": 3}
+    config = transformers.LlamaConfig(**fields)
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "three")
     with pytest.raises(ValueError, match="it has 3 outputs"):
         RewardModel(tmp_path / "three", CPU)
@@ -369,9 +322,11 @@ def test_no_reward_model_is_refused_with_its_reason(model_dir, judge_dir, tmp_pa
 def test_answers_come_back_in_the_order_of_the_prompts():
     model, _ = models()
     asked = prompts()
-    found = write(model.module, asked, {2}, 6, 1.0, 0, 2, "")
+    found = answer(model.module, asked, {2}, Decoding(max_new_tokens=6, batch_size=2), "")
     expected = [
-        generate(plain(model), [p.ids], ends=[2], max_new_tokens=6, numbers=[p.row])[0]
+        generate(
+            plain(model), [p.ids], eos_token_ids=[2], max_new_tokens=6, prompt_numbers=[p.row]
+        )[0]
         for p in asked
     ]
     assert found == expected and all(isinstance(answer, Completion) for answer in found)
@@ -381,12 +336,8 @@ def test_answers_are_told_without_control_tokens(tokenizer):
     """Token 1 opens a turn and 2 ends it: neither is text, the first counts as a token, the last
     does not.
     """
-    found = generations._columns(
-        [Completion((1, 300, 2), True), Completion((300, 301), False)], [], {2}, tokenizer, None
-    )
-    assert found["text"] == [tokenizer.decode([300]), tokenizer.decode([300, 301])]
-    assert (
-        found["length"] == [2, 2]
-        and found["ended"] == [1.0, 0.0]
-        and found["repetition"] == [0.0, 0.0]
-    )
+    answers = [Completion((1, 300, 2), ended=True), Completion((300, 301), ended=False)]
+    columns = generations.columns_of(answers, [], tokenizer, reward_model=None)
+    assert columns["text"] == [tokenizer.decode([300]), tokenizer.decode([300, 301])]
+    assert columns["length"] == [2, 2] and columns["ended"] == [1.0, 0.0]
+    assert columns["repetition"] == [0.0, 0.0]

@@ -17,55 +17,54 @@ from train.models.lm_head import token_logps
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
+WIDTH = {"gpt2": "n_embd"}  # a configuration's field, where it is not hidden_size
 
 
 def groups():
     random = torch.Generator().manual_seed(0)
-    ids = lambda n: tuple(torch.randint(3, 1000, (n,), generator=random).tolist())
+
+    def ids(n):
+        return tuple(torch.randint(3, 1000, (n,), generator=random).tolist())
+
     sizes = [(7, 5, 9), (60, 1, 3), (3, 12), (0, 9), (1, 1), (11, 4, 1, 30, 2, 8), (16, 2, 1)]
     return [Group(ids(p), tuple(ids(n) for n in r), row=i) for i, (p, *r) in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
 @pytest.mark.parametrize("mode", ["weights", "autocast"])
-def test_flash_rows_are_near_fp64(family, mode):
-    # head sizes of 16 and more that flash kernels take; small weights keep bf16's rounding below
-    # the bound
-    sizes = (
-        {}
-        if family in ("gemma3", "qwen3")
-        else {"hidden_size": 128}
-        if family != "gpt2"
-        else {"n_embd": 128}
-    )
-    make = lambda dtype: tiny.make_model(family, dtype=dtype, initializer_range=0.02, **sizes)
-    row = pack(groups())
-    exact = Backbone(make(torch.float64))(row)
+def test_flash_batches_are_near_fp64(family, mode):
+    # head sizes of 16 and more that flash kernels take, which these two have as they are
+    width = {} if family in ("gemma3", "qwen3") else {WIDTH.get(family, "hidden_size"): 128}
+
+    def make(dtype):
+        # small weights keep bf16's rounding below the bound
+        return tiny.make_model(family, dtype=dtype, initializer_range=0.02, **width)
+
+    batch = pack(groups())
+    exact = Backbone(make(torch.float64))(batch)
     backbone = Backbone(
         make(torch.bfloat16 if mode == "weights" else torch.float32).cuda(),
         autocast=torch.bfloat16 if mode == "autocast" else None,
     )
-    found = backbone(row.to("cuda"))
-    assert found.dtype == torch.float32
-    assert (found.double().cpu() - exact).abs().mean() < 0.02
-    found.sum().backward()
+    logps = backbone(batch.to("cuda"))
+    assert logps.dtype == torch.float32
+    assert (logps.double().cpu() - exact).abs().mean() < 0.02
+    logps.sum().backward()
     exact_backbone = Backbone(make(torch.float64))
-    exact_backbone(row).sum().backward()
+    exact_backbone(batch).sum().backward()
     for (name, p), q in zip(backbone.named_parameters(), exact_backbone.parameters(), strict=True):
         gap = (p.grad.double().cpu() - q.grad).norm() / q.grad.norm()
-        assert gap < 0.1 or q.grad.norm() < 1e-6, (
-            name,
-            float(gap),
-        )  # a key bias has no gradient but rounding
+        # a key bias has no gradient but rounding
+        assert gap < 0.1 or q.grad.norm() < 1e-6, (name, float(gap))
 
 
 def test_gradients_repeat_bit_for_bit():
-    row = pack(groups()).to("cuda")
+    batch = pack(groups()).to("cuda")
     backbone = Backbone(tiny.make_model("llama", hidden_size=128).cuda(), autocast=torch.bfloat16)
 
     def gradients():
         backbone.zero_grad()
-        backbone(row).sum().backward()
+        backbone(batch).sum().backward()
         return [p.grad.clone() for p in backbone.parameters()]
 
     first = gradients()
@@ -76,38 +75,27 @@ def test_half_precision_logits_are_never_rounded_to_half():
     random = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=random).bfloat16() for n in (50, 5000))
     target = torch.randint(5000, (50,), generator=random)
-    exact = (
-        torch.log_softmax(hidden.double() @ weight.double().T, 1)
-        .gather(1, target[:, None])
-        .squeeze(1)
-    )
-    found = token_logps(hidden.cuda(), weight.cuda(), target.cuda()).double().cpu()
-    assert (found - exact).abs().max() < 1e-3  # bf16 logits of this size would be off by up to 0.1
+    exact = torch.log_softmax(hidden.double() @ weight.double().T, 1)
+    exact = exact.gather(1, target[:, None]).squeeze(1)
+    logps = token_logps(hidden.cuda(), weight.cuda(), target.cuda()).double().cpu()
+    assert (logps - exact).abs().max() < 1e-3  # bf16 logits of this size would be off by up to 0.1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_default_precision_trains_exports_and_reloads(model_dir, tmp_path, precision):
-    command = [
-        sys.executable,
-        ROOT / "launch/train_dpo.py",
-        "--model",
-        model_dir,
-        "--output",
-        tmp_path / "out",
-        "--max_length",
-        512,
-        "--max_steps",
-        3,
-        "--precision",
-        precision,
-    ]
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    flags = {
+        "--model": model_dir,
+        "--output": tmp_path / "out",
+        "--max_length": 512,
+        "--max_steps": 3,
+        "--precision": precision,
+    }
+    command = [sys.executable, ROOT / "launch/train_dpo.py"]
+    for flag, value in flags.items():
+        command += [flag, value]
+    command = list(map(str, command))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads((tmp_path / "out/run.json").read_text())
-    assert (
-        run["hardware"]["device"] == "cuda"
-        and run["perf"]["perf/mfu"] > 0
-        and run["perf"]["perf/memory_gb"] > 0
-    )
+    assert run["hardware"]["device"] == "cuda"
+    assert run["perf"]["perf/mfu"] > 0 and run["perf"]["perf/memory_gb"] > 0

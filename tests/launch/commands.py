@@ -38,5 +38,8 @@ def several(script, lines, cache):
     done = launched([sys.executable, "tests/launch/many.py", ROOT / script, arguments], cache)
     outs, errs = (text.split("=== ") for text in (done.stdout, done.stderr))
     assert len(outs) == len(errs) == len(lines) + 1, done.stderr[-3000:]
-    cut = lambda parts, i: parts[i].partition("\n")[2] if i else parts[i]
+
+    def cut(parts, i):
+        return parts[i].partition("\n")[2] if i else parts[i]
+
     return [(outs[i + 1].partition("\n")[0], cut(outs, i), cut(errs, i)) for i in range(len(lines))]

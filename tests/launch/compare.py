@@ -102,8 +102,13 @@ def same_run(out, straight):
 
 def at_checkpoint(out, step):
     """Come back when this checkpoint, or a later one, is complete."""
-    reached = lambda path: int(path.name.removeprefix("step-")) if path.suffix != ".tmp" else 0
-    there = lambda: max(map(reached, (out / "checkpoints").glob("step-*")), default=0) >= step
+
+    def reached(path):
+        return int(path.name.removeprefix("step-")) if path.suffix != ".tmp" else 0
+
+    def there():
+        return max(map(reached, (out / "checkpoints").glob("step-*")), default=0) >= step
+
     until(there, f"checkpoint after step {step}")
 
 
@@ -117,7 +122,10 @@ def until(condition, what, seconds=120):
 
 def says(job, text, seconds=120):
     """Come back when a running job has printed `text`, a regular expression."""
-    shown = lambda: Path(job.log.name).read_text()
+
+    def shown():
+        return Path(job.log.name).read_text()
+
     until(lambda: re.search(text, shown()), f"{text!r} in what it prints", seconds)
 
 

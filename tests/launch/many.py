@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train.engine import dist  # noqa: E402
+from train.engine import dist
 
 dist.shutdown = lambda: None  # DeepSpeed cannot join a second process group in one process
 script, lines = sys.argv[1], json.loads(sys.argv[2])

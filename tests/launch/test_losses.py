@@ -108,7 +108,7 @@ def test_each_loss_learns_the_rule(warm, model_dir, tmp_path, loss):
         made(tmp_path / "train.jsonl", 192, 0),
         made(tmp_path / "held_out.jsonl", 96, 1),
     )
-    free = not LOSSES[loss].reference
+    free = not LOSSES[loss].needs_reference
     extra = ["--reference", "none"] if free else []
     _, first, last = trained(
         warm, line(model_dir, data, held_out, tmp_path / "out", loss, *extra), tmp_path / "out"
@@ -123,7 +123,7 @@ def test_each_loss_learns_the_rule(warm, model_dir, tmp_path, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [name for name, row in LOSSES.items() if row.unpaired])
+@pytest.mark.parametrize("loss", [name for name, row in LOSSES.items() if row.of_labelled])
 def test_answers_with_labels(warm, model_dir, tmp_path, loss):
     data, held_out = (
         made(tmp_path / "a.jsonl", 256, 0, True),
@@ -196,7 +196,7 @@ def test_cached_equals_live_bit_for_bit_when_made_from_the_same_rows(
     live = reference.Live(backbone.Backbone(pretrained.load_causal_lm(str(model_dir))), {})
     made = {}
     for step in steps.plan_steps(data.lengths.sum(1), 8, 512, seed=7, total=20):
-        for groups in step.rows:
+        for groups in step.batches:
             row = pack([data.group(i) for i in groups])
             values = live(row).split(row.lengths.tolist())
             made |= {name: part.numpy() for name, part in zip(row.digests, values, strict=True)}
@@ -231,8 +231,7 @@ def test_a_moving_reference_is_resumed(warm, model_dir, few, tmp_path):
     kept = moments(tmp_path / "straight")
     moved = [name for name in kept if name.startswith("reference/")]
     assert moved and any(
-        not torch.equal(kept[name], kept[f"{name.removeprefix('reference/')}/weight"])
-        for name in moved
+        not torch.equal(kept[name], kept[name.replace("reference/", "policy/")]) for name in moved
     )
     straight(warm, model_dir, few, tmp_path / "still", 2, 2)
     assert scalars(tmp_path / "still")["train/loss"] != scalars(tmp_path / "straight")["train/loss"]
@@ -297,14 +296,20 @@ def _check_exported(model_dir, out, folder):
 
     command = [sys.executable, "launch/export.py", out / f"checkpoints/step-{STEPS}"]
     quiet = {"cwd": ROOT, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    export = lambda *args: subprocess.run([*command, *args], **quiet)
+
+    def export(*args):
+        return subprocess.run([*command, *args], **quiet)
+
     done = export(folder / "again")
     assert done.returncode == 0, done.stderr[-2000:]
     for made, again in (
         (out / "model", folder / "again"),
         (out / "model/adapter", folder / "again/adapter"),
     ):
-        of = lambda path: safetensors.torch.load_file(next(path.glob("*.safetensors")))
+
+        def of(path):
+            return safetensors.torch.load_file(next(path.glob("*.safetensors")))
+
         same_bits(of(again), of(made))
     assert export(folder / "bf16", "--export_dtype", "bf16", "--model", model_dir).returncode == 0
     whole = transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.bfloat16)

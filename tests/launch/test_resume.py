@@ -270,12 +270,15 @@ def exported(out, folder):
     """launch/export.py makes of a checkpoint what the run made of its weights; a damaged one is
     refused.
     """
-    run = lambda *args: subprocess.run(
-        [sys.executable, "launch/export.py", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "launch/export.py", *map(str, args)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
     done = run(out / "checkpoints/step-8", folder)
     assert done.returncode == 0, done.stderr[-2000:]
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -357,7 +360,7 @@ def test_going_back_and_on(warm, model_dir, few, tmp_path):
         next(iter((out / "checkpoints").glob("step-[5678]/manifest.json"))).read_text()
     )
     assert (
-        told["row_tokens"] == 256
+        told["batch_tokens"] == 256
     )  # asked for, so it goes before what the checkpoint was made with
     codes, text = warm.run(back)
     assert (

@@ -540,10 +540,14 @@ def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
         out / "eval",
     )
     train, evaluate = re.findall(r"^job (\d+): ", submitted, re.MULTILINE)
-    logged = lambda: [
-        int(n) for n in re.findall(r"INFO step (\d+) ", (out / "logs/rank-0.log").read_text())
-    ]
-    tell = lambda: cluster.log(train)
+
+    def logged():
+        return [
+            int(n) for n in re.findall(r"INFO step (\d+) ", (out / "logs/rank-0.log").read_text())
+        ]
+
+    def tell():
+        return cluster.log(train)
 
     def reached(step):
         assert cluster.job(train)["JobState"] in (

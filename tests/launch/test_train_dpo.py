@@ -196,7 +196,10 @@ def test_ways_to_train_in_one_process(model_dir, tmp_path):
             name
         )
         assert end[name]["rewards/margins"] != 0
-    dtype = lambda name: transformers.AutoConfig.from_pretrained(tmp_path / name / "model").dtype
+
+    def dtype(name):
+        return transformers.AutoConfig.from_pretrained(tmp_path / name / "model").dtype
+
     assert [dtype(name) for name in ("plain", "bf16", "bf16_zero3", "export_bf16")] == [
         torch.float32,
         torch.float32,
@@ -263,7 +266,10 @@ def test_a_learnable_rule_is_learnt(model_dir, tmp_path):
         "kitchen soup rain garden laugh".split(),
         "policy form report procedure item".split(),
     )
-    say = lambda words: " ".join(draw.choices(words, k=draw.randint(3, 8)))
+
+    def say(words):
+        return " ".join(draw.choices(words, k=draw.randint(3, 8)))
+
     rows = [
         json.dumps(
             {"prompt": f"{i} {say(warm + cold)}?", "chosen": say(warm), "rejected": say(cold)}
@@ -304,7 +310,10 @@ def test_a_learnable_rule_is_learnt(model_dir, tmp_path):
 def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
     """Each row: arguments, exit code, what the line says. No traceback anywhere."""
     row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
-    file = lambda name, text: _write(tmp_path / name, text)
+
+    def file(name, text):
+        return _write(tmp_path / name, text)
+
     bare = _model_without_template(model_dir, tmp_path / "bare")
     large = _model_with_tokens(model_dir, tmp_path / "large")
     cases = [

@@ -118,10 +118,9 @@ def serve(script):
     import deepspeed  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
-    from train.data import tokens  # noqa: F401
-    from train.engine import (
-        prefetch,  # noqa: F401
-    )
+    # all that a launch script imports, which constants are set in before it runs
+    from train.methods import preference_report, setup  # noqa: F401
+    from train.run import loop, session  # noqa: F401
 
     for line in sys.stdin:
         job = json.loads(line)

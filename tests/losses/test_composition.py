@@ -14,14 +14,22 @@ import torch
 from train.losses.composition import (
     DIVERGENCES,
     LOSSES,
-    Pairs,
     RunningMean,
     choose,
-    diverged,
+    mean_kl,
     parse,
+    with_divergence,
 )
-from train.losses.metrics import PAIR_SUMS, means, of_pairs, wilson, wins
-from train.losses.preference import Labelled
+from train.losses.metrics import (
+    LABELS,
+    METRICS,
+    PAIR_SUMS,
+    means,
+    preference_sums,
+    wilson,
+    wins,
+)
+from train.losses.preference import Labelled, Pairs
 
 
 def pairs(*rows):
@@ -80,9 +88,21 @@ def test_parameters_out_of_range_are_refused_at_once():
 
 def test_every_loss_cites_its_paper():
     for name, row in LOSSES.items():
-        assert "arXiv" in row.of.__doc__ and (
-            "equation" in row.of.__doc__ or "section" in row.of.__doc__
-        ), name
+        text = row.function.__doc__
+        assert re.fullmatch(r"\d{4}\.\d{5}", row.paper) and f"arXiv {row.paper}" in text, name
+        assert "equation" in text or "section" in text, name
+
+
+def test_a_row_says_which_functions_there_are():
+    for name, row in LOSSES.items():
+        assert (row.of_pairs is None) is row.pair_as_two, name
+        assert row.of_labelled is not None or not row.pair_as_two, name
+        assert row.needs_mismatched is (row.statistic is mean_kl), name
+        for function in filter(None, (row.of_pairs, row.of_labelled)):
+            signature = inspect.signature(function).parameters
+            assert ("baseline" in signature) is (row.statistic is not None), name
+            own = [p.name for p in signature.values() if p.kind is p.KEYWORD_ONLY]
+            assert own == list(row.parameters), name  # pairs and labelled responses take the same
 
 
 def test_readme_lists_every_loss():
@@ -91,11 +111,9 @@ def test_readme_lists_every_loss():
     listed = {row.split("`")[1]: row for row in table.splitlines() if row.startswith("| `")}
     del listed["--loss"]  # the table's head
     for name, row in LOSSES.items():
-        for p in inspect.signature(row.of).parameters.values():
-            assert p.kind is not p.KEYWORD_ONLY or f"`{p.name}`" in listed[name], (name, p.name)
-        assert set(re.findall(r"arXiv (\d{4}\.\d{5})", row.of.__doc__)) & set(
-            re.findall(r"abs/([\d.]+)", listed[name])
-        )
+        for parameter in row.parameters:
+            assert f"`{parameter}`" in listed[name], (name, parameter)
+        assert row.paper in re.findall(r"abs/([\d.]+)", listed[name]), name
     assert list(listed) == list(LOSSES)
 
 
@@ -209,9 +227,8 @@ def test_what_the_table_says():
         "aot_unpaired",
         "kto",
     ]
-    assert (
-        choose("kto", 0.1, {}).wants_mismatched and not choose("bco_pair", 0.1, {}).wants_mismatched
-    )
+    mismatched = [name for name in LOSSES if choose(name, 0.1, {}).needs_mismatched]
+    assert mismatched == ["kto"] and choose("sigmoid,kto", 0.1, {}).needs_mismatched
     assert not choose("kto", 0.1, {"ld_alpha": 0.5}).takes_labelled
 
 
@@ -243,11 +260,11 @@ def random_pairs(n, seed=0):
 )
 def test_divergences_by_hand(kind, coef, slope):
     p = pairs((-10, -9, -12, -8.5))
-    found = diverged(p, kind, coef)
+    found = with_divergence(p, kind, coef)
     h = 0.4 * (slope(math.e**2) - slope(math.e**-0.5))
-    args = {"f_divergence_type": kind} | (
-        {"f_alpha_divergence_coef": coef} if kind.startswith("alpha") else {}
-    )
+    args = {"f_divergence_type": kind}
+    if kind.startswith("alpha"):
+        args["f_alpha_divergence_coef"] = coef
     assert (found.chosen - found.ref_chosen).item() == pytest.approx(slope(math.e**2), rel=1e-13)
     assert choose("sigmoid", 0.4, args)(p).item() == pytest.approx(
         math.log1p(math.exp(-h)), rel=1e-13
@@ -301,22 +318,26 @@ def test_two_passes_give_the_gradient_of_the_whole_step(name, labels):
     inputs, ref, lengths, mismatched = toy_step()
     theta = torch.linspace(-1, 1, 5, dtype=torch.float64).requires_grad_()
     desired = torch.arange(26) % 3 == 0
-    carry = lambda x: Labelled(x, ref, lengths, desired) if labels else Pairs.of(x, ref, lengths)
+
+    def examples(scores):
+        if labels:
+            return Labelled(scores, ref, lengths, desired)
+        return Pairs.of(scores, ref, lengths)
 
     # all at once, with the statistics from plain formulas
-    whole = carry(inputs @ theta)
+    whole = examples(inputs @ theta)
     rewards = 0.3 * (inputs @ theta - ref).detach()
     baselines = {"bco_pair": float(rewards.mean()), "kto": float(mismatched.mean())}
     losses = loss(whole, baselines=baselines)
     (expected,) = torch.autograd.grad(losses.sum() / len(losses), theta)
 
-    # scores without gradient, then row by row in other rows, in another order
+    # scores without gradient, then batch by batch in other batches, in another order
     with torch.no_grad():
-        found, gradient = loss.over_step(carry(inputs @ theta), RunningMean(), mismatched)
+        found, gradient = loss.over_step(examples(inputs @ theta), RunningMean(), mismatched)
     assert torch.allclose(found, losses.detach(), rtol=1e-13) and not found.requires_grad
     total = torch.zeros(5, dtype=torch.float64)
-    for row in torch.arange(26).view(13, 2)[torch.randperm(13)].split((1, 0, 4, 8)):
-        at = row.flatten()
+    for batch in torch.arange(26).view(13, 2)[torch.randperm(13)].split((1, 0, 4, 8)):
+        at = batch.flatten()
         (part,) = torch.autograd.grad((inputs[at] @ theta * gradient[at]).sum() / len(found), theta)
         total += part
     assert torch.allclose(total, expected, rtol=1e-12)
@@ -334,7 +355,7 @@ def test_a_step_does_not_depend_on_its_order(name):
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_rows_alone_are_another_loss(name):
+def test_batches_alone_are_another_loss(name):
     p, mismatched = random_pairs(16), torch.rand(32, dtype=torch.float64)
     loss = choose(name, 0.3, COUPLED[name])
     halves = [
@@ -413,16 +434,15 @@ def test_weights_multiply_the_pair():
 
 
 def test_measures_of_labelled_responses_by_hand():
-    logps, ref = (
-        torch.tensor([-10.0, -9, -8, -7]).double(),
-        torch.tensor([-12.0, -8, -8, -6]).double(),
-    )
     examples = Labelled(
-        logps, ref, torch.tensor([4, 5, 2, 7]), torch.tensor([True, True, True, False])
+        logps=torch.tensor([-10.0, -9, -8, -7]).double(),
+        ref_logps=torch.tensor([-12.0, -8, -8, -6]).double(),
+        lengths=torch.tensor([4, 5, 2, 7]),
+        desired=torch.tensor([True, True, True, False]),
     )
     # rewards at beta 0.5: 1, -0.5, 0 for the desired, -0.5 for the other: right, wrong, a tie,
     # right
-    sums = of_pairs(examples, torch.tensor([1.0, 2, 3, 6]), 0.5)
+    sums = preference_sums(examples, torch.tensor([1.0, 2, 3, 6]), 0.5)
     found = means(sums)
     assert sums[0] == 4 and len(sums) == 1 + len(PAIR_SUMS)
     assert found["loss"] == 3 and found["rewards/accuracies"] == 2.5 / 4
@@ -432,16 +452,17 @@ def test_measures_of_labelled_responses_by_hand():
         -27 / 11
     )
     assert found["logps/rejected_per_token"] == -1 and found["chosen_fell"] == pytest.approx(1 / 3)
-    none = of_pairs(Labelled(*(x[:0] for x in examples)), torch.zeros(0), 0.5)
+    none = preference_sums(Labelled(*(x[:0] for x in examples)), torch.zeros(0), 0.5)
     assert not none.any() and len(none) == len(sums)
-    desired_only = means(of_pairs(Labelled(*(x[:3] for x in examples)), torch.ones(3), 0.5))
+    first_three = Labelled(*(x[:3] for x in examples))
+    desired_only = means(preference_sums(first_three, torch.ones(3), 0.5))
     assert math.isnan(desired_only["rewards/rejected"]) and desired_only["loss"] == 1
 
 
 def test_measures_by_hand():
     p = pairs((-10, -9, -12, -8), (-10, -9, -10, -9), (-11, -5, -10, -9))
     # rewards at beta 0.5: (1, -0.5), (0, 0), (-0.5, 2): margins 1.5, 0, -2.5; a tie counts one half
-    sums = of_pairs(p, torch.tensor([1.0, 2.0, 6.0]), 0.5)
+    sums = preference_sums(p, torch.tensor([1.0, 2.0, 6.0]), 0.5)
     found = means(sums)
     assert sums[0] == 3 and len(sums) == 1 + len(PAIR_SUMS)
     assert found["loss"] == 3.0
@@ -455,15 +476,33 @@ def test_measures_by_hand():
     assert found["chosen_fell"] == pytest.approx(1 / 3)
 
 
-def test_measures_add_up_over_rows():
+def test_measures_add_up_over_batches():
     p = pairs((-10, -9, -12, -8), (-10, -9, -10, -9), (-11, -5, -10, -9))
     losses = torch.tensor([1.0, 2.0, 6.0])
-    part = lambda which: of_pairs(Pairs(*(x[which] for x in p)), losses[which], 0.5)
+
+    def part(which):
+        return preference_sums(Pairs(*(x[which] for x in p)), losses[which], 0.5)
+
     none = part(slice(0, 0))
     assert none.tolist() == [0] * (1 + len(PAIR_SUMS))
     assert torch.allclose(
-        part(slice(0, 1)) + part(slice(1, 3)) + none, of_pairs(p, losses, 0.5), rtol=1e-15
+        part(slice(0, 1)) + part(slice(1, 3)) + none, preference_sums(p, losses, 0.5), rtol=1e-15
     )
+
+
+def test_the_table_of_metrics_names_what_is_measured():
+    measured = means(torch.ones(1 + len(PAIR_SUMS)))
+    assert {metric.name for metric in METRICS} == set(measured)
+    # the closing table's rows, in its order
+    assert [(metric.title, metric.name) for metric in METRICS if metric.in_table] == [
+        ("loss", "loss"),
+        ("reward accuracy", "rewards/accuracies"),
+        ("reward margin", "rewards/margins"),
+        ("log-prob of chosen", "logps/chosen"),
+        ("log-prob of rejected", "logps/rejected"),
+    ]
+    assert LABELS["logps/chosen_per_token"] == "log-prob of chosen, nats a token"
+    assert LABELS["loss"] == "loss"
 
 
 def test_nothing_measured_is_nan():

@@ -22,15 +22,23 @@ def made(n=64, seed=0):
     """
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 60, (2, n), generator=random)
-    normal = lambda: torch.randn(2, n, dtype=torch.float64, generator=random)
-    policy = -lengths * (1 + normal().abs())
-    ref = policy - lengths.sqrt() * (normal() + 0.3)
+    size = {"size": (2, n), "dtype": torch.float64, "generator": random}
+    policy = -lengths * (1 + torch.randn(**size).abs())
+    ref = policy - lengths.sqrt() * (torch.randn(**size) + 0.3)
     return Pairs(*policy, *ref.clamp(max=-0.1), *lengths)
 
 
-# Numpy, not torch; S and L are the logistic function and -log of it.
-S = lambda x: 1 / (1 + np.exp(-x))
-L = lambda x: np.logaddexp(0, -x)
+# Numpy, not torch.
+
+
+def S(x):
+    """The logistic function."""
+    return 1 / (1 + np.exp(-x))
+
+
+def L(x):
+    """-log S(x)."""
+    return np.logaddexp(0, -x)
 
 
 class By:
@@ -74,8 +82,8 @@ def exo_pair(p, e):
     # -H(q) + cross-entropy, q = S(h); derivative q (1 - q) (h - logit(1 - e)), since log q - log(1
     # - q) = h
     q = S(p.h)
-    log = lambda x: np.log(np.maximum(x, 1e-300))
-    value = q * log(q) + (1 - q) * log(S(-p.h)) - q * np.log(1 - e) - S(-p.h) * np.log(e)
+    log_q, log_rest = (np.log(np.maximum(x, 1e-300)) for x in (q, S(-p.h)))
+    value = q * log_q + (1 - q) * log_rest - q * np.log(1 - e) - S(-p.h) * np.log(e)
     return of_h(p, value, q * S(-p.h) * (p.h - np.log((1 - e) / e)))
 
 
@@ -100,11 +108,10 @@ def sppo_hard(p):
 
 def aot(p, e):
     # the k-th smallest of the policy's margins against the k-th smallest of the reference's, one by
-    # one
+    # one; there are no ties among random numbers
+    margins = p.c - p.r
     ref = sorted(p.rc - p.rr)
-    h = np.array(
-        [p.b * (own - ref[sum(p.c - p.r < own)]) for own in p.c - p.r]
-    )  # no ties among random numbers
+    h = np.array([p.b * (margin - ref[sum(margins < margin)]) for margin in margins])
     return of_h(p, L(h) + e * h, S(h) - 1 + e)
 
 
@@ -112,8 +119,7 @@ def aot_unpaired(p, e):
     # ranks of either side; a pair has the mean of its responses' numbers
     up, down = p.u.argsort().argsort(), p.v.argsort().argsort()
     x, y = p.b * (p.u - np.sort(p.v)[up]), p.b * (np.sort(p.u)[down] - p.v)
-    cost = lambda h: L(h) + e * h
-    return (cost(x) + cost(y)) / 2, p.b * (S(x) - 1 + e), -p.b * (S(y) - 1 + e)
+    return (L(x) + e * x + L(y) + e * y) / 2, p.b * (S(x) - 1 + e), -p.b * (S(y) - 1 + e)
 
 
 def apo_zero(p):
@@ -122,8 +128,9 @@ def apo_zero(p):
 
 
 def apo_down(p):
-    x, bump = p.b * p.u, lambda z: p.b * S(z) * (1 - S(z))
-    return S(x) + 1 - S(p.h), bump(x) - bump(p.h), bump(p.h)
+    x = p.b * p.u
+    slope_x, slope_h = (p.b * S(z) * (1 - S(z)) for z in (x, p.h))
+    return S(x) + 1 - S(p.h), slope_x - slope_h, slope_h
 
 
 def discopop(p, tau):
@@ -169,9 +176,8 @@ def kto(p, z, w, v):
     # 1 - S is a hyperbolic tangent: S(x) = (1 + tanh(x / 2)) / 2; a pair has the mean of its
     # responses' numbers
     x, y = p.b * (p.u - z) / 2, p.b * (p.v - z) / 2
-    one = lambda t: (1 - np.tanh(t)) / 2
     return (
-        (w * one(x) + v * one(-y)) / 2,
+        (w * (1 - np.tanh(x)) / 2 + v * (1 + np.tanh(y)) / 2) / 2,
         -w * p.b * (1 - np.tanh(x) ** 2) / 8,
         v * p.b * (1 - np.tanh(y) ** 2) / 8,
     )
@@ -257,8 +263,15 @@ def test_every_loss_is_derived():
     assert {name for name, *_ in BY_HAND} == set(LOSSES) == set(LIMITS)
 
 
-LN2, INF = math.log(2), math.inf
-up = lambda x: math.log1p(math.exp(x))  # L(-x)
+LN2 = math.log(2)
+INF = math.inf
+
+
+def softplus(x):
+    """L(-x), of a number."""
+    return math.log1p(math.exp(x))
+
+
 # (-8, 4 tokens) against (-10, 5 tokens), beta 1/2: beta to 0; policy and reference equal; rejected
 # gone; chosen gone
 LIMITS = {
@@ -277,25 +290,29 @@ LIMITS = {
     "discopop": ((LN2 + 1) / 2, (LN2 + 1) / 2, 0, INF),
     "sft": (2, 2, 2, INF),
     "sigmoid_norm": (LN2, LN2, 0, INF),
-    "simpo": (up(0.5), up(0.5), 0, INF),
+    "simpo": (softplus(0.5), softplus(0.5), 0, INF),
     "orpo": (2, 2 + LN2 / 2, 2, INF),
-    "cpo": (LN2 + 2, up(-1) + 2, 2, INF),
+    "cpo": (LN2 + 2, softplus(-1) + 2, 2, INF),
     "kto": (0.5, 0.5, 0.25, 0.75),
     "dpop": (LN2, LN2, 0, INF),
     "rpo": (LN2 + 2, LN2 + 2, 2, INF),
-    "rdpo": (up(0.01), up(0.01), 0, INF),
+    "rdpo": (softplus(0.01), softplus(0.01), 0, INF),
 }
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_limits(name):
-    one = lambda *values: Pairs(
-        *torch.tensor([values], dtype=torch.float64).T, torch.tensor([4]), torch.tensor([5])
-    )
-    equal, gone = one(-8, -10, -8, -10), -1e300
+    def one(*values):
+        columns = torch.tensor([values], dtype=torch.float64).T
+        return Pairs(*columns, torch.tensor([4]), torch.tensor([5]))
+
+    gone = -1e300
+    loss = choose(name, 0.5, {})
     found = [
         choose(name, 1e-200, {})(one(-8, -10, -7, -12)),
-        *map(choose(name, 0.5, {}), (equal, one(-8, gone, -8, -10), one(gone, -10, -8, -10))),
+        loss(one(-8, -10, -8, -10)),
+        loss(one(-8, gone, -8, -10)),
+        loss(one(gone, -10, -8, -10)),
     ]
     for value, limit in zip(found, LIMITS[name], strict=True):
         if math.isinf(limit):
@@ -324,15 +341,14 @@ def test_fp32_is_near_fp64_at_any_margin(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_empty_row_stays_in_the_graph(name):
+def test_the_empty_batch_stays_in_the_graph(name):
     scores = torch.zeros(0, requires_grad=True)
-    losses = choose(name, BETA, {})(
-        Pairs.of(scores, torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    )
+    no_pairs = Pairs.of(scores, torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    losses = choose(name, BETA, {})(no_pairs)
     assert losses.shape == (0,)
     losses.sum().backward()
     assert scores.grad.shape == (0,)
-    if unpaired := LOSSES[name].unpaired:
+    if of_labelled := LOSSES[name].of_labelled:
         scores = torch.zeros(0, requires_grad=True)
         none = Labelled(
             scores,
@@ -340,16 +356,17 @@ def test_the_empty_row_stays_in_the_graph(name):
             torch.zeros(0, dtype=torch.int64),
             torch.zeros(0, dtype=torch.bool),
         )
-        unpaired(none, BETA).sum().backward()
+        of_labelled(none, BETA).sum().backward()
         assert scores.grad.shape == (0,)
 
 
 def test_orpo_of_certain_answers():
     # probability 1: chosen's term is 0 with slope -beta odds_l (odds of rejected, a_l = log(1/3):
     # 1/2), rejected's is infinite
-    at = lambda c, r: Pairs(
-        *(torch.tensor([x], dtype=torch.float64) for x in (c, r, -1, -1)), *torch.ones(2, 1)
-    )
+    def at(c, r):
+        columns = torch.tensor([[c, r, -1, -1]], dtype=torch.float64).T
+        return Pairs(*columns, *torch.ones(2, 1))
+
     losses, (slope, _) = value_and_gradient(choose("orpo", BETA, {}), at(0.0, math.log(1 / 3)))
     assert losses.item() == 0 and slope.item() == pytest.approx(-1 - BETA / 2)
     assert choose("orpo", BETA, {})(at(-1.0, 0.0)).item() == math.inf

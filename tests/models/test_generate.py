@@ -13,8 +13,8 @@ from train.models import attention
 from train.models.backbone import Backbone
 from train.models.generate import (
     Completion,
-    _key,
     _mix,
+    _noise_key,
     _signed,
     batches,
     decoding,
@@ -32,64 +32,64 @@ def prompts(seed=0, lengths=LENGTHS):
     return [tuple(torch.randint(3, 1000, (n,), generator=random).tolist()) for n in lengths]
 
 
+def greedy(lm, prompt, **options):
+    """transformers' own loop: the ids of one completion."""
+    ids = lm.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=2, **options)
+    return tuple(ids[0, len(prompt) :].tolist())
+
+
 def common_tokens(lm, asked, count):
     """End tokens that tiny models do draw: the most frequent of a long completion."""
-    drawn = [t for c in generate(lm, asked, ends=(), max_new_tokens=24) for t in c.ids]
-    return [int(t) for t in np.bincount(drawn).argsort()[-count:]]
+    free = generate(lm, asked, eos_token_ids=(), max_new_tokens=24)
+    drawn = [token for completion in free for token in completion.ids]
+    return [int(token) for token in np.bincount(drawn).argsort()[-count:]]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_greedy_is_transformers_generate(family):
     """Prompt by prompt, unpadded, through transformers' own loop, with end tokens that are met."""
-    lm, asked = tiny.make_model(family, dtype=torch.float64), prompts()
-    free = generate(lm, asked, ends=(), max_new_tokens=20, temperature=0)
-    ends = [
-        2,
-        *sorted({completion.ids[n] for n, completion in zip((0, 3, 7, 12), free, strict=False)}),
-    ]
-    found = generate(lm, asked, ends=ends, max_new_tokens=20, temperature=0, batch_size=4)
-    for prompt, completion in zip(asked, found, strict=True):
-        whole = lm.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=20,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=2,
-        )
-        expected = tuple(whole[0, len(prompt) :].tolist())
+    lm = tiny.make_model(family, dtype=torch.float64)
+    asked = prompts()
+    options = dict(max_new_tokens=20, temperature=0)
+    free = generate(lm, asked, eos_token_ids=(), **options)
+    met = {completion.ids[n] for n, completion in zip((0, 3, 7, 12), free, strict=False)}
+    ends = [2, *sorted(met)]
+    completions = generate(lm, asked, eos_token_ids=ends, batch_size=4, **options)
+    for prompt, completion in zip(asked, completions, strict=True):
+        expected = greedy(lm, prompt, max_new_tokens=20, eos_token_id=ends)
         assert completion == Completion(expected, expected[-1] in ends)
-    assert (
-        {len(c.ids) for c in found} >= {1, 20}
-        and any(c.ended for c in found)
-        and not all(c.ended for c in found)
-    )
+    assert {len(c.ids) for c in completions} >= {1, 20}
+    assert {c.ended for c in completions} == {True, False}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
 def test_the_batch_and_the_order_change_nothing(family):
-    lm, asked = tiny.make_model(family, dtype=torch.float64), prompts()
-    options = dict(
-        ends=common_tokens(lm, asked, 8), max_new_tokens=24, seed=5, samples_per_prompt=3
-    )
+    lm = tiny.make_model(family, dtype=torch.float64)
+    asked = prompts()
+    ends = common_tokens(lm, asked, 8)
+    options = dict(eos_token_ids=ends, max_new_tokens=24, seed=5, samples_per_prompt=3)
     whole = generate(lm, asked, batch_size=27, **options)
-    assert (
-        1 < len({len(c.ids) for c in whole}) and len(set(whole)) > 20
-    )  # ends at different places, all kinds of text
+    # ends at different places, all kinds of text
+    assert len({len(c.ids) for c in whole}) > 1 and len(set(whole)) > 20
     for size in (1, 3, 8):
         assert generate(lm, asked, batch_size=size, **options) == whole, size
     order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(1)).tolist()
-    shuffled = generate(lm, [asked[i] for i in order], numbers=order, batch_size=5, **options)
+    shuffled = generate(
+        lm, [asked[i] for i in order], prompt_numbers=order, batch_size=5, **options
+    )
     assert shuffled == [whole[3 * i + s] for i in order for s in range(3)]
-    alone = generate(lm, asked[4:5], numbers=[4], **options)
+    alone = generate(lm, asked[4:5], prompt_numbers=[4], **options)
     assert alone == whole[12:15]
 
 
 def test_seed_prompt_number_and_sample_each_change_the_noise():
-    lm, asked = tiny.make_model(), [prompts()[0]] * 2
-    first = generate(lm, asked, ends=(), max_new_tokens=12, samples_per_prompt=2)
-    other = generate(lm, asked, ends=(), max_new_tokens=12, samples_per_prompt=2, seed=1)
+    lm = tiny.make_model()
+    asked = [prompts()[0]] * 2
+    options = dict(eos_token_ids=(), max_new_tokens=12, samples_per_prompt=2)
+    first = generate(lm, asked, **options)
+    other = generate(lm, asked, seed=1, **options)
     assert len(set(first + other)) == 8
-    assert generate(lm, asked, ends=(), max_new_tokens=12, samples_per_prompt=2) == first
+    assert generate(lm, asked, **options) == first
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -97,23 +97,30 @@ def test_sampled_tokens_follow_the_softmax(temperature):
     """First tokens, and second ones after the most frequent first one: chi-square against the
     model's softmax.
     """
-    lm, prompt = tiny.make_model(vocab_size=64, bos_token_id=1, eos_token_id=2), (7, 40, 3)
-    options = dict(temperature=temperature, samples_per_prompt=6000, batch_size=1500)
-    drawn = np.array([c.ids for c in generate(lm, [prompt], ends=(), max_new_tokens=2, **options)])
+    lm = tiny.make_model(vocab_size=64, bos_token_id=1, eos_token_id=2)
+    prompt = (7, 40, 3)
+    completions = generate(
+        lm,
+        [prompt],
+        eos_token_ids=(),
+        max_new_tokens=2,
+        temperature=temperature,
+        samples_per_prompt=6000,
+        batch_size=1500,
+    )
+    drawn = np.array([c.ids for c in completions])  # (6000, 2)
     first = int(np.bincount(drawn[:, 0]).argmax())
-    for tokens, context in (
-        (drawn[:, 0], prompt),
-        (drawn[drawn[:, 0] == first, 1], (*prompt, first)),
-    ):
+    after_first = drawn[drawn[:, 0] == first, 1]
+    for tokens, context in ((drawn[:, 0], prompt), (after_first, (*prompt, first))):
         with torch.no_grad():
-            share = torch.softmax(
-                lm(torch.tensor([context])).logits[0, -1].double() / temperature, 0
-            ).numpy()
-        seen = np.bincount(tokens, minlength=64)
-        common = share * len(tokens) >= 5
+            logits = lm(torch.tensor([context])).logits[0, -1].double()
+        expected = len(tokens) * torch.softmax(logits / temperature, 0).numpy()
+        counts = np.bincount(tokens, minlength=64)
+        common = expected >= 5
         assert common.sum() > 5
-        seen, share = (np.append(x[common], x[~common].sum()) for x in (seen, share))
-        assert scipy.stats.chisquare(seen, share * len(tokens)).pvalue > 1e-3
+        # what is rare counts together
+        counts, expected = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
+        assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
 
 def test_noise_is_splitmix64_and_gumbel():
@@ -135,12 +142,12 @@ def test_noise_is_splitmix64_and_gumbel():
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
     ]
-    keys = torch.tensor([_key(0, number, sample) for number in range(20) for sample in range(20)])
+    pairs = [(number, sample) for number in range(20) for sample in range(20)]
+    keys = torch.tensor([_noise_key(0, number, sample) for number, sample in pairs])
     assert len(set(keys.tolist())) == 400
     for dtype in (torch.float32, torch.float64):
-        noise = torch.stack(
-            [gumbel(keys, position, 100, dtype) for position in (0, 1, 2)]
-        )  # (3, 400, 100)
+        by_position = [gumbel(keys, position, 100, dtype) for position in (0, 1, 2)]
+        noise = torch.stack(by_position)  # (3, 400, 100)
         assert noise.dtype == dtype
         flat = noise.double().flatten().numpy()
         assert scipy.stats.kstest(flat, scipy.stats.gumbel_r.cdf).pvalue > 1e-3
@@ -159,7 +166,7 @@ def test_noise_is_splitmix64_and_gumbel():
 
 def test_draw_works_in_parts_and_in_bf16():
     logits = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)) * 3
-    keys = torch.tensor([_key(0, n, 0) for n in range(300)])
+    keys = torch.tensor([_noise_key(0, n, 0) for n in range(300)])
     expected = (logits / 0.7 + gumbel(keys, 4, 1000, torch.float32)).argmax(1)
     assert torch.equal(draw(logits, keys, 4, 0.7), expected)  # 300 rows of 8 kB: 5 parts
     rounded = logits.bfloat16()
@@ -171,10 +178,11 @@ def test_packed_backbone_is_left_as_it_was():
     """A module that trains packed, with recomputed activations, decodes as the plain model does,
     and trains on.
     """
-    backbone, asked = Backbone(tiny.make_model()), prompts()
-    expected = generate(tiny.make_model(), asked, ends=[2], max_new_tokens=16)
+    backbone = Backbone(tiny.make_model())
+    asked = prompts()
+    expected = generate(tiny.make_model(), asked, eos_token_ids=[2], max_new_tokens=16)
     backbone.checkpoint_activations()
-    assert generate(backbone.lm, asked, ends=[2], max_new_tokens=16) == expected
+    assert generate(backbone.lm, asked, eos_token_ids=[2], max_new_tokens=16) == expected
     assert backbone.lm.training and backbone.lm.config._attn_implementation == attention.NAME
     with pytest.raises(RuntimeError, match="broken"), decoding(backbone.lm):
         raise RuntimeError("broken")
@@ -182,67 +190,63 @@ def test_packed_backbone_is_left_as_it_was():
 
 
 def test_autocast_is_the_forward_that_decodes():
-    lm, asked = tiny.make_model(), prompts()
-    types = []
+    lm = tiny.make_model()
+    dtypes = []
     hook = lm.model.layers[0].mlp.register_forward_hook(
-        lambda module, args, out: types.append(out.dtype)
+        lambda module, args, out: dtypes.append(out.dtype)
     )
-    generate(lm, asked, ends=[2], max_new_tokens=3, autocast=torch.bfloat16)
+    generate(lm, prompts(), eos_token_ids=[2], max_new_tokens=3, autocast=torch.bfloat16)
     hook.remove()
-    assert set(types) == {torch.bfloat16}
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_finished_sequences_leave_and_prompts_are_read_once():
     """Widths of the batch, forward by forward: 3 prompts are read for 12 samples, then no more than
     still run.
     """
-    lm, asked = tiny.make_model(dtype=torch.float64), prompts()[:3]
-    options = dict(ends=common_tokens(lm, asked, 10), max_new_tokens=24, samples_per_prompt=4)
+    lm = tiny.make_model(dtype=torch.float64)
+    asked = prompts()[:3]
+    ends = common_tokens(lm, asked, 10)
     widths = []
     hook = lm.register_forward_pre_hook(
         lambda m, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    found = generate(lm, asked, **options)
+    completions = generate(lm, asked, eos_token_ids=ends, max_new_tokens=24, samples_per_prompt=4)
     hook.remove()
-    running = [
-        sum(len(c.ids) > position for c in found)
-        for position in range(1, max(len(c.ids) for c in found))
-    ]
+    lengths = [len(c.ids) for c in completions]
+    running = [sum(n > position for n in lengths) for position in range(1, max(lengths))]
     assert widths[0] == 3 and len(widths) == 1 + len(running)
-    assert all(
-        run <= width < run / 0.875 + 1 for width, run in zip(widths[1:], running, strict=True)
-    )
+    for width, num_running in zip(widths[1:], running, strict=True):
+        assert num_running <= width < num_running / 0.875 + 1
     assert widths[-1] < 12
 
 
 def test_progress_and_batches():
-    seen = []
-    generate(
-        tiny.make_model(), prompts(), ends=[2], max_new_tokens=2, batch_size=4, watch=seen.append
-    )
-    assert seen == [3, 3, 3]
+    done = []
+    options = dict(eos_token_ids=[2], max_new_tokens=2, batch_size=4)
+    generate(tiny.make_model(), prompts(), progress=done.append, **options)
+    assert done == [3, 3, 3]
     assert batches(LENGTHS, 4) == [[5, 2, 7], [3, 4, 0], [8, 6, 1]]
     assert batches([], 4) == [] and batches([3], 4) == [[0]]
 
 
 def test_refusals_name_what_is_wrong():
     lm = tiny.make_model(max_position_embeddings=16)
-    ask = lambda lm=lm, prompts=((5, 6),), **more: generate(
-        lm, prompts, **{"ends": [2], "max_new_tokens": 4, **more}
-    )
-    for more, message in (
+
+    def ask(lm=lm, prompts=((5, 6),), **options):
+        generate(lm, prompts, **{"eos_token_ids": [2], "max_new_tokens": 4, **options})
+
+    too_long = "prompt 1 of 13 tokens and 4 new ones exceed the model's 16 positions"
+    for options, message in (
         (dict(prompts=((5,), ())), "prompt 1 has no tokens"),
-        (
-            dict(prompts=((5,), tuple(range(13)))),
-            "prompt 1 of 13 tokens and 4 new ones exceed the model's 16 positions",
-        ),
+        (dict(prompts=((5,), tuple(range(13)))), too_long),
         (dict(max_new_tokens=0), "max_new_tokens is at least 1"),
         (dict(samples_per_prompt=0), "samples_per_prompt is at least 1"),
         (dict(temperature=-1.0), "temperature is at least 0"),
         (dict(temperature=float("nan")), "temperature is at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            ask(**more)
+            ask(**options)
     ask(prompts=(tuple(range(3, 15)),))  # 12 + 4 positions just fit
     stateful = transformers.MambaConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4
@@ -256,20 +260,14 @@ def test_refusals_name_what_is_wrong():
 
 
 def test_greedy_in_fp32_builds_no_graph():
-    lm, asked = tiny.make_model(), prompts()
+    lm = tiny.make_model()
+    asked = prompts()
     graphs = []
     hook = lm.register_forward_hook(
         lambda module, args, out: graphs.append(out.logits.requires_grad)
     )
-    found = generate(lm, asked, ends=[2], max_new_tokens=8, temperature=0)
+    completions = generate(lm, asked, eos_token_ids=[2], max_new_tokens=8, temperature=0)
     hook.remove()
     assert len(graphs) == 8 and not any(graphs)
-    for prompt, completion in zip(asked, found, strict=True):
-        whole = lm.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=8,
-            do_sample=False,
-            eos_token_id=[2],
-            pad_token_id=2,
-        )
-        assert completion.ids == tuple(whole[0, len(prompt) :].tolist())
+    for prompt, completion in zip(asked, completions, strict=True):
+        assert completion.ids == greedy(lm, prompt, max_new_tokens=8, eos_token_id=[2])

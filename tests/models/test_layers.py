@@ -1,8 +1,9 @@
-"""Our layers against torch's own, in fp64 and in fp32, under autocast, over several rows, and what
-is left alone.
+"""Our layers against torch's own, in fp64 and in fp32, under autocast, over several batches a step,
+and what is left alone.
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -29,15 +30,17 @@ def tied(bias=True, dtype=torch.float32):
 
 
 def run(model, ids, target, weights):
-    hidden = model(ids)[0]
-    logps = token_logps(
-        hidden, model[0].weight, target, None, budget=70 * 50 * 4
-    )  # two chunks and more
+    """Forward and backward of one batch: ids (1, T), target and weights (T,). Two chunks of logits
+    and more from 71 tokens on.
+    """
+    hidden = model(ids)[0]  # (T, H)
+    logps = token_logps(hidden, model[0].weight, target, logits_bytes=70 * 50 * 4)
     (logps * weights).sum().backward()
     return logps.detach()
 
 
-def rows(count, tokens):
+def batches(count, tokens):
+    """ids (count, 1, T), target and weights (count, T)"""
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(50, (count, 1, tokens), generator=random)
     ids[:, 0, ::7] = 2  # padding's id occurs
@@ -48,35 +51,39 @@ def rows(count, tokens):
     )
 
 
-@pytest.mark.parametrize("gathers", [False, True])
-@pytest.mark.parametrize("tokens", [1, matmul.ROWS - 1, matmul.ROWS, 150])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("tokens", [1, matmul.MIN_TOKENS - 1, matmul.MIN_TOKENS, 150])
 @pytest.mark.parametrize("bias", [False, True])
-def test_rows_add_up_within_fp32_rounding_of_fp64(tokens, bias, gathers):
+def test_batches_add_up_within_fp32_rounding_of_fp64(tokens, bias, in_place):
     true = tied(bias, torch.float64)
     ours = tied(bias)
     layers.swap(ours)
     assert [type(layer) for layer in ours] == [layers.Embedding, layers.Linear, layers.Linear]
-    if gathers:
+    if in_place:
         matmul.accumulate_in_place(ours)
-    for ids, target, weights in zip(*rows(3, tokens), strict=True):
-        logps, expected = run(ours, ids, target, weights), run(true, ids, target, weights.double())
+    for ids, target, weights in zip(*batches(3, tokens), strict=True):
+        logps = run(ours, ids, target, weights)
+        expected = run(true, ids, target, weights.double())
         assert (logps - expected).abs().max() < 1e-5
     for mine, theirs in zip(ours.parameters(), true.parameters(), strict=True):
         assert (mine.grad - theirs.grad).abs().max() <= 3e-6 * theirs.grad.abs().max()
 
 
 def test_fp64_is_exact_and_autocast_is_torchs():
-    plain, ours = tied(dtype=torch.float64), tied(dtype=torch.float64)
+    plain = tied(dtype=torch.float64)
+    ours = tied(dtype=torch.float64)
     layers.swap(ours)
-    (ids, *_), (target, *_), (weights, *_) = rows(1, 100)
+    ids, target, weights = (each[0] for each in batches(1, 100))
     assert torch.equal(run(ours, ids, target, weights), run(plain, ids, target, weights))
     for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(mine.grad, theirs.grad, rtol=1e-13, atol=1e-15)
-    plain, ours = tied(), tied()
+    plain = tied()
+    ours = tied()
     layers.swap(ours)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ours(ids), plain(ids)) and ours(ids).dtype == torch.bfloat16
-        run(ours, ids, target, weights), run(plain, ids, target, weights)
+        run(ours, ids, target, weights)
+        run(plain, ids, target, weights)
     for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
         assert (mine.grad - theirs.grad).abs().max() <= 0.01 * theirs.grad.abs().max()
 
@@ -91,43 +98,45 @@ def test_the_fast_product_and_the_place_of_gradients_are_really_taken(monkeypatc
     ours = tied()
     layers.swap(ours)
     matmul.accumulate_in_place(ours)
-    ids, target, weights = rows(2, 150)
+    ids, target, weights = batches(2, 150)
     run(ours, ids[0], target[0], weights[0])
     assert not torch.backends.mkldnn.is_available() or len(taken) >= 6
     before = [p.grad for p in ours.parameters()]
-    kept = [grad.clone() for grad in before]
+    copies = [grad.clone() for grad in before]
     run(ours, ids[1], target[1], weights[1])
-    for p, grad, old in zip(ours.parameters(), before, kept, strict=True):
+    for p, grad, old in zip(ours.parameters(), before, copies, strict=True):
         assert p.grad is grad and not torch.equal(grad, old)
 
 
 @pytest.mark.parametrize("head", [True, False])  # without it the embedding's is the first gradient
 @pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
 def test_each_step_starts_its_gradient_anew_in_the_same_memory(product, head, monkeypatch):
-    """Two rows a step; what stood there before counts for nothing, NaN included."""
+    """Two batches a step; what stood there before counts for nothing, NaN included."""
     ours = tied()
     layers.swap(ours)
     alone = copy.deepcopy(ours)
     matmul.accumulate_in_place(ours)
     monkeypatch.setattr(matmul, "SLICE", 7)  # of the weights' 24 to 50 rows
 
-    def step(model, parts):
+    def step(model, step_batches):
         for p in model.parameters():
             p.grad = None
-        for ids, target, weights in parts:
+        for ids, target, weights in step_batches:
             with torch.autocast("cpu", product, enabled=product != torch.float32):
-                run(model, ids, target, weights) if head else (
-                    model(ids)[0] * weights[:, None]
-                ).sum().backward()
+                if head:
+                    run(model, ids, target, weights)
+                else:
+                    (model(ids)[0] * weights[:, None]).sum().backward()
 
-    parts = list(zip(*rows(4, 100), strict=True))
-    step(ours, parts[:2])
+    four = list(zip(*batches(4, 100), strict=True))
+    step(ours, four[:2])
     for p in ours.parameters():
-        p.gathers.fill_(torch.nan)
-    step(ours, parts[2:])
-    step(alone, parts[2:])
+        p.grad_memory.fill_(torch.nan)
+    step(ours, four[2:])
+    step(alone, four[2:])
     for mine, theirs in zip(ours.parameters(), alone.parameters(), strict=True):
-        assert mine.grad is mine.gathers or mine.ndim == 1  # biases' gradients are autograd's own
+        # biases' gradients are autograd's own
+        assert mine.grad is mine.grad_memory or mine.ndim == 1
         bound = {torch.float32: 2e-6, torch.bfloat16: 0.01}[product] * theirs.grad.abs().max()
         assert (mine.grad - theirs.grad).abs().max() <= bound
 
@@ -144,11 +153,7 @@ def test_swap_leaves_other_layers_and_shared_weights_alone():
     )
     model[2].weight = model[0].weight
     layers.swap(model)
-    assert (
-        type(model[1]) is Special
-        and type(model[2]) is layers.Linear
-        and type(model[3]) is nn.Embedding
-    )
+    assert [type(layer) for layer in model[1:]] == [Special, layers.Linear, nn.Embedding]
     assert model[2].weight is model[0].weight
     layers.swap_back(model)
     assert type(model[2]) is nn.Linear and type(model[0]) is nn.Embedding
@@ -158,11 +163,11 @@ def test_expanded_gradients_and_the_same_result_twice():
     ours = nn.Sequential(nn.Linear(96, 160))
     layers.swap(ours)
     x = torch.randn(1, 300, 96)
-    found = [
+    first, second = (
         torch.autograd.grad(copy.deepcopy(ours)(x.requires_grad_()).sum(), x)[0] for _ in range(2)
-    ]
-    assert torch.equal(*found)
-    assert torch.allclose(found[0], ours[0].weight.sum(0).expand_as(x), atol=1e-5)
+    )
+    assert torch.equal(first, second)
+    assert torch.allclose(first, ours[0].weight.sum(0).expand_as(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 70, 24), (1, 5, 3, 24), (1, 1, 24)])
@@ -177,9 +182,11 @@ def test_norms_are_the_models_own(shape):
     theirs = copy.deepcopy(ours)
     layers.swap(ours)
     assert isinstance(ours, layers.RMSNorm) and isinstance(ours, LlamaRMSNorm)
-    x, grad = 0.1 * torch.randn(shape), torch.randn(shape)
+    x = 0.1 * torch.randn(shape)
+    grad = torch.randn(shape)
     x[..., 0, :] = 0  # then eps decides
-    true_x, true_w = x.double().requires_grad_(), theirs.weight.detach().double().requires_grad_()
+    true_x = x.double().requires_grad_()
+    true_w = theirs.weight.detach().double().requires_grad_()
     true = true_x / (true_x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * true_w
     true.backward(grad.double())
     mine = x.clone().requires_grad_()
@@ -217,42 +224,68 @@ def test_other_norms_stay():
     assert [type(layer) for layer in model] == kinds
 
 
+def llama_mlp(**options):
+    """H 16, M 40"""
+    heads = dict(num_attention_heads=2, num_key_value_heads=2)
+    return LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=40, **heads, **options))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_mlps_are_the_models_own_and_keep_less(dtype):
     """The same bits, values and gradients."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=40,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        mlp_bias=True,
-    )
-    theirs = LlamaMLP(config).to(dtype)
-    ours, x, grad = (
-        copy.deepcopy(theirs),
-        torch.randn(1, 9, 16, dtype=dtype),
-        torch.randn(1, 9, 16, dtype=dtype),
-    )
-    layers.swap(ours)  # fewer rows than products.ROWS: torch's own products, bit for bit
-    found, sizes = [], []
+    theirs = llama_mlp(mlp_bias=True).to(dtype)
+    ours = copy.deepcopy(theirs)
+    x = torch.randn(1, 9, 16, dtype=dtype)
+    grad = torch.randn(1, 9, 16, dtype=dtype)
+    layers.swap(ours)  # fewer tokens than matmul.MIN_TOKENS: torch's own products, bit for bit
+    assert type(ours.down_proj) is layers.GatedDownProjection
+    results = []
+    wide_tensors = []  # saved for the backward pass
     for mlp in (ours, theirs):
-        saved, mine = [], x.clone().requires_grad_()
+        saved = []
+        mine = x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, s=saved: s.append(t) or t, lambda t: t
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
         ):
             out = mlp(mine)
         out.backward(grad)
-        found.append([out, mine.grad, *(p.grad for p in mlp.parameters())])
-        sizes.append(
-            len({t.untyped_storage().data_ptr() for t in saved if t.shape[-2:] == (9, 40)})
-        )
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert sizes == [2, 4]  # gate and up; transformers' own keeps silu(gate) and the product too
+        results.append([out, mine.grad, *(p.grad for p in mlp.parameters())])
+        places = {t.untyped_storage().data_ptr() for t in saved if t.shape[-2:] == (9, 40)}
+        wide_tensors.append(len(places))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    # gate and up; transformers' own keeps silu(gate) and the product too
+    assert wide_tensors == [2, 4]
     layers.swap(theirs)
     assert isinstance(theirs, layers.GatedMLP) and type(theirs.gate_proj) is layers.Linear
     layers.swap_back(theirs)
-    assert type(theirs) is LlamaMLP and type(theirs.gate_proj) is nn.Linear
+    assert type(theirs) is LlamaMLP
+    assert type(theirs.gate_proj) is type(theirs.down_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_down_projection_is_the_linear_layer_of_the_product(dtype):
+    """In fp32 and under autocast, values and gradients, with as many tokens as oneDNN takes."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(40, 16))
+    layers.swap(plain)
+    gated = copy.deepcopy(plain[0])
+    gated.__class__ = layers.GatedDownProjection
+    gate, up = torch.randn(2, 1, 100, 40)
+    grad = torch.randn(1, 100, 16)
+    results = []
+    for down_proj in (plain[0], gated):
+        inputs = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if down_proj is gated:
+                out = gated(*inputs)
+            else:
+                out = down_proj(nn.functional.silu(inputs[0]) * inputs[1])
+        assert out.dtype == dtype and out.shape == (1, 100, 16)
+        out.backward(grad.to(dtype))
+        results.append([out, *(t.grad for t in (*inputs, *down_proj.parameters()))])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_wrapped_down_projection_gets_the_product():
@@ -267,12 +300,9 @@ def test_a_wrapped_down_projection_gets_the_product():
             return self.base_layer(x)
 
     torch.manual_seed(0)
-    theirs = LlamaMLP(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=40, num_attention_heads=2, num_key_value_heads=2
-        )
-    )
-    ours, x = copy.deepcopy(theirs), torch.randn(1, 9, 16)
+    theirs = llama_mlp()
+    ours = copy.deepcopy(theirs)
+    x = torch.randn(1, 9, 16)
     ours.down_proj = Wrapped(ours.down_proj)
     layers.swap(ours)
     assert isinstance(ours, layers.GatedMLP) and type(ours.down_proj.base_layer) is layers.Linear
@@ -280,7 +310,8 @@ def test_a_wrapped_down_projection_gets_the_product():
 
 
 def test_an_older_graph_whose_rounded_weight_is_gone_fails_loudly():
-    layer, x = nn.Sequential(nn.Linear(24, 8)), torch.randn(1, 70, 24, requires_grad=True)
+    layer = nn.Sequential(nn.Linear(24, 8))
+    x = torch.randn(1, 70, 24, requires_grad=True)
     layers.swap(layer)
     with torch.autocast("cpu", torch.bfloat16):
         old = layer(x)
@@ -292,7 +323,8 @@ def test_an_older_graph_whose_rounded_weight_is_gone_fails_loudly():
 
 
 def test_a_weight_rounded_in_inference_mode_is_rounded_again():
-    layer, x = nn.Sequential(nn.Linear(24, 8)), torch.randn(1, 70, 24)
+    layer = nn.Sequential(nn.Linear(24, 8))
+    x = torch.randn(1, 70, 24)
     layers.swap(layer)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.inference_mode():
@@ -303,15 +335,7 @@ def test_a_weight_rounded_in_inference_mode_is_rounded_again():
 
 
 def test_another_activation_stays():
-    mlp = LlamaMLP(
-        LlamaConfig(
-            hidden_size=16,
-            intermediate_size=40,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            hidden_act="gelu",
-        )
-    )
+    mlp = llama_mlp(hidden_act="gelu")
     layers.swap(mlp)
     assert type(mlp) is LlamaMLP and type(mlp.down_proj) is layers.Linear
 
@@ -321,21 +345,20 @@ def test_an_input_is_rounded_once_for_all_that_read_it():
     readers = nn.ModuleList(nn.Linear(24, 8) for _ in range(3))
     layers.swap(readers)
     x = torch.randn(1, 70, 24, requires_grad=True)
-    saved, apply = [], lambda: [reader(x) for reader in readers]
+    saved = []
     with torch.autocast("cpu", torch.bfloat16):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            first = apply()
+            first = [reader(x) for reader in readers]
         assert len({t.untyped_storage().data_ptr() for t in saved if t.shape == (70, 24)}) == 1
         with torch.no_grad():
             x.neg_()
-        for before, after, reader in zip(first, apply(), readers, strict=True):
-            assert torch.equal(
-                after, nn.functional.linear(x, reader.weight, reader.bias)
-            )  # what has changed is seen
+        second = [reader(x) for reader in readers]
+        for before, after, reader in zip(first, second, readers, strict=True):
+            # what has changed is seen
+            assert torch.equal(after, nn.functional.linear(x, reader.weight, reader.bias))
             assert not torch.equal(after, before)
-    assert torch.allclose(
-        readers[0](x), nn.functional.linear(x, readers[0].weight, readers[0].bias), atol=1e-6
-    )
+    expected = nn.functional.linear(x, readers[0].weight, readers[0].bias)
+    assert torch.allclose(readers[0](x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -345,25 +368,25 @@ def test_a_weight_is_rounded_once_a_step(fused):
     layers.swap(ours)
     matmul.accumulate_in_place(ours)
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, fused=fused)
-    (ids, *_), (target, *_), (weights, *_) = rows(1, 100)
-    weight, seen = ours[1].weight, []
+    ids, target, weights = (each[0] for each in batches(1, 100))
+    weights_of = (ours[1].weight, ours[0].weight)
+    weight = ours[1].weight
+    copies = []  # of `weight` in bf16, one a step
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):
             run(ours, ids, target, weights)
-            kept = [p.rounded[1] for p in (weight, ours[0].weight)]
+            kept = [p.rounded_copy.value for p in weights_of]
             run(ours, ids, target, weights)
-        assert all(
-            p.rounded[1] is old for p, old in zip((weight, ours[0].weight), kept, strict=True)
-        )
-        assert all(torch.equal(p.bfloat16(), p.rounded[1]) for p in (weight, ours[0].weight))
-        seen.append(kept[0].clone())
+        for p, old in zip(weights_of, kept, strict=True):
+            assert p.rounded_copy.value is old
+            assert torch.equal(p.bfloat16(), old)
+        copies.append(kept[0].clone())
 
     step()
     optimizer.step()
-    torch.autograd.graph.increment_version(
-        list(ours.parameters())
-    )  # as Policy.step does: the fused one forgets it
+    # as TrainedModel.step does: the fused one forgets it
+    torch.autograd.graph.increment_version(list(ours.parameters()))
     step()
     with torch.no_grad():
         weight.copy_(weight.flip(0))
@@ -371,13 +394,14 @@ def test_a_weight_is_rounded_once_a_step(fused):
     with torch.no_grad():
         weight.lerp_(torch.zeros_like(weight), 0.5)
     step()
-    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(copies))
 
 
 def test_a_layer_that_stands_still_keeps_no_input():
     frozen = nn.Linear(24, 8).requires_grad_(False)
     layers.swap(frozen)
-    x, saved = torch.randn(1, 70, 24, requires_grad=True), []
+    x = torch.randn(1, 70, 24, requires_grad=True)
+    saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = frozen(x)
     out.sum().backward()

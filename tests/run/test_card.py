@@ -96,15 +96,14 @@ def measure(value, interval=None, n=40):
 
 
 def report(accuracy=0.875):
-    answer = lambda text, ended: {"text": text, "ended": float(ended)}
     row = {"row": 5, "prompt": "Hi | there?\n" + card.MARKS[1]}
-    for key, columns in {
-        "greedy/reference": answer("Greetings.", True),
-        "greedy/model": answer("```\n# Hey\n```", True),
-        "sampled/reference": answer("Good day", False),
-        "sampled/model": answer("---\nbase_model: x/y\n---", True),
-    }.items():
-        row |= {f"{key}/{name}": value for name, value in columns.items()}
+    for key, text, ended in (
+        ("greedy/reference", "Greetings.", True),
+        ("greedy/model", "```\n# Hey\n```", True),
+        ("sampled/reference", "Good day", False),
+        ("sampled/model", "---\nbase_model: x/y\n---", True),
+    ):
+        row |= {f"{key}/text": text, f"{key}/ended": float(ended)}
     return {
         "reference": f"{HOME}/models/base-7b",
         "verdict": {"word": "better", "reasons": ["It is."]},
@@ -163,15 +162,12 @@ def test_card_of_a_run_holds_its_facts(tmp_path):
         "loss": (0.512345678, {"n": 64}),
     }
     assert {r.dataset_name for r in found.data.eval_results} == {"held|out.jsonl"}
-    assert metadata["tags"][-2:] == ["dpo", "arxiv:2305.18290"] and metadata["datasets"] == [
-        "org/pairs"
-    ]
-    assert (
-        metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
-    )
-    assert (
-        "base_model" not in metadata and "license" not in metadata and "language" not in metadata
-    )  # not known: not said
+    assert metadata["tags"][-2:] == ["dpo", "arxiv:2305.18290"]
+    assert metadata["datasets"] == ["org/pairs"]
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "text-generation"
+    # not known: not said
+    assert not {"base_model", "license", "language"} & set(metadata)
     assert rows_of(text, "reward accuracy") == ["reward accuracy", "0.5", "0.7969", "[0.68, 0.88]"]
     assert rows_of(text, "log-prob of rejected") == ["log-prob of rejected", "-90", "-99", ""]
     assert rows_of(text, "training") == [
@@ -196,6 +192,23 @@ def test_card_of_a_run_holds_its_facts(tmp_path):
     }.items():
         assert rows_of(text, title)[1] == value
     assert "most tokens of a prompt |" not in text  # no bound was set
+    table = text[text.index("| hyper-parameter | value |") :].split("\n\n")[0].splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == [
+        "loss",
+        "beta",
+        "learning rate (AdamW)",
+        "schedule",
+        "warm-up, share of the steps",
+        "weight decay",
+        "largest gradient norm",
+        "pairs a step",
+        "seed of the data's order",
+        "most tokens of prompt and response",
+        "steps",
+        "precision",
+        "ZeRO stage",
+        "steps skipped for a non-finite gradient",
+    ]
     for line in (
         "8 processes on NVIDIA Something (cuda)",
         "1 h 2 min",
@@ -214,23 +227,33 @@ def test_card_names_hub_models_and_the_built_in_one(tmp_path):
     card.from_run(record)(tmp_path)
     found, metadata, text = loaded(tmp_path)
     assert metadata["base_model"] == "org/base" and metadata["base_model_relation"] == "finetune"
-    assert (
-        metadata["model-index"][0]["name"] == "base-dpo"
-        and "# base-dpo" in text
-        and "Time:" not in text
-    )
+    assert metadata["model-index"][0]["name"] == "base-dpo"
+    assert "# base-dpo" in text and "Time:" not in text
     record["flags"] |= {"model": None, "data": None}
     record["data"]["sources"] = ["/somewhere/train/data/builtin/train.jsonl"]
     card.from_run(record)(tmp_path)
     found, metadata, text = loaded(tmp_path)
-    assert (
-        metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-        and metadata["license"] == "apache-2.0"
-    )
-    assert (
-        rows_of(text, "training")[1] == "zeropref's built-in train.jsonl"
-        and "datasets" not in metadata
-    )
+    assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert metadata["license"] == "apache-2.0"
+    assert rows_of(text, "training")[1] == "zeropref's built-in train.jsonl"
+    assert "datasets" not in metadata
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "paper"),
+    [
+        ("sigmoid", "dpo", "2305.18290"),
+        ("kto", "kto", "2402.01306"),
+        ("simpo:1.0,sft:0.2", "simpo:1.0,sft:0.2", "2405.14734"),  # the first one's
+    ],
+)
+def test_card_cites_the_paper_of_the_loss(tmp_path, loss, name, paper):
+    record = copy.deepcopy(RECORD)
+    record["flags"]["loss"] = loss
+    card.from_run(record)(tmp_path)
+    _, metadata, text = loaded(tmp_path)
+    assert metadata["tags"][-2:] == [name, f"arxiv:{paper}"]
+    assert f"`{loss}` loss ([arXiv {paper}](https://arxiv.org/abs/{paper}))" in text
 
 
 def test_a_run_without_evaluation_or_facts_has_a_card_without_them(tmp_path):
@@ -258,11 +281,8 @@ def test_evaluation_fills_its_section_and_only_that(tmp_path):
         "kl": (2.25, {"n": 40, "interval_95": [2.0, 2.5]}),
         "win_rate": (0.625, {"n": 40, "interval_95": [0.5, 0.75]}),
     }
-    assert (
-        text.count("## Evaluation") == 1
-        and text.count("A line by hand.") == 1
-        and text.count("## Training") == 1
-    )
+    for once in ("## Evaluation", "A line by hand.", "## Training"):
+        assert text.count(once) == 1, once
     assert [text.count(mark) for mark in card.MARKS] == [1, 1]
     section = text[text.index(card.MARKS[0]) : text.index(card.MARKS[1])]
     assert rows_of(section, "reward accuracy") == [
@@ -283,14 +303,11 @@ def test_evaluation_fills_its_section_and_only_that(tmp_path):
     assert "Against base-7b: **better**." in section and "* It is.\n" in section
     assert "before is base-7b, after this model" in section
     assert "| loss |" not in section and "reward margin" not in section  # not a number: not shown
-    assert (
-        "![log probs](figures/log_probs.png)" in section
-        and (folder / "figures/log_probs.png").read_bytes() == b"png"
-    )
+    assert "![log probs](figures/log_probs.png)" in section
+    assert (folder / "figures/log_probs.png").read_bytes() == b"png"
     assert "Before (sampled, cut at the token limit)\n\n```text\nGood day\n```" in section
-    assert (
-        "After (greedy)\n\n````text\n```\n# Hey\n```\n````" in section
-    )  # a fence in the answer stays inside
+    # a fence in the answer stays inside
+    assert "After (greedy)\n\n````text\n```\n# Hey\n```\n````" in section
     assert HOME not in text and not (folder / "README.md.tmp").exists()
 
 
@@ -301,17 +318,13 @@ def test_evaluation_of_models_that_this_project_did_not_train(tmp_path):
     )
     card.update(tmp_path, report())
     found, metadata, text = loaded(tmp_path)
-    assert (
-        metadata["license"] == "mit" and "Their words." in text and text.count("## Evaluation") == 1
-    )
+    assert metadata["license"] == "mit" and "Their words." in text
+    assert text.count("## Evaluation") == 1
     assert results(found)["reward_accuracy"][0] == 0.875
     card.update(tmp_path, report(0.25))
     found, _, text = loaded(tmp_path)
-    assert (
-        results(found)["reward_accuracy"][0] == 0.25
-        and text.count("## Evaluation") == 1
-        and "Their words." in text
-    )
+    assert results(found)["reward_accuracy"][0] == 0.25
+    assert text.count("## Evaluation") == 1 and "Their words." in text
 
 
 def test_model_index_survives_the_round_trip_of_the_hub(tmp_path):
@@ -348,9 +361,8 @@ def test_names_of_sources(tmp_path, monkeypatch):
         ("/model", "model"),
         ("/x/eval/passages.jsonl", "zeropref's built-in passages.jsonl"),
     ):
-        assert card.shown(path) == card.shown(card.shown(path)) == name, (
-            path
-        )  # the second time changes nothing
+        # the second time changes nothing
+        assert card.shown(path) == card.shown(card.shown(path)) == name, path
     assert not card.is_hub("org/name")  # a folder of that name goes before the hub
     assert card.shown("org/name") == "name" and card.shown("/a/b/") == "b"
 

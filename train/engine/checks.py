@@ -6,10 +6,8 @@ from train.data.packing import pack
 from train.engine import memory
 from train.models.backbone import plain_forward
 
-TOLERANCE = {
-    "fp32": 1e-4,
-    "bf16": 0.05,
-}  # nats, mean a token: packed against one sequence at a time
+# nats, mean a token: packed against one sequence at a time
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 
 
 class CheckFailed(ValueError):
@@ -21,40 +19,42 @@ class CheckFailed(ValueError):
     "(two groups of the data): lower --max_length, or take ds_configs/zero3.json over more GPUs",
 )
 @torch.no_grad()
-def start(policy, reference, data, device, precision: str, same_weights: bool):
-    """Check the first groups of `data`; returns them as packed rows on `device`. Every rank calls
-    this.
+def check_start(policy, reference, data, device, precision: str, same_weights: bool) -> list:
+    """Check the first groups of `data`; returns them as packed batches. Every rank calls this.
 
-    CheckFailed unless packed and shared rows equal one padded sequence a response through
-    transformers' own attention, and, where the reference has the policy's weights, the two agree
-    bit for bit: margins start at 0.
+    CheckFailed unless packed and shared prompts equal one padded sequence a response through
+    transformers' own attention, and, where the reference has the policy's weights, the two agree bit
+    for bit: margins start at 0.
     """
-    row = pack([data.group(i) for i in range(min(2, len(data)))]).to(device)
-    packed = policy(row)
+    batch = pack([data.group(i) for i in range(min(2, len(data)))]).to(device)
+    packed = policy(batch)  # (T,) nats
     if not torch.isfinite(packed).all():
         raise CheckFailed("start check: the model's log-probabilities are not finite")
     with plain_forward(policy.module):
-        alone = policy(row)
+        alone = policy(batch)  # (T,) nats
     difference = float((packed - alone).abs().mean())
     if not difference <= TOLERANCE[precision]:
         raise CheckFailed(
-            f"start check: packed rows differ from one sequence at a time by {difference:.2g} nats a token "
-            f"(at most {TOLERANCE[precision]:g}): this model needs --layout padded"
+            f"start check: packed rows differ from one sequence at a time by {difference:.2g} nats a "
+            f"token (at most {TOLERANCE[precision]:g}): this model needs --layout padded"
         )
-    if not same_weights:
-        return [row]
-    theirs = reference(row)
-    difference = float((packed - theirs).abs().mean())
-    if (
-        not reference.forwards and not difference <= TOLERANCE[precision]
-    ):  # looked up: made in other rows
+    if same_weights:
+        _compare_with_reference(packed, reference, batch, precision)
+    return [batch]
+
+
+def _compare_with_reference(packed, reference, batch, precision):
+    """CheckFailed where a reference with the policy's weights gives other log-probabilities."""
+    ref_logps = reference(batch)  # (T,) nats
+    if not reference.forwards:  # looked up: made in other batches, so within rounding only
+        difference = float((packed - ref_logps).abs().mean())
+        if not difference <= TOLERANCE[precision]:
+            raise CheckFailed(
+                f"start check: the cached reference is {difference:.2g} nats a token from the policy"
+            )
+    elif not torch.equal(packed, ref_logps):
+        difference = float((packed - ref_logps).abs().max())
         raise CheckFailed(
-            f"start check: the cached reference is {difference:.2g} nats a token from the policy"
+            "start check: policy and reference have the same weights and differ by up to "
+            f"{difference:.2g} nats; their precision or their ZeRO settings do not match"
         )
-    if reference.forwards and not torch.equal(packed, theirs):
-        difference = float((packed - theirs).abs().max())
-        raise CheckFailed(
-            f"start check: policy and reference have the same weights and differ by up to {difference:.2g} nats; "
-            "their precision or their ZeRO settings do not match"
-        )
-    return [row]

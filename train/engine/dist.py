@@ -9,23 +9,23 @@ import datetime
 import os
 import socket
 
+import deepspeed
 import torch
 import torch.distributed as td
 
 TIMEOUT = datetime.timedelta(minutes=30)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# of glibc's malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 
 def init() -> torch.device:
-    """Join the job's process group through DeepSpeed and choose this rank's device. Every rank
-    calls this.
+    """Join the job's process group through DeepSpeed and choose this rank's device.
+
+    Every rank calls this.
     """
     cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says so
-    import deepspeed
-
-    _environment()
+    _set_environment()
     if cuda:  # under srun --gpus-per-task=1 each task sees one GPU, whatever its number
         os.environ["LOCAL_RANK"] = str(local_rank() % torch.cuda.device_count())
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
@@ -49,19 +49,20 @@ def shutdown():
 
 
 def _keep_pages():
-    """Let glibc keep what is freed for the next tensor: handed back and faulted in again, pages
-    cost a CPU step 5 %.
+    """Let glibc keep what is freed for the next tensor.
+
+    Handed back to the system and faulted in again, pages cost a CPU step 5 %.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(
-            M_MMAP_THRESHOLD, 32 << 20
-        )  # the most it takes; larger tensors come and go by themselves
+        # 32 MB is the most it takes; larger tensors come and go by themselves
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _environment():
-    """Fill in RANK and its kin where the launcher has not: from srun's variables, or for a process
-    on its own.
+def _set_environment():
+    """Fill in RANK and its kin where the launcher has not.
+
+    From srun's variables, or for a process on its own.
     """
     env = os.environ
     if "RANK" in env:
@@ -112,52 +113,59 @@ def barrier():
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over ranks, in place. Every rank calls this."""
+    """Sum `values` over ranks, in place; returns them. Every rank calls this."""
     if world_size() > 1:
         td.all_reduce(values)
     return values
 
 
-def broadcast(thing=None):
-    """Rank 0's `thing` (anything that pickles) on every rank. Every rank calls this."""
+def broadcast(value=None):
+    """Rank 0's `value` (anything that pickles) on every rank. Every rank calls this."""
     if world_size() == 1:
-        return thing
-    box = [thing]
-    td.broadcast_object_list(box, src=0)
-    return box[0]
+        return value
+    values = [value]
+    td.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def all_gather(thing) -> list:
-    """Every rank's `thing`, in order of rank, on every rank. Every rank calls this."""
+def all_gather(value) -> list:
+    """Every rank's `value` (anything that pickles), in order of rank. Every rank calls this."""
     if world_size() == 1:
-        return [thing]
-    box = [None] * world_size()
-    td.all_gather_object(box, thing)
-    return box
+        return [value]
+    values = [None] * world_size()
+    td.all_gather_object(values, value)
+    return values
 
 
 class Heartbeats:
-    """Signs of life of all ranks, in the store they met through; used by one thread, beside any
-    collective.
+    """Signs of life of all ranks, in the store they met through.
+
+    Used by one thread, beside any collective.
     """
 
     def __init__(self):
-        self.store = td.distributed_c10d._get_default_store().clone()
-        self.name = lambda rank: f"zeropref/beat/{rank}"
+        self._store = td.distributed_c10d._get_default_store().clone()
 
     def exchange(self, beat) -> dict[int, str]:
-        """Leave this rank's and read everybody's: rank -> its last, "" before its first."""
-        self.store.set(self.name(rank()), str(beat))
-        known = [other for other in range(world_size()) if self.store.check([self.name(other)])]
-        return {other: self.store.get(self.name(other)).decode() for other in known}
+        """Leave this rank's beat and read everybody's: rank -> its last one, where it has any."""
+        self._store.set(self._key(rank()), str(beat))
+        beats = {}
+        for other in range(world_size()):
+            if self._store.check([self._key(other)]):
+                beats[other] = self._store.get(self._key(other)).decode()
+        return beats
+
+    @staticmethod
+    def _key(rank):
+        return f"zeropref/beat/{rank}"
 
 
 @contextlib.contextmanager
 def main_process_first():
-    """Rank 0 runs the block first, then the others, who find its caches filled. Every rank enters
-    this.
+    """Rank 0 runs the block first, then the others, who find its caches filled.
 
-    An error on rank 0 is raised on the others too, so that nobody waits for a dead peer.
+    An error on rank 0 is raised on the others too, so that nobody waits for a dead peer. Every rank
+    enters this.
     """
     if not is_main():
         error = broadcast()

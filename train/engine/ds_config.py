@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.zero import config as zero_config
+from deepspeed.runtime.zero import offload_config
 
+PRECISIONS = ("auto", "bf16", "fp32")
 # Top-level keys of the JSON that DeepSpeed owns here. DeepSpeed itself accepts any key in silence.
 OWNED_BY_JSON = (
     "zero_optimization",
@@ -21,8 +24,6 @@ OWNED_BY_JSON = (
     "steps_per_print",
     "dump_state",
 )
-
-
 OWNED_BY_FLAGS = {
     "bf16": "--precision",
     "bfloat16": "--precision",
@@ -44,12 +45,10 @@ OWNED_BY_FLAGS = {
 }
 
 
-PRECISIONS = ("auto", "bf16", "fp32")
-
-
 def read_config(path) -> dict:
-    """A DeepSpeed JSON, checked: ValueError names an unknown key, its nearest neighbour, or the
-    flag that owns it.
+    """A DeepSpeed JSON, checked.
+
+    ValueError names an unknown key, its nearest neighbour, or the flag that owns it.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -65,9 +64,6 @@ def read_config(path) -> dict:
                 f"{path}: {key!r} belongs to {OWNED_BY_FLAGS[key]}; remove it from the JSON"
             )
     _only_known(path, "", config, OWNED_BY_JSON)
-    from deepspeed.runtime.zero import config as zero_config
-    from deepspeed.runtime.zero import offload_config
-
     zero = config.get("zero_optimization", {})
     _only_known(path, "zero_optimization.", zero, _fields(zero_config.DeepSpeedZeroConfig))
     for key, kind in (
@@ -79,7 +75,8 @@ def read_config(path) -> dict:
         raise ValueError(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, not {zero['stage']!r}")
     if zero.get("overlap_comm") and zero.get("stage", 0) != 2:
         raise ValueError(
-            f"{path}: zero_optimization.overlap_comm works with stage 2 only, where rows are summed up here"
+            f"{path}: zero_optimization.overlap_comm works with stage 2 only, where rows are summed up "
+            "here"
         )
     return config
 
@@ -104,18 +101,20 @@ def resolve_precision(flag: str, device: torch.device) -> str:
     """--precision resolved: auto is bf16 on CUDA and fp32 on CPU."""
     if flag not in PRECISIONS:
         raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}, not {flag!r}")
-    return flag if flag != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    if flag != "auto":
+        return flag
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
-    """The whole configuration that DeepSpeed gets. The loop owns accumulation, so its batch numbers
-    are formal.
+    """The whole configuration that DeepSpeed gets of a model that is trained.
 
-    Stage 0 computes under autocast over fp32 weights and clips here; stages 1 to 3 hold bf16
-    weights beside fp32 masters and accumulate in fp32. With one rank a step's rows still add up
-    locally.
+    The loop owns accumulation, so DeepSpeed's batch numbers are formal. Stage 0 computes under
+    autocast over fp32 weights and clips by itself (engine/trained.py); stages 1 to 3 hold bf16
+    weights beside fp32 masters and accumulate in fp32: a bf16 sum over a step's batches would lose
+    the small ones.
     """
-    full = json.loads(json.dumps(config))
+    full = json.loads(json.dumps(config))  # a deep copy
     stage = zero_stage(config)
     full |= {
         "train_micro_batch_size_per_gpu": 1,
@@ -124,9 +123,8 @@ def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload works with our AdamW, and compiles nothing
         "steps_per_print": config.get("steps_per_print", 10**9),
-        "gradient_clipping": grad_clip
-        if stage > 0
-        else 0.0,  # where it is not said, DeepSpeed clips to 1
+        # where it is not said, DeepSpeed clips to 1
+        "gradient_clipping": grad_clip if stage > 0 else 0.0,
     }
     if stage > 0 and precision == "bf16":
         full["bf16"] = {"enabled": True}
@@ -135,14 +133,13 @@ def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
 
 
 def resolve_frozen(config: dict, policy: dict) -> dict:
-    """The whole configuration of a model that is not trained: `config`'s sharding in the policy's
-    precision.
+    """The whole configuration of a model that is not trained.
+
+    config: its own JSON, which says how it is sharded. policy: the trained model's resolved
+    configuration, whose precision it shares.
     """
-    full = {
-        key: value
-        for key, value in resolve(config, "fp32").items()
-        if key != "zero_allow_untested_optimizer"
-    }
+    full = resolve(config, "fp32")
+    del full["zero_allow_untested_optimizer"]
     full.get("zero_optimization", {}).pop("offload_optimizer", None)
     return full | {key: policy[key] for key in ("bf16",) if key in policy}
 
@@ -153,8 +150,9 @@ def zero_stage(config: dict) -> int:
 
 
 def autocast_dtype(stage: int, precision: str):
-    """The dtype that forward passes run under, or None: only stage 0 computes in another type than
-    its weights'.
+    """The dtype that forward passes run under, or None.
+
+    Only stage 0 computes in another type than its weights'.
     """
     return torch.bfloat16 if stage == 0 and precision == "bf16" else None
 

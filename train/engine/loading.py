@@ -1,24 +1,29 @@
-"""Loading a model onto this rank's device, or into ZeRO-3's shards."""
+"""Loading a model onto this rank's device or into ZeRO-3's shards, and running one that is frozen."""
 
 import contextlib
+import logging
+from collections.abc import Callable
+
+import deepspeed
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train.engine.ds_config import autocast_dtype, weight_dtype, zero_stage
-from train.models import backbone as models
 from train.models import pretrained
+from train.models.backbone import Backbone
 
 
 @contextlib.contextmanager
 def sharded_load(config: dict):
-    """Inside, `from_pretrained` fills ZeRO-3 shards directly: no rank holds a whole model. Every
-    rank enters this.
+    """Let `from_pretrained` fill ZeRO-3 shards directly, so that no rank holds a whole model.
+
+    config: a resolved DeepSpeed configuration; below stage 3 nothing changes. Every rank enters this.
     """
     if zero_stage(config) < 3:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    alive = HfDeepSpeedConfig(config)
+    alive = HfDeepSpeedConfig(config)  # transformers looks for it as long as it lives
     try:
         yield alive
     finally:
@@ -30,24 +35,37 @@ def load_backbone(
     config: dict,
     precision: str,
     policy_stage: int,
-    device,
-    layout="packed",
-    trust=False,
-    allow_pickle=False,
-    change=None,
-):
-    """A Backbone from a model directory or hub name, on `device` or in `config`'s ZeRO-3 shards.
-    Every rank calls this.
+    device: torch.device,
+    *,
+    layout: str = "packed",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    change: Callable | None = None,
+) -> Backbone:
+    """A Backbone from a model directory or hub name, on `device` or in ZeRO-3 shards.
 
-    `policy_stage` decides the mode that policy and reference share: autocast over fp32 weights, or
-    bf16 weights. `change`: called with the causal LM before it is wrapped, to add adapters, say.
+    config: its own resolved DeepSpeed configuration. policy_stage: decides the mode that policy and
+    reference share, autocast over fp32 weights or bf16 weights. change: called with the causal LM
+    before it is wrapped, to add adapters say. Every rank calls this.
     """
     with sharded_load(config):
         lm = pretrained.load_causal_lm(
-            path, weight_dtype(policy_stage, precision), trust, allow_pickle
+            path, weight_dtype(policy_stage, precision), trust_remote_code, allow_pickle
         )
     if change:
         change(lm)
     if zero_stage(config) < 3:
         lm.to(device)
-    return models.Backbone(lm, layout, autocast=autocast_dtype(policy_stage, precision))
+    return Backbone(lm, layout, autocast=autocast_dtype(policy_stage, precision))
+
+
+def frozen_forward(module, config: dict) -> Callable:
+    """What runs a frozen module's forward: itself, or at stage 3 an engine that gathers its shards.
+
+    Every rank calls this.
+    """
+    if zero_stage(config) < 3:
+        return module
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine

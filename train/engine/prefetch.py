@@ -1,48 +1,37 @@
-"""Rows on their way to the device, and their scores: what training and evaluation share."""
+"""Batches on their way to the device: packed by a thread while the ones before are computed."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from operator import attrgetter
+from typing import Any
 
 import torch
 
-from train.data.packing import pack
-from train.engine import preemption
+from train.data.packing import PackedBatch, pack
 
 
-def ahead(
-    plans: Iterable, data, device: torch.device, rows_of: Callable = attrgetter("rows")
-) -> Iterator[tuple]:
-    """For each plan (a step, say): the plan, and its rows (`rows_of(plan)`, tuples of groups)
-    packed on `device`.
+def packed(
+    plans: Iterable[tuple[Any, list]], data, device: torch.device
+) -> Iterator[tuple[Any, list[PackedBatch]]]:
+    """For each (key, batches) of `plans`: the key, and the batches packed on `device`.
 
-    The next plan's rows are packed by a thread while this one's are computed. Before each row the
-    ranks agree on whether they have been told to stop, and raise Preempted if so.
+    A key is whatever the caller knows its batches by, a step say; a batch is a tuple of numbers of
+    groups of `data`. One plan ahead is packed, no more, so memory holds two.
     """
 
     def prepare(plan):
-        rows = [pack([data.group(i) for i in groups]) for groups in rows_of(plan)]
-        return plan, [row.pin() for row in rows] if device.type == "cuda" else rows
+        key, batches = plan
+        ready = [pack([data.group(i) for i in groups]) for groups in batches]
+        return key, [batch.pin() for batch in ready] if device.type == "cuda" else ready
+
+    def on_device(key, batches):
+        return key, batches if device.type == "cpu" else [batch.to(device) for batch in batches]
 
     with ThreadPoolExecutor(1) as thread:
         pending = None
         for plan in plans:
             following = thread.submit(prepare, plan)
             if pending is not None:
-                yield _on(device, *pending.result())
+                yield on_device(*pending.result())
             pending = following
         if pending is not None:
-            yield _on(device, *pending.result())
-
-
-def _on(device, plan, rows):
-    return plan, _Watched(rows if device.type == "cpu" else [row.to(device) for row in rows])
-
-
-class _Watched(list):
-    """Rows that can be gone through as often as one likes, each after a look at the signals."""
-
-    def __iter__(self):
-        for row in super().__iter__():
-            preemption.raise_if_preempted()
-            yield row
+            yield on_device(*pending.result())

@@ -1,11 +1,14 @@
-"""Everything of a policy that training changes, parameter by parameter, whole and in fp32: the same
-for any ZeRO stage and any number of ranks, so that a checkpoint made under one can be continued
-under another.
+"""What training changes in a model, parameter by parameter, whole and in fp32.
+
+The same for any ZeRO stage and any number of ranks, so that a checkpoint made under one stage can be
+continued under another. `model` below is a TrainedModel (train/engine/trained.py); `module` and `lm`
+are torch modules, sharded or not.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 
+import deepspeed
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -16,152 +19,97 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from train.engine import dist, sharded_state
+from train.engine import dist
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")  # moments as AdamW names them
-# Where DeepSpeed's optimisers keep a rank's flat fp32 weights: stages 1 and 2, stage 3, stage 1
-# with bf16.
-FLATS = (
-    "single_partition_of_fp32_groups",
-    "fp32_partitioned_groups_flat",
-    "fp32_groups_flat_partition",
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
+# Where DeepSpeed's optimisers keep a rank's flat fp32 weights.
+FLAT_WEIGHTS = (
+    "single_partition_of_fp32_groups",  # stages 1 and 2
+    "fp32_partitioned_groups_flat",  # stage 3
+    "fp32_groups_flat_partition",  # stage 1 with bf16
 )
+FINGERPRINT = 8  # leading values of a frozen weight that say which model it belongs to
 
 
-def shapes(policy, updates: int | None = None) -> dict[str, tuple]:
-    """The keys that `tensors` yields, in its order, and their shapes, all fp32. `updates`: if not
-    those it has had.
+def shapes(model, updates: int) -> dict[str, tuple]:
+    """The keys that `tensors` yields after `updates` optimiser steps, in its order, and their shapes.
+
+    All are fp32: PARAMETER/weight, and once there was an update PARAMETER/exp_avg and
+    PARAMETER/exp_avg_sq.
     """
-    kinds = (WEIGHT, *MOMENTS) if (policy.updates if updates is None else updates) else (WEIGHT,)
+    kinds = (WEIGHT, *MOMENTS) if updates else (WEIGHT,)
     return {
         f"{name}/{kind}": tuple(getattr(p, "ds_shape", p.shape))
-        for name, p in _trained_params(policy)
+        for name, p in _trained_params(model)
         for kind in kinds
     }
 
 
-def weights(policy) -> Iterator[torch.Tensor]:
+def full_weights(model) -> Iterator[torch.Tensor]:
     """The whole weights alone, in fp32. Every rank calls this and goes through to the end."""
-    for _, p in _trained_params(policy):
-        yield p.detach() if policy.stage == 0 else safe_get_full_fp32_param(p)
+    for _, p in _trained_params(model):
+        yield p.detach() if model.stage == 0 else safe_get_full_fp32_param(p)
 
 
-def tensors(policy) -> Iterator[torch.Tensor]:
-    """The whole tensors of `shapes`, one after the other. Every rank calls this and goes through to
-    the end.
-    """
-    for _, p in _trained_params(policy):
-        yield p.detach() if policy.stage == 0 else safe_get_full_fp32_param(p)
-        for moment in MOMENTS if policy.updates else ():
-            if policy.stage > 0:
+def tensors(model) -> Iterator[torch.Tensor]:
+    """The whole tensors of `shapes`, one by one. Every rank calls this and goes to the end."""
+    for _, p in _trained_params(model):
+        yield p.detach() if model.stage == 0 else safe_get_full_fp32_param(p)
+        for moment in MOMENTS if model.updates else ():
+            if model.stage > 0:
                 yield safe_get_full_optimizer_state(p, moment)
             else:  # a parameter without a gradient has no moments yet
-                yield policy.optimizer.state.get(p, {}).get(moment, torch.zeros_like(p))
+                yield model.optimizer.state.get(p, {}).get(moment, torch.zeros_like(p))
 
 
 @torch.no_grad()
-def restore(policy, read: Callable[[str], torch.Tensor], updates: int):
-    """Put back what `tensors` gave, under this policy's own stage and ranks. `read`: the tensor of
-    a key.
+def restore(model, read: Callable[[str], torch.Tensor], updates: int):
+    """Put back what `tensors` gave, under this model's own stage and ranks. Every rank calls this.
 
-    `updates`: how many optimiser steps the moments have seen; 0 where there are none. Every rank
-    calls this.
+    read: gives the tensor of a key of `shapes`. updates: how many optimiser steps the moments have
+    seen; 0 where there are none.
     """
-    policy.updates = updates
+    model.updates = updates
     if updates:
-        _make_moments(policy, updates)
-    for name, p in _trained_params(policy):
-        _set_weight(policy, p, read(f"{name}/{WEIGHT}"))
+        _make_moments(model, updates)
+    for name, p in _trained_params(model):
+        _set_weight(model, p, read(f"{name}/{WEIGHT}"))
         for moment in MOMENTS if updates else ():
-            _set_moment(policy, p, moment, read(f"{name}/{moment}"))
-    if persistent := getattr(policy.optimizer, "persistent_parameters", None):
-        persistent[0].partition(
-            persistent
-        )  # small weights that stage 3 keeps whole: drop the old copies
+            _set_moment(model, p, moment, read(f"{name}/{moment}"))
+    if persistent := getattr(model.optimizer, "persistent_parameters", None):
+        # small weights that stage 3 keeps whole: drop the old copies
+        persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
 
 
-def unchanged_state(lm) -> dict[str, torch.Tensor]:
-    """What training leaves as it is and an export needs, by key: buffers, and how frozen weights
-    begin, in bf16.
+def untrained_state(lm) -> dict[str, torch.Tensor]:
+    """What training leaves as it is and an export needs: buffers, and how each frozen weight begins.
+
+    buffer/NAME is whole; frozen/NAME holds the first values in bf16, by which an export of adapters
+    tells whether it was given the right base model.
     """
-    first = lambda p: (
-        getattr(p, "ds_tensor", p).detach().flatten()[:8].to("cpu", torch.bfloat16, copy=True)
-    )
-    begins = {
-        f"frozen/{name}": first(p) for name, p in lm.named_parameters() if not p.requires_grad
-    }
-    return begins | {f"buffer/{name}": value for name, value in sharded_state.buffers(lm).items()}
-
-
-def _trained_params(policy):
-    return [(name, p) for name, p in policy.module.named_parameters() if p.requires_grad]
-
-
-def _make_moments(policy, updates):
-    """AdamW's state as `updates` steps leave it, moments still 0: torch makes it at the first step
-    only.
-    """
-    adamw = policy.adamw
-    if policy.stage == 0:
-        flats = [p for group in adamw.param_groups for p in group["params"]]
-    else:
-        flats = next(
-            getattr(policy.optimizer, name) for name in FLATS if hasattr(policy.optimizer, name)
-        )
-    fused = adamw.defaults["fused"]
-    for flat in flats:
-        step = torch.tensor(float(updates), device=flat.device if fused else "cpu")
-        adamw.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
-    policy.link_moments()
-
-
-def _set_weight(policy, p, value):
-    if policy.stage == 3:
-        mine = _shard(p, value)
-        safe_set_local_fp32_param(p, mine)
-        p.ds_tensor.copy_(mine)  # the copy that forward passes gather, in its own type
-        return
-    if policy.stage > 0:
-        safe_set_full_fp32_param(p, value)
-    p.copy_(value)
-
-
-def _set_moment(policy, p, moment, value):
-    if policy.stage == 3:
-        safe_set_local_optimizer_state(p, _shard(p, value), moment)
-    elif policy.stage > 0:
-        safe_set_full_optimizer_state(p, value, moment)
-    else:
-        policy.optimizer.state[p][moment].copy_(value)
-
-
-def _shard(p, value):
-    """This rank's part of a stage-3 parameter, padded with zeros as DeepSpeed does."""
-    size = p.ds_tensor.numel()
-    flat = value.flatten()[dist.rank() * size : (dist.rank() + 1) * size]
-    return torch.nn.functional.pad(flat, (0, size - flat.numel()))
+    state = {}
+    for name, p in lm.named_parameters():
+        if not p.requires_grad:
+            values = getattr(p, "ds_tensor", p).detach().flatten()[:FINGERPRINT]
+            state[f"frozen/{name}"] = values.to("cpu", torch.bfloat16, copy=True)
+    return state | {f"buffer/{name}": value for name, value in buffers(lm).items()}
 
 
 def gather_state_dict(module, dtype=None) -> dict | None:
-    """The module's state dict on rank 0's CPU, parameter by parameter, None on other ranks. Every
-    rank calls this.
+    """The module's state dict on rank 0's CPU, None on other ranks. Every rank calls this.
 
-    A tied weight stands once, under its first name. `dtype`: cast to it; fp32 of a bf16 weight is
-    its master.
+    It is gathered parameter by parameter. A tied weight stands once, under its first name. dtype:
+    cast to it; fp32 of a bf16 weight is its master.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
-
     state, seen = {}, set()
     for name, p in module.named_parameters(remove_duplicate=False):
         if id(p) in seen:
             continue
         seen.add(id(p))
-        if (
-            dtype == torch.float32
-            and p.dtype != dtype
-            and (master := safe_get_full_fp32_param(p)) is not None
-        ):
+        wants_master = dtype == torch.float32 and p.dtype != dtype
+        if wants_master and (master := safe_get_full_fp32_param(p)) is not None:
             if dist.is_main():
                 state[name] = master.to("cpu", copy=True)
             continue
@@ -171,20 +119,67 @@ def gather_state_dict(module, dtype=None) -> dict | None:
     return state | buffers(module) if dist.is_main() else None
 
 
-def buffers(module) -> dict:
+def buffers(module) -> dict[str, torch.Tensor]:
     """What a state dict holds besides parameters, copied to the CPU."""
-    own = lambda owner, _, leaf: leaf not in module.get_submodule(owner)._non_persistent_buffers_set
-    return {
-        name: value.detach().to("cpu", copy=True).contiguous()
-        for name, value in module.named_buffers()
-        if own(*name.rpartition("."))
-    }
+    found = {}
+    for name, value in module.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in module.get_submodule(owner)._non_persistent_buffers_set:
+            found[name] = value.detach().to("cpu", copy=True).contiguous()
+    return found
 
 
 def gathered_param(p):
     """A context in which parameter `p` is whole. Every rank enters this."""
     if not hasattr(p, "ds_id"):
         return contextlib.nullcontext()
-    import deepspeed
-
     return deepspeed.zero.GatheredParameters([p])
+
+
+def _trained_params(model):
+    return [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
+
+
+def _make_moments(model, updates):
+    """Make AdamW's state as `updates` steps leave it, moments still 0: torch makes it at the first
+    step only.
+    """
+    adamw = model.adamw
+    if model.stage == 0:
+        weights = [p for group in adamw.param_groups for p in group["params"]]
+    else:
+        attribute = next(name for name in FLAT_WEIGHTS if hasattr(model.optimizer, name))
+        weights = getattr(model.optimizer, attribute)
+    fused = adamw.defaults["fused"]
+    for weight in weights:
+        step = torch.tensor(float(updates), device=weight.device if fused else "cpu")
+        moments = {moment: torch.zeros_like(weight) for moment in MOMENTS}
+        adamw.state[weight] = {"step": step} | moments
+    model.link_moments()
+
+
+def _set_weight(model, p, value):
+    if model.stage == 3:
+        shard = _shard_of(p, value)
+        safe_set_local_fp32_param(p, shard)
+        p.ds_tensor.copy_(shard)  # the copy that forward passes gather, in its own type
+        return
+    if model.stage > 0:
+        safe_set_full_fp32_param(p, value)
+    p.copy_(value)
+
+
+def _set_moment(model, p, moment, value):
+    if model.stage == 3:
+        safe_set_local_optimizer_state(p, _shard_of(p, value), moment)
+    elif model.stage > 0:
+        safe_set_full_optimizer_state(p, value, moment)
+    else:
+        model.optimizer.state[p][moment].copy_(value)
+
+
+def _shard_of(p, value):
+    """This rank's part of a stage-3 parameter, flat, padded with zeros as DeepSpeed does."""
+    size = p.ds_tensor.numel()
+    flat = value.flatten()[dist.rank() * size : (dist.rank() + 1) * size]
+    return torch.nn.functional.pad(flat, (0, size - flat.numel()))

@@ -1,22 +1,25 @@
-"""The policy under DeepSpeed: the resolved configuration, loading into shards, one backward a row,
-one update a step.
+"""A model that is trained under DeepSpeed: one backward a batch, one update a step.
 
-A DeepSpeed JSON holds what DeepSpeed owns (ds_configs/); precision, batch, optimiser and clipping
-are flags.
+Policy, reward model and value model are each a TrainedModel, with a DeepSpeed configuration of its
+own (train/engine/ds_config.py). It is a part of a checkpoint (train/run/checkpoint.py).
 """
 
 import logging
 import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import deepspeed
 import torch
 from transformers import get_scheduler
 
-from train.engine import dist
+from train.engine import dist, sharded_state
 from train.engine.ds_config import zero_stage
 from train.models.matmul import accumulate_in_place
 
 BUCKET = 25_000_000  # gradient elements that stage 0 sends at a time
+SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # of a scheduler's state; flags make the rest
 
 
 class Update(NamedTuple):
@@ -24,101 +27,107 @@ class Update(NamedTuple):
 
     grad_norm: float  # 2-norm over all ranks' shards, before clipping
     lr: float  # the rate that this update used
-    applied: bool  # False where a gradient was not finite: weights, moments and schedule stay as they were
+    # False where a gradient was not finite: weights, moments and schedule stay as they were
+    applied: bool
 
 
 class TrainedModel:
-    """A Backbone under a DeepSpeed engine: call it on a row, `backward` the row's loss, `step` once
-    a step.
-    """
+    """A module under a DeepSpeed engine: call it on a batch, `backward` its loss, `step` once a step."""
 
     def __init__(
         self,
         module,
         config: dict,
         *,
-        lr,
-        weight_decay,
-        grad_clip,
-        scheduler,
-        warmup_ratio,
-        total_steps,
-        betas=(0.9, 0.999),
-        eps=1e-8,
+        lr: float,
+        weight_decay: float,
+        grad_clip: float,
+        scheduler: str,
+        warmup_ratio: float,
+        total_steps: int,
+        tokenizer=None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
     ):
-        """`config`: from `resolve`. Every rank calls this."""
-        import deepspeed
-
+        """config: what ds_config.resolve gives. tokenizer: saved beside the model's configuration in
+        checkpoints. Every rank calls this.
+        """
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        self.stage, self.grad_clip = zero_stage(config), grad_clip
+        self.stage, self.grad_clip, self.tokenizer = zero_stage(config), grad_clip, tokenizer
         groups = decay_groups(module, weight_decay)
-        fused = (
-            all(p.device.type == "cuda" for group in groups for p in group["params"])
-            or self.stage == 0
+        on_cuda = all(p.device.type == "cuda" for group in groups for p in group["params"])
+        self.adamw = torch.optim.AdamW(
+            groups, lr=lr, betas=betas, eps=eps, fused=on_cuda or self.stage == 0
         )
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
         schedule = get_scheduler(
-            scheduler, optimizer, math.ceil(warmup_ratio * total_steps), total_steps
+            scheduler, self.adamw, math.ceil(warmup_ratio * total_steps), total_steps
         )
         self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
-            model=module, optimizer=optimizer, lr_scheduler=schedule, config=config
+            model=module, optimizer=self.adamw, lr_scheduler=schedule, config=config
         )
-        self.adamw, self.updates = optimizer, 0  # updates: the optimiser steps that were applied
-        if (
-            self.stage == 0
-        ):  # summed up here, once a step, because nothing in DeepSpeed checks or reports the norm
+        self.updates = 0  # optimiser steps that were applied
+        self.skipped = 0  # and those that were not, because a gradient was not finite
+        self._moments_are_linked = self.stage in (0, 3)
+        if self.stage == 0:
+            # summed up in `step`, once, because nothing in DeepSpeed checks or reports the norm
             self.engine.enable_backward_allreduce = False
             accumulate_in_place(module)
-        self.skipped, self._linked = 0, self.stage in (0, 3)
 
     @property
     def module(self):
-        """The Backbone inside."""
+        """The module inside the engine."""
         return self.engine.module
 
-    def __call__(self, row, log_p2=False):
-        """As Backbone.forward."""
-        return self.engine(row, log_p2)
+    def __call__(self, batch, log_p2=False):
+        """What the module's forward gives. Every rank calls this for each of its batches."""
+        return self.engine(batch, log_p2)
 
-    def backward(self, loss):
-        """Add d loss to the step's gradient. Every rank calls this for each of its rows, empty ones
-        too.
+    def backward(self, loss: torch.Tensor):
+        """Add the gradient of `loss`, this batch's part of the step's loss.
+
+        The step's loss is the sum of its parts over all batches of all ranks; what each is divided
+        by is the caller's business, and global. DeepSpeed averages over the ranks: that is undone
+        here. Every rank calls this for each of its batches, empty ones too.
         """
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss * dist.world_size(), scale_wrt_gas=False)
 
     def step(self) -> Update:
-        """Average over ranks, clip, update the weights, advance the schedule. Every rank calls
-        this.
+        """Reduce over ranks, clip, update the weights, advance the schedule. Every rank calls this.
+
+        Where the gradient is not finite nothing is changed; that is counted in `skipped`.
         """
         lr = self.schedule.get_last_lr()[0]
-        if self.stage > 0:
-            self.engine.step()
-            norm = float(self.engine.get_global_grad_norm())
-            applied = self.engine.was_step_applied() and math.isfinite(norm)
-            if applied and not self._linked:
-                self.link_moments()
-        else:
-            if (
-                dist.world_size() > 1
-            ):  # alone there is nothing to add, and the buffer would be a second copy of the gradient
-                self.engine.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
-            params = [p for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.clip_grad_norm_(params, self.grad_clip or math.inf))
-            applied = math.isfinite(norm)
-            if applied:
-                self.engine.step()
-                torch.autograd.graph.increment_version(
-                    params
-                )  # the fused AdamW does not; see losses/products.py
-            else:
-                self.engine.zero_grad()
+        norm, applied = self._step_unsharded() if self.stage == 0 else self._step_sharded()
         self.skipped += not applied
         self.updates += applied
         return Update(norm, lr, applied)
 
+    def _step_unsharded(self):
+        """Stage 0: DeepSpeed reduces, the norm, the clipping and the check are ours."""
+        if dist.world_size() > 1:
+            # one rank has nothing to add, and the buffer would be a second copy of the gradient
+            self.engine.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
+        params = [p for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(params, self.grad_clip or math.inf))
+        if not math.isfinite(norm):
+            self.engine.zero_grad()
+            return norm, False
+        self.engine.step()
+        # the fused AdamW does not say that it changed them; see models/matmul.py: rounded
+        torch.autograd.graph.increment_version(params)
+        return norm, True
+
+    def _step_sharded(self):
+        """Stages 1 to 3: all of it is DeepSpeed's."""
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        applied = self.engine.was_step_applied() and math.isfinite(norm)
+        if applied and not self._moments_are_linked:
+            self.link_moments()
+        return norm, applied
+
     def link_moments(self):
-        """Let DeepSpeed know where every parameter's AdamW moments lie, for reading them and for
-        its checkpoints.
+        """Let DeepSpeed know where every parameter's AdamW moments lie, for reading them.
 
         DeepSpeed 0.19 does so after the first parameter group's first update, when the second has
         none yet.
@@ -126,22 +135,71 @@ class TrainedModel:
         if self.stage in (1, 2):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
-        self._linked = True
+        self._moments_are_linked = True
+
+    # What a checkpoint holds of it: see train/run/checkpoint.py.
+
+    def state_dict(self) -> dict:
+        """Counters and the schedule, for JSON."""
+        schedule = self.schedule.state_dict()
+        return {
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "schedule": {name: schedule[name] for name in SCHEDULE},
+            "stage": self.stage,  # for whoever reads it: another stage continues as well
+        }
+
+    def load_state_dict(self, state: dict):
+        """Continue from `state_dict`."""
+        self.updates, self.skipped = state["updates"], state["skipped"]
+        for name, value in state["schedule"].items():
+            setattr(self.schedule, name, value)
+        for group, lr in zip(self.adamw.param_groups, state["schedule"]["_last_lr"], strict=True):
+            group["lr"] = lr
+        self.engine.global_steps = self.updates + self.skipped
+        self.engine.skipped_steps = self.skipped
+
+    def shapes(self, state: dict | None = None) -> dict[str, tuple]:
+        """Keys and shapes of the whole tensors by now, or as the `state_dict` given has it."""
+        return sharded_state.shapes(self, state["updates"] if state else self.updates)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The whole fp32 tensors of `shapes`, in that order. Every rank goes through to the end."""
+        return sharded_state.tensors(self)
+
+    def load_tensors(self, read: Callable[[str], torch.Tensor], state: dict):
+        """Put back what `tensors` gave. Every rank calls this."""
+        sharded_state.restore(self, read, state["updates"])
+
+    def rank_tensors(self) -> Callable[[], dict[str, torch.Tensor]]:
+        """What makes the tensors of this rank alone: on rank 0 what training leaves as it is."""
+        if not dist.is_main():
+            return dict
+        return lambda: sharded_state.untrained_state(self.module.lm)
+
+    def load_rank_tensors(self, of_ranks: list[dict[str, torch.Tensor]]):
+        """Nothing: what training leaves as it is comes with the model that the run names."""
+
+    def save_outline(self, folder: Path):
+        """Write what makes a model directory of the tensors: configurations and the tokenizer."""
+        lm = self.module.lm
+        lm.config.save_pretrained(folder)
+        if lm.can_generate() and lm.generation_config is not None:
+            lm.generation_config.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
 
 def decay_groups(module, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups: matrices decay, vectors (norms and biases) do not. No group is
-    empty.
-    """
+    """AdamW's parameter groups: matrices decay, vectors (norms and biases) do not. None is empty."""
     matrices, vectors = [], []
     for p in module.parameters():
         if p.requires_grad:
-            shape = getattr(
-                p, "ds_shape", p.shape
-            )  # ZeRO-3 leaves an empty tensor and the true shape beside it
+            # ZeRO-3 leaves an empty tensor and the true shape beside it
+            shape = getattr(p, "ds_shape", p.shape)
             (matrices if len(shape) > 1 else vectors).append(p)
     groups = [
-        dict(params=matrices, weight_decay=weight_decay),
-        dict(params=vectors, weight_decay=0.0),
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

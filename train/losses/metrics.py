@@ -1,17 +1,57 @@
-"""What training and evaluation report of examples: sums and counts, so that ranks and rows add up
-exactly.
+"""What training and evaluation report of examples: sums and counts, so that ranks and batches add
+up exactly.
+
+    sums += preference_sums(examples, losses, beta)
+    board.scalars(means(sums))
 
 Legend: B pairs, or B responses that are labelled one by one.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from train.losses.preference import Labelled, Pairs
 
-# Sums, in this order, after the examples' count; names as TRL's. Desired responses stand under
-# chosen, others under rejected; "count" says how many there are of each.
+
+class Metric(NamedTuple):
+    """A mean over examples, and how people see it."""
+
+    name: str  # on the board, after train/ or val/, and in run.json; TRL's names
+    title: str
+    # empty where a number has none: a share, or what the loss or beta gives a scale of its own
+    unit: str = ""
+    in_table: bool = False  # whether the closing table and the model card show it
+    # whether the board has it at train/NAME and val/NAME, for every loss
+    logged: bool = True
+
+    @property
+    def label(self) -> str:
+        """The title with the unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+
+# In the order of the closing table. The metrics of labelled data have the same names: desired
+# responses stand under chosen, others under rejected.
+METRICS: tuple[Metric, ...] = (
+    Metric("loss", "loss", in_table=True),
+    Metric("rewards/accuracies", "reward accuracy", in_table=True),
+    Metric("rewards/margins", "reward margin", in_table=True),
+    Metric("rewards/chosen", "reward of chosen"),
+    Metric("rewards/rejected", "reward of rejected"),
+    Metric("logps/chosen", "log-prob of chosen", "nats", in_table=True),
+    Metric("logps/rejected", "log-prob of rejected", "nats", in_table=True),
+    Metric("logps/chosen_per_token", "log-prob of chosen", "nats a token"),
+    Metric("logps/rejected_per_token", "log-prob of rejected", "nats a token"),
+    # Likelihood displacement (Razin et al. 2024, arXiv 2410.08847). Only a run with a reference has
+    # it, and it stands among the measures of health.
+    Metric("chosen_fell", "chosen became less likely", logged=False),
+)
+LABELS: dict[str, str] = {metric.name: metric.label for metric in METRICS}
+
+# The sums that `means` makes the metrics of, in this order, after the number of examples.
+# "count/..." says how many examples there are under chosen and under rejected.
 PAIR_SUMS = (
     "loss",
     "rewards/accuracies",
@@ -26,78 +66,95 @@ PAIR_SUMS = (
     "chosen_fell",
 )
 
-# What the closing table and the model card show of them, with titles.
-ROWS_OF_TABLE = (
-    ("loss", "loss"),
-    ("reward accuracy", "rewards/accuracies"),
-    ("reward margin", "rewards/margins"),
-    ("log-prob of chosen", "logps/chosen"),
-    ("log-prob of rejected", "logps/rejected"),
-)
 
-
-def of_pairs(examples: Pairs | Labelled, losses: torch.Tensor, beta: float) -> torch.Tensor:
-    """(1 + len(PAIR_SUMS),) fp64: the number of examples and the sums of PAIR_SUMS over them. A tie
-    counts one half.
+def preference_sums(examples: Pairs | Labelled, losses: torch.Tensor, beta: float) -> torch.Tensor:
+    """The number of examples and the sums of PAIR_SUMS over them, (1 + len(PAIR_SUMS),) fp64.
 
     A pair is right where its margin is above 0, a labelled response where the sign of its reward is
-    its label's.
+    its label's. A tie counts one half.
     """
     with torch.no_grad():
-        if isinstance(examples, Labelled):
-            rewards, desired = examples.rewards(beta), examples.desired
-            right = wins(torch.where(desired, rewards, -rewards))
-            one = torch.ones_like(rewards)
-            sides = [
-                (x * desired, x * ~desired)
-                for x in (rewards, examples.logps, examples.lengths, one)
-            ]
-            fell = (examples.logps < examples.ref_logps) & desired
-        else:
-            chosen, rejected = examples.rewards(beta)
-            right, one = wins(chosen - rejected), torch.ones_like(chosen)
-            sides = [
-                (chosen, rejected),
-                (examples.chosen, examples.rejected),
-                (examples.chosen_len, examples.rejected_len),
-                (one, one),
-            ]
-            fell = (
-                examples.chosen < examples.ref_chosen
-            )  # likelihood displacement (Razin et al. 2024, arXiv 2410.08847)
-        columns = [one, losses, right, *(x for side in sides for x in side), fell]
-        return torch.stack([column.detach().double() for column in columns]).sum(1)
+        of_examples = _labelled_columns if isinstance(examples, Labelled) else _pair_columns
+        columns = {"loss": losses, **of_examples(examples, beta)}
+        ones = torch.ones_like(columns["rewards/chosen"])
+        in_order = [ones, *(columns[name] for name in PAIR_SUMS)]
+        return torch.stack([column.detach().double() for column in in_order]).sum(1)
+
+
+def _pair_columns(pairs, beta):
+    """PAIR_SUMS of each pair by name, (B,) each, without the loss."""
+    chosen, rejected = pairs.rewards(beta)
+    ones = torch.ones_like(chosen)
+    return {
+        "rewards/accuracies": wins(chosen - rejected),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "logps/chosen": pairs.chosen,
+        "logps/rejected": pairs.rejected,
+        "tokens/chosen": pairs.chosen_len,
+        "tokens/rejected": pairs.rejected_len,
+        "count/chosen": ones,
+        "count/rejected": ones,
+        "chosen_fell": pairs.chosen < pairs.ref_chosen,
+    }
+
+
+def _labelled_columns(examples, beta):
+    """The same of labelled responses, each of which is 0 on the side that is not its label's."""
+    rewards, desired = examples.rewards(beta), examples.desired
+    columns = {
+        "rewards/accuracies": wins(torch.where(desired, rewards, -rewards)),
+        "chosen_fell": (examples.logps < examples.ref_logps) & desired,
+    }
+    both_sides = {
+        "rewards": rewards,
+        "logps": examples.logps,
+        "tokens": examples.lengths,
+        "count": torch.ones_like(rewards),
+    }
+    for name, column in both_sides.items():
+        columns[f"{name}/chosen"] = column * desired
+        columns[f"{name}/rejected"] = column * ~desired
+    return columns
 
 
 def wins(margin: torch.Tensor) -> torch.Tensor:
-    """(B,) reward margins -> (B,): 1 where chosen is preferred, 0 where rejected is, one half for a
-    tie.
-    """
+    """1 where chosen is preferred, 0 where rejected is, one half for a tie: (B,) margins -> (B,)."""
     return (margin > 0).float() + 0.5 * (margin == 0).float()
 
 
 def means(sums: torch.Tensor) -> dict[str, float]:
-    """Summed `of_pairs` -> the mean an example by name, and log-probabilities a token. NaN without
-    an example.
+    """METRICS by name, from summed `preference_sums`. NaN without an example.
 
     The margin is the difference of the mean rewards, which for pairs is the mean difference.
     """
     count, *values = sums.tolist()
-    named = dict(zip(PAIR_SUMS, values, strict=True))
-    sides = {side: named.pop(f"count/{side}") for side in ("chosen", "rejected")}
-    over = lambda value, n: value / n if n else math.nan
-    for side in sides:
-        named[f"logps/{side}_per_token"] = over(named[f"logps/{side}"], named.pop(f"tokens/{side}"))
-        for name in (f"rewards/{side}", f"logps/{side}"):
-            named[name] = over(named[name], sides[side])
-    named["chosen_fell"] = over(named["chosen_fell"], sides["chosen"])
-    named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
-    return named | {name: over(named[name], count) for name in ("loss", "rewards/accuracies")}
+    total = dict(zip(PAIR_SUMS, values, strict=True))
+    chosen, rejected = total["count/chosen"], total["count/rejected"]
+    mean = {
+        "loss": _ratio(total["loss"], count),
+        "rewards/accuracies": _ratio(total["rewards/accuracies"], count),
+        "rewards/chosen": _ratio(total["rewards/chosen"], chosen),
+        "rewards/rejected": _ratio(total["rewards/rejected"], rejected),
+        "logps/chosen": _ratio(total["logps/chosen"], chosen),
+        "logps/rejected": _ratio(total["logps/rejected"], rejected),
+        "chosen_fell": _ratio(total["chosen_fell"], chosen),
+        # over the tokens of all responses, so that a long one counts for more
+        "logps/chosen_per_token": _ratio(total["logps/chosen"], total["tokens/chosen"]),
+        "logps/rejected_per_token": _ratio(total["logps/rejected"], total["tokens/rejected"]),
+    }
+    return mean | {"rewards/margins": mean["rewards/chosen"] - mean["rewards/rejected"]}
+
+
+def _ratio(value, count):
+    return value / count if count else math.nan
 
 
 def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share among `count` independent cases, 95 % unless told
-    (Wilson 1927).
+    """The Wilson score interval of a share among `count` independent cases, 95 % unless `z` says
+    otherwise.
+
+    Wilson 1927 (Journal of the American Statistical Association 22).
     """
     if not count:
         return math.nan, math.nan

@@ -1,9 +1,9 @@
-"""The preference family: what a step knows of its examples, and one function a loss. Tensors in,
-one number each out.
+"""The preference losses: tensors in, one number an example out, one function a loss.
 
 The caller reduces, and names the denominator. Where TRL 1.16 has a loss of the same name, the value
 on the same log-probabilities is the same unless the docstring says why not
-(tests/benchmarks/peers_losses.py shows it).
+(tests/benchmarks/peers_losses.py shows it). composition.py's LOSSES says which of them a run may
+choose, and what a run must know of each.
 
 Legend: B pairs, or B responses that are labelled one by one; nats summed over a response's tokens.
 y_w chosen, y_l rejected, |y| tokens; log-ratio: log pi - log pi_ref; reward: beta times it; h:
@@ -18,9 +18,7 @@ import torch.nn.functional as F
 
 
 class Pairs(NamedTuple):
-    """What a step knows of B pairs: log-probabilities of both responses under the policy and the
-    reference.
-    """
+    """Log-probabilities of both responses of B pairs, under the policy and the reference."""
 
     chosen: torch.Tensor  # (B,) nats, log pi(y_w | x), with gradient
     rejected: torch.Tensor  # (B,) nats, log pi(y_l | x), with gradient
@@ -31,7 +29,9 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of(cls, scores, ref_scores, lengths) -> "Pairs":
-        """From the scores of a row of groups of two, (2B,) each: chosen and rejected in turn."""
+        """Pairs from the scores of a batch of groups of two, (2B,) each: chosen and rejected in
+        turn.
+        """
         return cls(
             scores[0::2],
             scores[1::2],
@@ -42,10 +42,14 @@ class Pairs(NamedTuple):
         )
 
     def rewards(self, beta: float):
-        """The implicit rewards beta * log(pi / pi_ref) of chosen and rejected, (B,) each (DPO, eq.
-        5 without Z).
+        """The implicit rewards beta * log(pi / pi_ref) of chosen and rejected, (B,) each.
+
+        Rafailov et al. 2023 (arXiv 2305.18290), equation 5 without beta log Z(x), which depends on
+        the prompt alone and cancels in every difference of a pair.
         """
-        return beta * (self.chosen - self.ref_chosen), beta * (self.rejected - self.ref_rejected)
+        chosen = beta * (self.chosen - self.ref_chosen)
+        rejected = beta * (self.rejected - self.ref_rejected)
+        return chosen, rejected
 
     def margin(self, beta: float) -> torch.Tensor:
         """h, (B,): the difference of the two rewards."""
@@ -53,7 +57,8 @@ class Pairs(NamedTuple):
         return chosen - rejected
 
     def per_token(self, chosen: torch.Tensor, rejected: torch.Tensor):
-        """Sums over the tokens of chosen and rejected, (B,) each -> means a token."""
+        """Means a token of sums over the tokens of chosen and rejected, (B,) each."""
+        # a response may be empty: its sum is 0, and so is its mean
         return chosen / self.chosen_len.clamp(min=1), rejected / self.rejected_len.clamp(min=1)
 
     def margin_per_token(self) -> torch.Tensor:
@@ -68,25 +73,24 @@ class Pairs(NamedTuple):
         return -self.per_token(self.chosen, self.rejected)[0]
 
     def split(self) -> "Labelled":
-        """The 2B responses one by one, chosen and rejected in turn, as losses for unpaired rows
-        take them.
+        """The 2B responses one by one, chosen and rejected in turn, as losses of labelled responses
+        take them: chosen is the desired one.
         """
-        turn = lambda chosen, rejected: torch.stack([chosen, rejected], 1).flatten()
-        desired = turn(
-            *(torch.full_like(self.chosen_len, label, dtype=torch.bool) for label in (True, False))
-        )
+
+        def in_turn(chosen, rejected):
+            return torch.stack([chosen, rejected], 1).flatten()  # (B,), (B,) -> (2B,)
+
+        is_chosen = torch.ones_like(self.chosen_len, dtype=torch.bool)
         return Labelled(
-            turn(self.chosen, self.rejected),
-            turn(self.ref_chosen, self.ref_rejected),
-            turn(self.chosen_len, self.rejected_len),
-            desired,
+            logps=in_turn(self.chosen, self.rejected),
+            ref_logps=in_turn(self.ref_chosen, self.ref_rejected),
+            lengths=in_turn(self.chosen_len, self.rejected_len),
+            desired=in_turn(is_chosen, ~is_chosen),
         )
 
 
 class Labelled(NamedTuple):
-    """What a step knows of B responses, each of which is desirable or not on its own: rows of k =
-    1.
-    """
+    """Log-probabilities of B responses, each of which is desirable or not on its own (k = 1)."""
 
     logps: torch.Tensor  # (B,) nats, log pi(y | x), with gradient
     ref_logps: torch.Tensor  # (B,) nats, log pi_ref(y | x)
@@ -98,7 +102,7 @@ class Labelled(NamedTuple):
         return beta * (self.logps - self.ref_logps)
 
 
-# Functions of the margin h, or of one reward each, against a reference.
+# Losses of the margin h, or of one reward each, against a reference.
 
 
 def sigmoid(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -112,18 +116,17 @@ def sigmoid(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch
 
 
 def robust(pairs: Pairs, beta: float, *, label_smoothing: float = 0.1) -> torch.Tensor:
-    """Robust DPO, (B,): (-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)) / (1 - 2 eps), a share
-    eps of labels flipped.
+    """Robust DPO, (B,): (-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)) / (1 - 2 eps), for labels
+    of which a share eps is flipped.
 
     Chowdhury et al. 2024 (arXiv 2403.00409), section 3.1: unbiased under flips; in cDPO the second
     term has the other sign. Not bounded below: far out it falls by eps / (1 - 2 eps) for each unit
     of h. TRL's default eps is 0.
     """
-    _check_share(label_smoothing)
+    _check_label_smoothing(label_smoothing)
+    eps = label_smoothing
     h = pairs.margin(beta)
-    return (-(1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)) / (
-        1 - 2 * label_smoothing
-    )
+    return (-(1 - eps) * F.logsigmoid(h) + eps * F.logsigmoid(-h)) / (1 - 2 * eps)
 
 
 def hinge(pairs: Pairs, beta: float) -> torch.Tensor:
@@ -154,11 +157,11 @@ def exo_pair(pairs: Pairs, beta: float, *, label_smoothing: float = 1e-3) -> tor
     """
     if not label_smoothing > 0:
         raise ValueError(f"label_smoothing of exo_pair lies in (0, 0.5), not at {label_smoothing}")
-    _check_share(label_smoothing)
-    h, log_q = pairs.margin(beta), (math.log1p(-label_smoothing), math.log(label_smoothing))
-    return torch.sigmoid(h) * (F.logsigmoid(h) - log_q[0]) + torch.sigmoid(-h) * (
-        F.logsigmoid(-h) - log_q[1]
-    )
+    _check_label_smoothing(label_smoothing)
+    h = pairs.margin(beta)
+    chosen_first = torch.sigmoid(h) * (F.logsigmoid(h) - math.log1p(-label_smoothing))
+    rejected_first = torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(label_smoothing))
+    return chosen_first + rejected_first
 
 
 def nca_pair(pairs: Pairs, beta: float) -> torch.Tensor:
@@ -198,7 +201,8 @@ def apo_down(pairs: Pairs, beta: float) -> torch.Tensor:
 
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8.
     """
-    return torch.sigmoid(pairs.rewards(beta)[0]) + torch.sigmoid(-pairs.margin(beta))
+    chosen, _ = pairs.rewards(beta)
+    return torch.sigmoid(chosen) + torch.sigmoid(-pairs.margin(beta))
 
 
 def discopop(pairs: Pairs, beta: float, *, tau: float = 0.05) -> torch.Tensor:
@@ -215,8 +219,7 @@ def discopop(pairs: Pairs, beta: float, *, tau: float = 0.05) -> torch.Tensor:
 
 
 def sigmoid_norm(pairs: Pairs, beta: float) -> torch.Tensor:
-    """Length-normalised DPO, (B,): -log sigmoid(beta d), d the difference of the log-ratios a
-    token.
+    """Length-normalised DPO, (B,): -log sigmoid(beta d), d the difference of log-ratios a token.
 
     Lambert et al. 2024 (arXiv 2411.15124, Tulu 3), equation 6. beta is larger than DPO's by about a
     response's length.
@@ -231,9 +234,9 @@ def dpop(pairs: Pairs, beta: float, *, penalty: float = 50.0) -> torch.Tensor:
     Pal et al. 2024 (arXiv 2402.13228, Smaug), equation 3: chosen may not become less likely than it
     was.
     """
-    return -F.logsigmoid(
-        pairs.margin(beta) - beta * penalty * torch.relu(pairs.ref_chosen - pairs.chosen)
-    )
+    h = pairs.margin(beta)
+    fall = torch.relu(pairs.ref_chosen - pairs.chosen)  # (B,) nats that chosen has lost
+    return -F.logsigmoid(h - beta * penalty * fall)
 
 
 def rpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
@@ -253,10 +256,11 @@ def rdpo(pairs: Pairs, beta: float, *, alpha: float = 0.01) -> torch.Tensor:
     `alpha` a token.
     """
     h = pairs.margin(beta)
-    return -F.logsigmoid(h + alpha * (pairs.chosen_len - pairs.rejected_len).to(h.dtype))
+    excess = (pairs.chosen_len - pairs.rejected_len).to(h.dtype)  # (B,) tokens
+    return -F.logsigmoid(h + alpha * excess)
 
 
-# Without a reference.
+# Losses without a reference.
 
 
 def sft(pairs: Pairs, beta: float) -> torch.Tensor:
@@ -288,16 +292,15 @@ def orpo(pairs: Pairs, beta: float) -> torch.Tensor:
     odds term is the same.
     """
     a_w, a_l = pairs.per_token(pairs.chosen, pairs.rejected)
-    # odds(y_l) / odds(y_w): unlike log odds it has a finite gradient where y_w is certain
-    ratio = (
-        torch.exp(a_l - a_w) * (0 - torch.expm1(a_w)) / (0 - torch.expm1(a_l))
-    )  # 0 - x is never -0
+    # odds(y_l) / odds(y_w), whose gradient, unlike that of log odds, is finite where y_w is certain.
+    # 0 - x and not -x, which at x = 0 is -0 and would make an infinite ratio a negative one.
+    ratio = torch.exp(a_l - a_w) * (0 - torch.expm1(a_w)) / (0 - torch.expm1(a_l))
     return -a_w + beta * torch.log1p(ratio)
 
 
 def cpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
     """CPO, (B,): -log sigmoid(beta (log pi(y_w) - log pi(y_l))) plus `nll_weight` times chosen's
-    NLL a token.
+    negative log-likelihood (NLL) a token.
 
     Xu et al. 2024 (arXiv 2401.08417), equation 3 and the sum below it, where the NLL is over the
     whole response. TRL (cpo_alpha) divides a micro-batch's NLL by its tokens; the preference term
@@ -306,10 +309,11 @@ def cpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
     return -F.logsigmoid(beta * (pairs.chosen - pairs.rejected)) + nll_weight * pairs.nll()
 
 
-# Losses that couple the examples of a step: over part of a step they are another loss.
+# Losses that couple the examples of a step: over part of a step they are another loss. `baseline`
+# is the statistic of the step that LOSSES names for them.
 
 
-def bco(examples: Labelled, beta: float, baseline=0.0) -> torch.Tensor:
+def bco(examples: Labelled, beta: float, baseline: float = 0.0) -> torch.Tensor:
     """BCO of labelled responses, (B,): -log sigmoid(r - delta) for a desired one, -log
     sigmoid(delta - r) for another.
 
@@ -320,7 +324,7 @@ def bco(examples: Labelled, beta: float, baseline=0.0) -> torch.Tensor:
     return -F.logsigmoid(_signed(examples, examples.rewards(beta) - baseline))
 
 
-def bco_pair(pairs: Pairs, beta: float, baseline=0.0) -> torch.Tensor:
+def bco_pair(pairs: Pairs, beta: float, baseline: float = 0.0) -> torch.Tensor:
     """BCO of pairs, (B,): -log sigmoid(r_w - delta) - log sigmoid(delta - r_l), delta = `baseline`.
 
     Jung et al. 2024 (arXiv 2404.04656), section 4's equation, the sum of `bco` over both responses.
@@ -333,7 +337,7 @@ def bco_pair(pairs: Pairs, beta: float, baseline=0.0) -> torch.Tensor:
 def kto(
     examples: Labelled,
     beta: float,
-    baseline=0.0,
+    baseline: float = 0.0,
     *,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
@@ -358,12 +362,11 @@ def aot(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Ten
     cost: the k-th smallest minus the k-th smallest, times beta, as in DPO. A pair's number is that
     of its rank under the policy.
     """
-    own, ref = (
-        pairs.chosen - pairs.rejected,
-        (pairs.ref_chosen - pairs.ref_rejected).sort(stable=True).values,
-    )
-    rank = own.detach().argsort(stable=True).argsort()
-    return _smoothed(beta * (own - ref[rank]), label_smoothing)
+    margin = pairs.chosen - pairs.rejected  # (B,) nats
+    ref_margin = (pairs.ref_chosen - pairs.ref_rejected).sort(stable=True).values  # (B,) ascending
+    # the place of each pair in ascending order; which place it is has no gradient
+    rank = margin.detach().argsort(stable=True).argsort()  # (B,)
+    return _smoothed(beta * (margin - ref_margin[rank]), label_smoothing)
 
 
 def aot_unpaired(examples: Labelled, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -373,37 +376,42 @@ def aot_unpaired(examples: Labelled, beta: float, *, label_smoothing: float = 0.
     Melnyk et al. 2024 (arXiv 2406.05882), section 3's equation for unpaired data with the logistic
     cost: the integral over t in (0, 1) of -log sigmoid(Q_desired(t) - Q_other(t)), exact for any
     two counts; with equal counts it is TRL's mean over ranks. A response's number makes the mean
-    over all B the integral. 0 where one sort is absent.
+    over all B the integral. 0 where all are desired, or none.
     """
-    _check_share(label_smoothing)
-    rewards = examples.rewards(beta)
+    _check_label_smoothing(label_smoothing)
+    rewards = examples.rewards(beta)  # (B,)
     order = rewards.detach().argsort(stable=True)
-    up, down = order[examples.desired[order]], order[~examples.desired[order]]
-    n, m = len(up), len(down)
+    desired = order[examples.desired[order]]  # (n,) indices, ascending by reward
+    other = order[~examples.desired[order]]  # (m,) the same
+    n, m = len(desired), len(other)
     if not n or not m:
-        return 0 * rewards
-    steps = lambda count, size: torch.arange(1, count + 1, device=rewards.device) * size
-    ends = (
-        torch.cat([steps(n, m), steps(m, n)]).sort().values
-    )  # of the stretches of t, in units of 1 / (n m)
-    width = torch.diff(ends, prepend=ends.new_zeros(1)).to(rewards.dtype) / (n * m)
-    up, down = (
-        up[(ends - 1) // m],
-        down[(ends - 1) // n],
-    )  # (n + m,) whose reward the quantile is there
-    parts = width * _smoothed(rewards[up] - rewards[down], label_smoothing) * (n + m) / 2
-    return torch.zeros_like(rewards).index_add(0, up, parts).index_add(0, down, parts)
+        return 0 * rewards  # and not plain zeros, which would have no gradient
+    # Q_desired jumps at multiples of 1 / n, Q_other at multiples of 1 / m; between two jumps both
+    # are constant. In units of 1 / (n m) all jumps are whole numbers, so that nothing is rounded.
+    jumps_of_desired = torch.arange(1, n + 1, device=rewards.device) * m
+    jumps_of_other = torch.arange(1, m + 1, device=rewards.device) * n
+    ends = torch.cat([jumps_of_desired, jumps_of_other]).sort().values  # (n + m,) of the stretches
+    width = torch.diff(ends, prepend=ends.new_zeros(1)).to(rewards.dtype) / (n * m)  # shares of t
+    # (n + m,) the response whose reward the quantile is on each stretch
+    at_desired = desired[(ends - 1) // m]
+    at_other = other[(ends - 1) // n]
+    cost = _smoothed(rewards[at_desired] - rewards[at_other], label_smoothing)
+    # half of a stretch to either response, times B because the caller takes the mean over B
+    half = width * cost * (n + m) / 2
+    return torch.zeros_like(rewards).index_add(0, at_desired, half).index_add(0, at_other, half)
 
 
 def _smoothed(h, eps):
-    _check_share(eps)
+    """-(1 - eps) log sigmoid(h) - eps log sigmoid(-h), any shape."""
+    _check_label_smoothing(eps)
     return -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
 
 
-def _check_share(label_smoothing):
+def _check_label_smoothing(label_smoothing):
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing lies in [0, 0.5), not at {label_smoothing}")
 
 
 def _signed(examples, values):
+    """(B,) `values`, with the other sign where the response is not desired."""
     return torch.where(examples.desired, values, -values)

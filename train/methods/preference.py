@@ -1,69 +1,277 @@
-"""From a row's log-probabilities to what is minimised, for losses of one example and for those that
-couple a step.
+"""From a batch's log-probabilities to what preference training minimises.
 
-A coupled loss is one of the whole step: it is scored first without gradient, row by row, on all
-ranks; the loss and its derivative by each response's score follow from all of them at once; then
-the rows are gone through again and each score is weighed with its derivative. Packing and ranks
-change neither.
+Most losses judge an example by itself. KTO, BCO and AOT couple the examples of a step: each is
+compared with a statistic of all of them (a KL estimate, a mean reward) or with its rank among them.
+Over part of a step they would be another loss, so packing and ranks must not cut them: the whole step
+is scored first without gradient, batch by batch, on all ranks; the losses and their derivatives by
+each response's score follow from all of them at once; then the batches are gone through again, and
+backward takes each score times its derivative.
 
-Legend: T scored tokens, N responses, B examples (pairs, or responses with labels) of a row or of
+Legend: T scored tokens, N responses and B examples (pairs, or responses with labels) of a batch or of
 the step; k responses of an example; M mismatched responses.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from train.data.packing import Group, plan_batches
+from train.data.packing import Group, PackedBatch, plan_batches
 from train.data.steps import plan_pass
-from train.engine import dist
-from train.engine.prefetch import ahead
-from train.losses.composition import Labelled, Pairs
-from train.losses.logprobs import damped, score, weights
+from train.engine import dist, sweep
+from train.losses.composition import Loss, RunningMean
+from train.losses.logprobs import damped, sum_per_response, wpo_weights
+from train.losses.preference import Labelled, Pairs
 
 
 class Scored(NamedTuple):
-    """A row's examples as the loss sees them."""
+    """A batch's examples as the loss sees them."""
 
     examples: Pairs | Labelled
     weights: torch.Tensor | None  # (B,) WPO's, without gradient
-    scores: torch.Tensor  # (k B,) nats, the policy's, with its graph
-    mismatched: torch.Tensor  # (M,) nats, log-ratios
+    scores: torch.Tensor  # (k B,) nats in fp64, the policy's summed log-probs, with their graph
+    mismatched: torch.Tensor  # (M,) nats, log-ratios of responses to other prompts
+    # Of a loss that couples the step, from the pass over all of it:
+    step_losses: torch.Tensor | None = None  # (B,) fp64
+    step_gradient: torch.Tensor | None = (
+        None  # (k B,) fp64, of the step's summed loss by each score
+    )
 
 
-def scored(logps, ref_logps, row, loss_of) -> Scored:
-    """logps: (T,) nats of the policy, or that and log sum p^2 where the loss weighs by it;
-    ref_logps: (T,).
+class Objective:
+    """What a step of preference training computes, for one loss, policy and reference."""
+
+    def __init__(
+        self,
+        run,
+        loss: Loss,
+        policy,
+        reference,
+        data,
+        *,
+        max_length: int,
+        reference_every: int = 0,
+        reference_mixup: float = 1.0,
+    ):
+        """data: what steps are drawn from. max_length: tokens of a prompt with a mismatched response.
+        reference_every: steps after which the reference moves (TR-DPO), by the share
+        reference_mixup; 0: it stands still.
+        """
+        self.run, self.loss, self.policy, self.reference = run, loss, policy, reference
+        self.data, self.max_length = data, max_length
+        self.reference_every, self.reference_mixup = reference_every, reference_mixup
+        self.running_mean = RunningMean()  # of BCO's rewards; survives a restart
+        self._mean_before = self.running_mean.state_dict()
+        self._whole_step: _WholeStep | None = None  # of a coupled loss, within a step
+
+    def begin(self, step):
+        """Score the whole step first, where the loss couples it; else do nothing.
+
+        step: a run.loop.Step. Every rank calls this.
+        """
+        self._mean_before = self.running_mean.state_dict()
+        if not self.loss.couples:
+            return
+        data, plan = self.data, step.groups_of_batches
+        if self.loss.needs_mismatched:  # larger groups, so other batches
+            data = Mismatched(data, step.groups, self.max_length)
+            batches = plan_batches(data.tokens(), self.run.plan.batch_tokens, dist.world_size())[
+                dist.rank()
+            ]
+            plan = [tuple(step.groups[i] for i in batch) for batch in batches]
+        found = self._collect(plan, step.groups, data, self.reference)
+        losses, gradient = self.loss.over_step(
+            found.examples, self.running_mean, found.mismatched, found.weights
+        )
+        places = {int(self.data.rows[group]): i for i, group in enumerate(step.groups)}
+        self._whole_step = _WholeStep(places, found.examples, losses, gradient)
+
+    def ref_logps(self, batch: PackedBatch) -> torch.Tensor | None:
+        """log pi_ref of the batch's scored tokens, (T,) nats, without gradient.
+
+        None where `begin` has scored the step: it asked the reference then. Every rank calls this.
+        """
+        return None if self._whole_step is not None else self.reference(batch)
+
+    def score(self, logps, ref_logps, batch: PackedBatch) -> Scored:
+        """The batch's examples from its tokens' log-probabilities.
+
+        logps: what the policy gave: (T,) nats, with log sum p^2 (T,) beside it for WPO. ref_logps:
+        what `ref_logps` gave. Of a coupled loss the examples are those of the pass over the whole
+        step, and the batch adds the policy's scores, through which the gradient goes.
+        """
+        if self._whole_step is None:
+            return score_batch(logps, ref_logps, batch, self.loss)
+        if self.loss.shared.use_weighting:
+            logps, _ = logps  # the weights are known
+        scores = response_scores(logps, batch.lengths, self.loss)
+        return self._whole_step.of_batch(batch, scores)
+
+    def losses(self, scored: Scored) -> torch.Tensor:
+        """One number an example, (B,); their sum's gradient is the loss's, coupled or not."""
+        if scored.step_losses is None:
+            return self.loss(scored.examples, scored.weights)
+        return _WithGradient.apply(scored.scores, scored.step_losses, scored.step_gradient)
+
+    def end(self, step, update):
+        """Settle what the step has changed beside the policy. Every rank calls this.
+
+        A step that was not applied takes its share of the running mean back; the reference moves
+        where it is time.
+        """
+        if not update.applied:
+            self.running_mean.load_state_dict(self._mean_before)
+        every = self.reference_every
+        if every and update.applied and (step.number + 1) % every == 0:
+            self.reference.follow(self.policy, self.reference_mixup)
+        self._whole_step = None
+
+    @torch.no_grad()
+    def _collect(self, plan, order, data, reference, watch=iter) -> "_Collected":
+        """The examples of the groups `order`, in that order, scored on all ranks without gradient.
+
+        In fp64 on every CPU. data: where groups come from. reference: called once a batch of the
+        plan, in its order. Every rank calls this.
+        """
+        labelled = self.data.labels is not None
+
+        def score_examples(batch):
+            ref_logps = reference(batch)  # (T,) nats
+            logps = self.policy(batch, self.loss.shared.use_weighting)
+            scored = score_batch(logps, ref_logps, batch, self.loss)
+            counts = sweep.responses_per_group(batch)
+            if not counts:
+                return []
+            k = 1 if labelled else 2
+            columns = torch.stack([x.double().cpu() for x in scored.examples], 1)  # (B, fields)
+            extra = scored.mismatched.double().cpu().split([count - k for count in counts])
+            weight = torch.ones(len(counts)) if scored.weights is None else scored.weights
+            return zip(columns, weight.double().cpu(), extra, strict=True)
+
+        results = sweep.score_groups(plan, order, data, self.run.device, score_examples, watch)
+        columns, weight, extra = zip(*results, strict=True)
+        columns = torch.stack(columns).unbind(1)
+        if labelled:
+            *columns, desired = columns
+            examples = Labelled(*columns, desired.bool())
+        else:
+            examples = Pairs(*columns)
+        return _Collected(
+            examples,
+            torch.stack(weight) if self.loss.shared.use_weighting else None,
+            torch.cat(extra) if self.loss.needs_mismatched else None,
+        )
+
+
+class HeldOut:
+    """A held-out data set that is scored again and again; a reference that stands still is asked
+    once.
     """
-    across, lengths = loss_of.across, row.lengths
-    logps, log_p2 = logps if across.use_weighting else (logps, None)
-    labelled, mismatched = row.labels is not None, logps.new_zeros(0)
-    if loss_of.wants_mismatched and row.num_responses:  # the first k of a group are its own
-        k = 1 if labelled else 2
-        own = torch.tensor(
-            [j < k for _, *sizes in row.shape for j in range(len(sizes))], device=logps.device
-        )
-        tokens = own.repeat_interleave(lengths)
+
+    def __init__(self, objective: Objective, data):
+        self.objective, self.data = objective, data
+        self.source = data
+        if objective.loss.needs_mismatched:
+            self.source = Mismatched(data, range(len(data)), objective.max_length)
+        self.plan = None
+        self._ref_logps = []  # of each batch of the plan
+        self._version = 0  # of the reference that gave them
+
+    def num_batches(self) -> int:
+        """This rank's batches of one pass. Every rank calls this."""
+        if self.plan is None:  # not before a resumed run has found its token budget
+            mismatched = self.objective.loss.needs_mismatched
+            sizes = self.source.tokens() if mismatched else self.data.lengths.sum(1)
+            self.plan = plan_pass(
+                sizes,
+                self.objective.run.plan.batch_tokens,
+                rank=dist.rank(),
+                world=dist.world_size(),
+            )
+        return len(self.plan)
+
+    def evaluate(self, watch: Callable = iter) -> tuple[Pairs | Labelled, torch.Tensor]:
+        """Every example exactly once: (examples, losses (B,)) in the data's order.
+
+        The loss's running mean is read and not changed. watch: wraps the iterator over batches.
+        Every rank calls this.
+        """
+        self.num_batches()
+        objective = self.objective
+        if objective.reference.version != self._version:
+            self._ref_logps, self._version = [], objective.reference.version
+        known, made = iter(self._ref_logps), []
+
+        def reference(batch):
+            if self._ref_logps:
+                return next(known)
+            made.append(objective.reference(batch))
+            return made[-1]
+
+        everything = range(len(self.data))
+        found = objective._collect(self.plan, everything, self.source, reference, watch)
+        self._ref_logps = self._ref_logps or made
+        if objective.loss.couples:
+            losses, _ = objective.loss.over_step(
+                found.examples,
+                objective.running_mean,
+                found.mismatched,
+                found.weights,
+                update=False,
+            )
+            return found.examples, losses
+        return found.examples, objective.loss(found.examples, found.weights)
+
+
+def score_batch(logps, ref_logps: torch.Tensor, batch: PackedBatch, loss: Loss) -> Scored:
+    """A batch's examples from its tokens' log-probabilities.
+
+    logps: (T,) nats of the policy, or that and log sum p^2 (T,) where the loss weighs by it.
+    ref_logps: (T,) nats. Where the loss needs mismatched responses, they stand behind each group's
+    own.
+    """
+    log_p2 = None
+    if loss.shared.use_weighting:
+        logps, log_p2 = logps
+    lengths = batch.lengths  # (N,)
+    labelled = batch.labels is not None
+    mismatched = logps.new_zeros(0)
+    if loss.needs_mismatched and batch.num_responses:
+        k = 1 if labelled else 2  # the first k responses of a group are its own
+        own = [j < k for _, *sizes in batch.shape for j in range(len(sizes))]
+        own = torch.tensor(own, device=logps.device)  # (N,)
+        own_tokens = own.repeat_interleave(lengths)  # (T,)
         other = lengths[~own]
-        mismatched = score(logps[~tokens].detach(), other) - score(ref_logps[~tokens], other)
-        logps, ref_logps, lengths = logps[tokens], ref_logps[tokens], lengths[own]
-        log_p2 = log_p2[tokens] if log_p2 is not None else None
-    of_each = weights(logps, log_p2, lengths) if log_p2 is not None else None
-    if across.ld_alpha < 1:
-        logps, ref_logps = (
-            damped(values, lengths, across.ld_alpha) for values in (logps, ref_logps)
-        )
-    scores, refs = score(logps, lengths), score(ref_logps, lengths)
+        mismatched = sum_per_response(logps[~own_tokens].detach(), other)
+        mismatched = mismatched - sum_per_response(ref_logps[~own_tokens], other)
+        logps, ref_logps, lengths = logps[own_tokens], ref_logps[own_tokens], lengths[own]
+        log_p2 = log_p2[own_tokens] if log_p2 is not None else None
+    of_each = wpo_weights(logps, log_p2, lengths) if log_p2 is not None else None  # (N,)
+    scores = response_scores(logps, lengths, loss)  # (N,) nats
+    ref_scores = response_scores(ref_logps, lengths, loss)  # (N,) nats
     if labelled:
-        return Scored(Labelled(scores, refs, lengths, row.labels), of_each, scores, mismatched)
-    if of_each is not None:
-        of_each = of_each[0::2] * of_each[1::2]
-    return Scored(Pairs.of(scores, refs, lengths), of_each, scores, mismatched)
+        examples = Labelled(scores, ref_scores, lengths, batch.labels)
+    else:
+        examples = Pairs.of(scores, ref_scores, lengths)
+        if of_each is not None:
+            of_each = of_each[0::2] * of_each[1::2]  # (B,)
+    return Scored(examples, of_each, scores, mismatched)
+
+
+def response_scores(logps: torch.Tensor, lengths: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """The sum of each response's log-probs, (T,), (N,) -> (N,) nats, damped where LD-DPO is on.
+
+    The same for policy and reference.
+    """
+    alpha = loss.shared.ld_alpha
+    if alpha < 1:
+        logps = damped(logps, lengths, alpha)
+    return sum_per_response(logps, lengths)
 
 
 class Mismatched:
-    """Groups of `data` with the responses of the next group that has another prompt, for KTO's
-    estimate of the KL.
+    """Groups with the responses of the next group that has another prompt, for KTO's estimate of the
+    KL.
 
     Of `chosen`, taken as a circle; none where all have one prompt. Cut at `max_length` tokens with
     the prompt.
@@ -71,13 +279,13 @@ class Mismatched:
 
     def __init__(self, data, chosen, max_length: int):
         self.data, self.chosen, self.max_length = data, tuple(chosen), max_length
-        self.place = {i: number for number, i in enumerate(self.chosen)}
+        self._place = {i: number for number, i in enumerate(self.chosen)}
 
     def group(self, i) -> Group:
         """Group i: its own responses, then the others'."""
         own, count = self.data.group(i), len(self.chosen)
-        for ahead_by in range(1, count):
-            other = self.data.group(self.chosen[(self.place[i] + ahead_by) % count])
+        for distance in range(1, count):
+            other = self.data.group(self.chosen[(self._place[i] + distance) % count])
             if tuple(other.prompt) != tuple(own.prompt):
                 room = self.max_length - len(own.prompt)
                 extra = tuple(response[:room] for response in other.responses if room > 0)
@@ -89,130 +297,49 @@ class Mismatched:
         return [self.group(i).tokens for i in self.chosen]
 
 
-class Step(NamedTuple):
-    """Examples of a whole step or data set, in fp64 on every CPU, in an order that no rank or row
-    changes.
-    """
+class _Collected(NamedTuple):
+    """Examples of a whole step or data set, in fp64 on every CPU."""
 
     examples: Pairs | Labelled
     weights: torch.Tensor | None  # (B,)
     mismatched: torch.Tensor | None  # (M,) nats
 
 
-@torch.no_grad()
-def collect(policy, reference, source, plan, place, loss_of, device, watch=iter) -> Step:
-    """Score the rows of `plan` on all ranks without gradient. Every rank calls this.
+class _WholeStep(NamedTuple):
+    """What the pass over a whole step leaves for the pass that goes backward."""
 
-    source: where groups come from; place: group -> its place in the order; watch: wraps the
-    iterator over rows.
-    """
-    mine = []  # (place, columns of the example, weight, mismatched log-ratios)
-    for groups, (row,) in watch(ahead(plan, source, device, rows_of=lambda groups: [groups])):
-        ref_logps = reference(row)
-        found = scored(policy(row, loss_of.across.use_weighting), ref_logps, row, loss_of)
-        if not groups:
-            continue
-        k = 1 if row.labels is not None else 2
-        columns = torch.stack([x.double().cpu() for x in found.examples], 1)
-        extra = found.mismatched.double().cpu().split([len(sizes) - k for _, *sizes in row.shape])
-        weight = torch.ones(len(groups)) if found.weights is None else found.weights
-        mine += zip([place[i] for i in groups], columns, weight.double().cpu(), extra, strict=True)
-    everyone = sorted(
-        (item for part in dist.all_gather(mine) for item in part), key=lambda item: item[0]
-    )
-    _, columns, weight, extra = zip(*everyone, strict=True)
-    columns = torch.stack(columns).unbind(1)
-    labelled = len(columns) == len(Labelled._fields)
-    examples = Labelled(*columns[:-1], columns[-1].bool()) if labelled else Pairs(*columns)
-    return Step(
-        examples,
-        torch.stack(weight) if loss_of.across.use_weighting else None,
-        torch.cat(extra) if loss_of.wants_mismatched else None,
-    )
-
-
-class Share(NamedTuple):
-    """What a first pass over a step leaves for one row of the second."""
-
+    places: dict[int, int]  # number of the data row -> place in the tensors below
     examples: Pairs | Labelled  # (B,) on the CPU
     losses: torch.Tensor  # (B,)
-    gradient: torch.Tensor  # (k B,) the derivative of the step's summed loss by each score
+    gradient: torch.Tensor  # (k B,)
 
-
-def whole_step(
-    policy, reference, data, step, loss_of, running, budget, max_length, device
-) -> list[Share]:
-    """Score all of a step and couple it: a share for each of this rank's rows. Every rank calls
-    this.
-    """
-    source, rows = data, step.rows
-    if loss_of.wants_mismatched:
-        source = Mismatched(data, step.groups, max_length)
-        plan = plan_batches(source.tokens(), budget, dist.world_size())[dist.rank()]
-        rows = [tuple(step.groups[i] for i in row) for row in plan]
-    place = {group: number for number, group in enumerate(step.groups)}
-    examples, weight, mismatched = collect(policy, reference, source, rows, place, loss_of, device)
-    losses, gradient = loss_of.over_step(examples, running, mismatched, weight)
-    gradient = gradient.view(len(losses), -1)
-    shares = []
-    for groups in step.rows:
-        at = torch.tensor([place[i] for i in groups], dtype=torch.int64)
-        shares.append(
-            Share(type(examples)(*(x[at] for x in examples)), losses[at], gradient[at].flatten())
+    def of_batch(self, batch, scores: torch.Tensor) -> Scored:
+        """The part of one batch: its examples, losses and derivatives, beside its scores (k B,)."""
+        places = [self.places[row] for row in batch.group_rows]
+        places = torch.tensor(places, dtype=torch.int64)
+        gradient = self.gradient.view(len(self.losses), -1)  # (B, k)
+        return Scored(
+            examples=type(self.examples)(*(x[places] for x in self.examples)),
+            weights=None,  # they are in the losses
+            scores=scores,
+            mismatched=scores.new_zeros(0),
+            step_losses=self.losses[places],
+            step_gradient=gradient[places].flatten(),
         )
-    return shares
 
 
-def of_row(policy, reference, row, loss_of, share: Share | None = None):
-    """A row's examples, their losses (B,), and the sum to go backward from. `share`: of the first
-    pass, if any.
-    """
-    if share is not None:
-        logps = policy(row, loss_of.across.use_weighting)
-        scores = scored(
-            logps, torch.zeros(row.target.shape, device=row.target.device), row, loss_of
-        ).scores
-        return share.examples, share.losses, (scores * share.gradient.to(scores)).sum()
-    ref_logps = reference(row)  # first, while the policy's activations are not there yet
-    found = scored(policy(row, loss_of.across.use_weighting), ref_logps, row, loss_of)
-    losses = loss_of(found.examples, found.weights)
-    return found.examples, losses, losses.sum()
+class _WithGradient(torch.autograd.Function):
+    """Losses that are known, whose sum has a known gradient by the scores that made them."""
 
+    @staticmethod
+    def forward(ctx, scores, losses, gradient):
+        """(k B,), (B,), (k B,) -> (B,)"""
+        ctx.save_for_backward(gradient.to(scores))
+        return losses.to(scores.device, copy=True)
 
-class HeldOut:
-    """A data set that is scored again and again; a reference that stands still is asked once."""
-
-    def __init__(self, data, budget: int, device: torch.device, loss_of, max_length: int):
-        everything = range(len(data))
-        self.data, self.device, self.loss_of = data, device, loss_of
-        self.source = Mismatched(data, everything, max_length) if loss_of.wants_mismatched else data
-        sizes = self.source.tokens() if loss_of.wants_mismatched else data.lengths.sum(1)
-        self.plan = plan_pass(sizes, budget, rank=dist.rank(), world=dist.world_size())
-        self.place = {i: i for i in everything}
-        self.known, self.version = [], 0  # the reference's log-probs of each row of the plan
-
-    def score(self, policy, reference, running, watch=iter):
-        """Every example exactly once: (examples, losses (B,)) in the data's order. Every rank calls
-        this.
-
-        `running`: statistics of the loss, read and not changed; `watch` wraps the iterator over
-        rows.
-        """
-        if reference.version != self.version:
-            self.known, self.version = [], reference.version
-        known, made = iter(self.known), []
-        ask = (
-            (lambda row: next(known))
-            if self.known
-            else (lambda row: made.append(reference(row)) or made[-1])
-        )
-        found = collect(
-            policy, ask, self.source, self.plan, self.place, self.loss_of, self.device, watch
-        )
-        self.known = self.known or made
-        if self.loss_of.couples:
-            losses, _ = self.loss_of.over_step(
-                found.examples, running, found.mismatched, found.weights, update=False
-            )
-            return found.examples, losses
-        return found.examples, self.loss_of(found.examples, found.weights)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        k = len(gradient) // max(len(grad), 1)
+        return grad.to(gradient.dtype).repeat_interleave(k) * gradient, None, None

@@ -1,227 +1,256 @@
-"""The reference model of a preference loss: who gives log pi_ref for a row."""
+"""The reference of a preference loss: who gives log pi_ref of a batch's scored tokens.
+
+One of four, by --reference and --lora_rank; all are called on a PackedBatch, and are parts of a
+checkpoint (run/checkpoint.py), of which only one that moves has anything to say.
+
+Legend: T scored tokens of a batch.
+"""
 
 import hashlib
 import json
-import logging
 import random
 
 import numpy as np
 import torch
 import transformers
 
-from train.data.packing import digest, pack
+from train.data.packing import Group, digest, pack
 from train.data.steps import plan_pass
-from train.engine import checks, dist, ds_config, prefetch, sharded_state
+from train.engine import checks, dist, ds_config, loading, sharded_state, sweep
 from train.methods import reference_cache
 from train.models import lora
 
-SPOT_CHECKS = 4  # sequences that are computed again each time a shelf is used
+SPOT_CHECKS = 4  # sequences that are computed again each time cached records are used
 
 
-class Live:
-    """A frozen model that scores each row as the policy does: same kernels, same precision, same
-    row.
-    """
+class Reference:
+    """What all four share: one that stands still, costs nothing and has no state."""
 
-    forwards = 1  # forward passes that a row costs
+    forwards = 0  # forward passes that a batch costs
+    module = None  # the Backbone that computes it, where there is one of its own
+    version = 0  # how often it has moved
+
+    def state_dict(self) -> dict:
+        """Nothing for JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict):
+        """Nothing to continue from."""
+
+    def shapes(self, state: dict | None = None) -> dict[str, tuple]:
+        """Keys and shapes of `tensors`: none."""
+        return {}
+
+    def tensors(self):
+        """No tensors."""
+        return ()
+
+    def load_tensors(self, read, state: dict):
+        """Nothing to put back."""
+
+
+class Live(Reference):
+    """A frozen model that scores each batch as the policy does: same kernels, same precision."""
+
+    forwards = 1
 
     def __init__(self, module, config: dict, moves: bool = False):
-        """`config`: with stage 3 the weights stay sharded (ds_configs/frozen_zero3.json), else each
-        rank has them all.
-
-        `moves`: it will `follow` the policy; ValueError where it is sharded. Every rank calls this.
+        """config: with stage 3 the weights stay sharded (ds_configs/frozen_zero3.json), else each
+        rank has them all. moves: it will `follow` the policy; ValueError where it is sharded. Every
+        rank calls this.
         """
         module.requires_grad_(False)
         self.device = next(module.parameters()).device
-        self.version, self._wide = 0, {}  # version: how often it has moved
-        if moves and ds_config.zero_stage(config) == 3:
+        self.moves = moves
+        sharded = ds_config.zero_stage(config) == 3
+        if moves and sharded:
             raise ValueError(
-                "a reference that moves stands whole on each rank: --reference_ds_config ds_configs/zero0.json"
+                "a reference that moves stands whole on each rank: --reference_ds_config "
+                "ds_configs/zero0.json"
             )
+        self._fp32_weights = {}  # of one that moves: small steps would be lost in bf16
         if moves:
-            self._wide = {
-                name: p.detach().float().clone() if p.dtype != torch.float32 else p.detach()
-                for name, p in module.named_parameters()
-            }
-        elif module.autocast and ds_config.zero_stage(config) < 3:
+            for name, p in module.named_parameters():
+                weight = p.detach()
+                narrow = weight.dtype != torch.float32
+                self._fp32_weights[name] = weight.float().clone() if narrow else weight
+        elif module.autocast and not sharded:
             _cast_matrices(module)
-        self.module = self._forward = module
-        if ds_config.zero_stage(config) == 3:
-            import deepspeed
-
-            logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-            self._forward, *_ = deepspeed.initialize(model=module, config=config)
+        self.module = module
+        self._forward = loading.frozen_forward(module, config)
 
     @torch.no_grad()
-    def __call__(self, row) -> torch.Tensor:
+    def __call__(self, batch) -> torch.Tensor:
         """(T,) nats, without gradient."""
-        return self._forward(row)
+        return self._forward(batch)
 
     @torch.no_grad()
-    def follow(self, policy, share: float):
-        """Move towards the policy: share * policy + (1 - share) * reference, in fp32. Every rank
-        calls this.
+    def follow(self, policy, mixup: float):
+        """Move towards the policy: mixup * policy + (1 - mixup) * reference, in fp32.
 
-        TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), equation 5; with a share of 1 it is
-        equation 6, the hard update.
+        TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), equation 5; with a mixup of 1 it is
+        equation 6, the hard update. Every rank calls this.
         """
-        for (name, p), theirs in zip(
-            self.module.named_parameters(), sharded_state.weights(policy), strict=True
-        ):
-            p.copy_(self._wide[name].lerp_(theirs.to(p.device), share))
+        weights = sharded_state.full_weights(policy)
+        for (name, p), theirs in zip(self.module.named_parameters(), weights, strict=True):
+            p.copy_(self._fp32_weights[name].lerp_(theirs.to(p.device), mixup))
         self.version += 1
 
-    def moved(self) -> dict[str, torch.Tensor]:
-        """The weights in fp32 by their keys in a checkpoint; none where it stands still."""
-        return {f"reference/{name}": value for name, value in self._wide.items()}
+    def shapes(self, state: dict | None = None) -> dict[str, tuple]:
+        """Keys and shapes of its fp32 weights, PARAMETER/weight; none where it stands still."""
+        return {f"{name}/weight": tuple(w.shape) for name, w in self._fp32_weights.items()}
+
+    def tensors(self):
+        """The weights of `shapes`, in that order."""
+        return self._fp32_weights.values()
 
     @torch.no_grad()
-    def restore(self, read):
-        """Put back what `moved` gave. `read`: the tensor of a key."""
-        for name, p in self.module.named_parameters() if self._wide else ():
-            p.copy_(self._wide[name].copy_(read(f"reference/{name}")))
+    def load_tensors(self, read, state: dict):
+        """Put back what `tensors` gave. read: the tensor of a key."""
+        if not self._fp32_weights:
+            return
+        for name, p in self.module.named_parameters():
+            p.copy_(self._fp32_weights[name].copy_(read(f"{name}/weight")))
         self.version += 1
 
 
-class Cached:
-    """A frozen model's log-probabilities, looked up: paid for once, and never again by later runs
-    on the same texts.
-    """
-
-    forwards, module, version = 0, None, 0
-
-    def __init__(self, live: Live, datasets: list, budget: int, precision: str, say=print):
-        """Find the records of every response in `datasets`, and let all ranks make those that are
-        missing.
-
-        `live` is needed for that, and for computing a few again; nothing here keeps it. `budget`:
-        tokens of a row. ValueError where a record is not what the model gives. Every rank calls
-        this.
-        """
-        self.device = live.device
-        place = reference_cache.directory(dist.broadcast(_identity(live)))
-        wanted = {}
-        for data in datasets:
-            for i in range(len(data)):
-                group = data.group(i)
-                wanted |= {
-                    digest(group.prompt, response): (data, i, j)
-                    for j, response in enumerate(group.responses)
-                }
-        records = dist.broadcast(
-            reference_cache.read_records(place, set(wanted)) if dist.is_main() else None
-        )
-        missing = list(
-            dict.fromkeys(
-                (id(data), i) for name, (data, i, _) in wanted.items() if name not in records
-            )
-        )
-        if missing:
-            of = {id(data): data for data in datasets}
-            made = _make_records(
-                live, _Picked([(of[key], i) for key, i in missing]), budget, self.device
-            )
-            if dist.is_main():
-                self._put(place, made, say)
-            records |= made
-        _spot_check(live, wanted, records, precision)
-        self._keep({name: records[name] for name in wanted})
-        if dist.is_main():
-            say(
-                f"reference: {len(wanted):,} sequences, {len(missing):,} groups of them made now; {place} holds "
-                f"{reference_cache.size(place) / 1e6:.1f} MB (all of them at most {reference_cache.MOST_BYTES / 1e9:.0f} GB)"
-            )
-
-    def _put(self, place, made, say):
-        try:
-            reference_cache.write_records(place, made)
-            reference_cache.evict(place)
-        except (
-            Exception
-        ) as error:  # safetensors has its own for a full disk; the records are at hand all the same
-            say(
-                f"reference: {place} does not keep what was made ({error}); set ZEROPREF_CACHE to where there is room"
-            )
-
-    def _keep(self, records):
-        lengths = [len(values) for values in records.values()]
-        starts = np.cumsum([0, *lengths])[:-1]
-        self.place = dict(zip(records, zip(starts.tolist(), lengths, strict=True), strict=True))
-        self.values = torch.from_numpy(
-            np.concatenate([*records.values(), np.empty(0, np.float32)])
-        ).to(self.device)
-
-    def __call__(self, row) -> torch.Tensor:
-        """(T,) nats. ValueError names the data row of a response that has no record."""
-        parts = []
-        for number, name in enumerate(row.digests):
-            if name not in self.place:
-                k = row.num_responses // len(row.group_rows)
-                raise ValueError(
-                    f"row {row.group_rows[number // k]}: the cached reference has no record of it"
-                )
-            start, length = self.place[name]
-            parts.append(self.values[start : start + length])
-        return torch.cat(parts) if parts else self.values.new_zeros(0)
-
-
-class AdaptersOff:
+class AdaptersOff(Reference):
     """The policy with its adapters switched off: no second model."""
 
-    forwards, module, version = 1, None, 0
+    forwards = 1
 
     def __init__(self, policy):
         self.policy = policy
 
     @torch.no_grad()
-    def __call__(self, row) -> torch.Tensor:
+    def __call__(self, batch) -> torch.Tensor:
         """(T,) nats, without gradient."""
         with lora.switched_off(self.policy.module.lm):
-            return self.policy(row)
+            return self.policy(batch)
 
 
-class NoReference:
-    """No reference, for losses that need none: every log-ratio is the policy's own log-probability."""
+class NoReference(Reference):
+    """For losses that need none: every log-ratio is the policy's own log-probability."""
 
-    forwards, module, version = 0, None, 0
-
-    def __call__(self, row) -> torch.Tensor:
+    def __call__(self, batch) -> torch.Tensor:
         """(T,) zeros."""
-        return torch.zeros(row.target.shape, device=row.target.device)
+        return torch.zeros(batch.target.shape, device=batch.target.device)
 
 
-class _Picked:
+class Cached(Reference):
+    """A frozen model's log-probabilities, looked up: paid for once, and never again by later runs on
+    the same texts.
+    """
+
+    def __init__(self, live: Live, datasets: list, batch_tokens: int, precision: str, say=print):
+        """Find the records of every response in `datasets`; all ranks make those that are missing.
+
+        `live` is needed for that, and for computing a few again; nothing here keeps it. batch_tokens:
+        of the batches it is scored in. ValueError where a record is not what the model gives. Every
+        rank calls this.
+        """
+        self.device = live.device
+        folder = reference_cache.directory(dist.broadcast(_identity(live)))
+        wanted = {}  # digest -> (data set, number of the group, number of the response)
+        for data in datasets:
+            for i in range(len(data)):
+                group = data.group(i)
+                for j, response in enumerate(group.responses):
+                    wanted[digest(group.prompt, response)] = (data, i, j)
+        found = reference_cache.read_records(folder, set(wanted)) if dist.is_main() else None
+        records = dist.broadcast(found)
+        missing = [(data, i) for name, (data, i, _) in wanted.items() if name not in records]
+        groups = _Groups(list({(id(data), i): (data, i) for data, i in missing}.values()))
+        if len(groups):
+            made = _make_records(live, groups, batch_tokens)
+            if dist.is_main():
+                self._write(folder, made, say)
+            records |= made
+        _spot_check(live, wanted, records, precision)
+        self._keep({name: records[name] for name in wanted})
+        if dist.is_main():
+            say(
+                f"reference: {len(wanted):,} sequences, {len(groups):,} groups of them made now; "
+                f"{folder} holds {reference_cache.size(folder) / 1e6:.1f} MB (all of them at most "
+                f"{reference_cache.MOST_BYTES / 1e9:.0f} GB)"
+            )
+
+    def _write(self, folder, records, say):
+        try:
+            reference_cache.write_records(folder, records)
+            reference_cache.evict(folder)
+        except Exception as error:  # safetensors has its own for a full disk
+            # the records are at hand all the same
+            say(
+                f"reference: {folder} does not keep what was made ({error}); set ZEROPREF_CACHE to "
+                "where there is room"
+            )
+
+    def _keep(self, records):
+        """Hold all records in one tensor on the device, and where each stands in it."""
+        lengths = [len(values) for values in records.values()]
+        starts = np.cumsum([0, *lengths])[:-1].tolist()
+        self.places = dict(zip(records, zip(starts, lengths, strict=True), strict=True))
+        values = np.concatenate([*records.values(), np.empty(0, np.float32)])
+        self.values = torch.from_numpy(values).to(self.device)
+
+    def __call__(self, batch) -> torch.Tensor:
+        """(T,) nats. ValueError names the data row of a response that has no record."""
+        parts = []
+        for number, name in enumerate(batch.digests):
+            if name not in self.places:
+                k = batch.num_responses // len(batch.group_rows)
+                row = batch.group_rows[number // k]
+                raise ValueError(f"row {row}: the cached reference has no record of it")
+            start, length = self.places[name]
+            parts.append(self.values[start : start + length])
+        return torch.cat(parts) if parts else self.values.new_zeros(0)
+
+
+class _Groups:
     """Groups out of several data sets, as one."""
 
-    def __init__(self, places):
-        self.places = places
+    def __init__(self, places: list):
+        self.places = places  # (data set, number of the group in it)
 
-    def group(self, i):
+    def __len__(self):
+        return len(self.places)
+
+    def group(self, i) -> Group:
         data, number = self.places[i]
         return data.group(number)
 
 
-@torch.no_grad()
-def _make_records(live, picked, budget, device) -> dict[bytes, np.ndarray]:
-    """Score all groups in large rows, on all ranks; everybody's records on each. Every rank calls
-    this.
+def _make_records(live, groups: _Groups, batch_tokens: int) -> dict[bytes, np.ndarray]:
+    """Score all groups in large batches, on all ranks; everybody's records on each.
+
+    Every rank calls this.
     """
-    sizes = [picked.group(i).tokens for i in range(len(picked.places))]
-    plan, mine = plan_pass(sizes, budget, rank=dist.rank(), world=dist.world_size()), {}
-    for _, (row,) in prefetch.ahead(plan, picked, device, rows_of=lambda groups: [groups]):
-        values = live(row).float().cpu().split(row.lengths.tolist())
-        mine |= {name: part.numpy() for name, part in zip(row.digests, values, strict=True)}
-    return {name: part for records in dist.all_gather(mine) for name, part in records.items()}
+    sizes = [groups.group(i).tokens for i in range(len(groups))]
+    plan = plan_pass(sizes, batch_tokens, rank=dist.rank(), world=dist.world_size())
+
+    def score(batch):
+        values = live(batch).float().cpu().split(batch.lengths.tolist())
+        named = zip(batch.digests, (part.numpy() for part in values), strict=True)
+        return [dict(next(named) for _ in range(k)) for k in sweep.responses_per_group(batch)]
+
+    everything = range(len(groups))
+    records = {}
+    for of_group in sweep.score_groups(plan, everything, groups, live.device, score):
+        records |= of_group
+    return records
 
 
 @torch.no_grad()
 def _spot_check(live, wanted, records, precision):
+    """ValueError where one of a few random records is not what the model gives today."""
     names = sorted(wanted)
     for name in dist.broadcast(random.Random().sample(names, min(SPOT_CHECKS, len(names)))):
         data, i, j = wanted[name]
         group = data.group(i)
-        row = pack([group._replace(responses=(group.responses[j],))]).to(live.device)
-        difference = float((live(row).float().cpu() - torch.from_numpy(records[name])).abs().mean())
+        batch = pack([group._replace(responses=(group.responses[j],))]).to(live.device)
+        recorded = torch.from_numpy(records[name])
+        difference = float((live(batch).float().cpu() - recorded).abs().mean())
         if not difference <= checks.TOLERANCE[precision]:
             raise ValueError(
                 f"row {group.row}: the cached reference is off by {difference:.2g} nats a token"
@@ -229,32 +258,31 @@ def _spot_check(live, wanted, records, precision):
 
 
 def _identity(live) -> str | None:
-    """What a record depends on beside its tokens: weights, their type and mode, kernels. Every rank
-    calls this.
+    """A hash of what a record depends on beside its tokens: weights, their type and mode, kernels.
+
+    None on ranks but the first. Every rank calls this.
     """
     module, total = live.module, hashlib.sha256()
     for name, p in module.named_parameters():
         with sharded_state.gathered_param(p):
             if dist.is_main():
                 total.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-                total.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    config = {
-        key: value
-        for key, value in module.lm.config.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version")
-    }
-    total.update(
-        json.dumps([config, transformers.__version__], sort_keys=True, default=str).encode()
-    )
+                total.update(_bytes(p))
+    config = module.lm.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    parts = [config, transformers.__version__]
+    total.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, buffer in module.named_buffers():
-        total.update(
-            name.encode()
-            + buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+        total.update(name.encode() + _bytes(buffer))
     device = next(module.parameters()).device
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     total.update(f"{module.autocast} {module.layout} {kernels} {torch.__version__}".encode())
     return total.hexdigest()[:32]
+
+
+def _bytes(tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _cast_matrices(module):

@@ -1,9 +1,9 @@
-"""Token log-probabilities of a frozen model on disk, a record a sequence, found by what the
-sequence says.
+"""Token log-probabilities of a frozen model on disk: a record a sequence, found by its token ids.
 
-A shelf is a directory for one model in one way of computing. Each job that lacks records adds one
+There is a folder for each model in each way of computing. A job that lacks records adds one
 safetensors file under a name of its own, so two jobs can write at once. Records hold for any order,
-epoch, batch or truncation that leads to the same token ids.
+epoch, batch or truncation that leads to the same token ids. What names a sequence is its digest
+(data/packing.py).
 """
 
 import contextlib
@@ -24,21 +24,22 @@ from train.data.packing import DIGEST
 from train.files import fsync, user_cache
 
 FORMAT = 1
-MOST_BYTES = 20 << 30  # of all shelves together; the least recently used ones go first
-IN_USE = 3600.0  # seconds for which a shelf that was touched stays
+MOST_BYTES = 20 << 30  # of all folders together; the least recently used ones go first
+IN_USE = 3600.0  # seconds for which a folder that was touched stays
 
 
 def directory(name: str) -> Path:
-    """The shelf of this name in the user's cache."""
+    """The folder of this name in the user's cache."""
     return user_cache("reference") / name
 
 
-def read_records(shelf: Path, wanted: set[bytes]) -> dict[bytes, np.ndarray]:
-    """Records on the shelf: digest -> (tokens,) fp32 nats. A file that is damaged is said and
-    removed, not read.
+def read_records(folder: Path, wanted: set[bytes]) -> dict[bytes, np.ndarray]:
+    """The records of `wanted` sequences: digest -> (tokens,) fp32 nats.
+
+    A file that is damaged is logged and removed, not read.
     """
     found = {}
-    for path in sorted(shelf.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             digests, lengths, values = _read_one(path)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -48,42 +49,41 @@ def read_records(shelf: Path, wanted: set[bytes]) -> dict[bytes, np.ndarray]:
             path.unlink(missing_ok=True)
             continue
         ends = np.cumsum(lengths)
-        for number, name in enumerate(
-            digests.tobytes()[i : i + DIGEST] for i in range(0, digests.size, DIGEST)
-        ):
-            if name in wanted:
-                found[name] = values[ends[number] - lengths[number] : ends[number]]
-    if shelf.exists():
-        os.utime(shelf)
+        for number, start in enumerate(range(0, digests.size, DIGEST)):
+            digest = digests[start : start + DIGEST].tobytes()
+            if digest in wanted:
+                found[digest] = values[ends[number] - lengths[number] : ends[number]]
+    if folder.exists():
+        os.utime(folder)
     return found
 
 
 def _read_one(path):
     with safe_open(path, framework="np") as file:
-        told = json.loads(file.metadata()["zeropref"])
+        metadata = json.loads(file.metadata()["zeropref"])
         arrays = [file.get_tensor(name) for name in ("digests", "lengths", "values")]
-    if told != {"format": FORMAT, "sha256": _checksum(arrays)}:
+    if metadata != {"format": FORMAT, "sha256": _checksum(arrays)}:
         raise ValueError("its checksum differs")
     return arrays
 
 
-def write_records(shelf: Path, records: dict[bytes, np.ndarray]):
+def write_records(folder: Path, records: dict[bytes, np.ndarray]):
     """Add a file with these records."""
-    shelf.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     arrays = [
         np.frombuffer(b"".join(records), dtype=np.uint8).copy(),
         np.array([len(values) for values in records.values()], dtype=np.int64),
         np.concatenate([np.asarray(values, dtype=np.float32) for values in records.values()]),
     ]
-    told = json.dumps({"format": FORMAT, "sha256": _checksum(arrays)})
-    beside = shelf / f"{secrets.token_hex(8)}.tmp"
+    metadata = json.dumps({"format": FORMAT, "sha256": _checksum(arrays)})
+    unfinished = folder / f"{secrets.token_hex(8)}.tmp"
     save_file(
         dict(zip(("digests", "lengths", "values"), arrays, strict=True)),
-        beside,
-        metadata={"zeropref": told},
+        unfinished,
+        metadata={"zeropref": metadata},
     )
-    fsync(beside)
-    beside.rename(beside.with_suffix(".safetensors"))
+    fsync(unfinished)
+    unfinished.rename(unfinished.with_suffix(".safetensors"))
 
 
 def _checksum(arrays):
@@ -102,13 +102,11 @@ def size(path: Path) -> int:
     return total
 
 
-def evict(shelf: Path, most: int = MOST_BYTES):
-    """Remove the least recently used other shelves until all together take at most `most` bytes."""
-    others = sorted(
-        (p for p in shelf.parent.iterdir() if p.is_dir() and p != shelf),
-        key=lambda p: p.stat().st_mtime,
-    )
-    total = size(shelf.parent)
+def evict(folder: Path, most: int = MOST_BYTES):
+    """Remove the least recently used other folders until all together take at most `most` bytes."""
+    others = [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
+    others.sort(key=lambda path: path.stat().st_mtime)
+    total = size(folder.parent)
     for path in others:
         if total <= most or time.time() - path.stat().st_mtime < IN_USE:
             return

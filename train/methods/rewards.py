@@ -1,4 +1,9 @@
-"""Reward models of others, which score conversations."""
+"""Rewards for what a model writes: scores that a reward model gives to finished conversations.
+
+The reward model is anybody's: a directory that transformers loads for sequence classification,
+with a tokenizer and a chat template of its own, which need not be the policy's. A conversation is
+therefore passed as messages and text, not as the policy's token ids.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,14 +53,12 @@ class RewardModel:
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load a reward model from {path}: {error}") from error
-        if loading["missing_keys"]:
-            raise ValueError(
-                f"{path} is no reward model: it has no {', '.join(sorted(loading['missing_keys']))}"
-            )
-        if self.model.config.num_labels != 1:
-            raise ValueError(
-                f"{path} is no reward model: it has {self.model.config.num_labels} outputs, not 1"
-            )
+        # transformers draws a head that is not in the files at random
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"{path} is no reward model: it has no {', '.join(missing)}")
+        outputs = self.model.config.num_labels
+        if outputs != 1:
+            raise ValueError(f"{path} is no reward model: it has {outputs} outputs, not 1")
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         # A model's own text is judged as the template renders it, whatever is in it.
         self.chat = Chat(self.tokenizer, allow_control_tokens=True, allow_template_changes=True)
@@ -67,15 +70,15 @@ class RewardModel:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
         if positions and longest + max_new_tokens > positions:
-            found = f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} positions of"
             raise ValueError(
-                f"{found} --reward_model {self.path}: lower --max_new_tokens or --prompts"
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} "
+                f"positions of --reward_model {self.path}: lower --max_new_tokens or --prompts"
             )
 
     @property
     def description(self) -> dict:
         """The model's name, and the token off which a finished answer's score is read."""
-        ids = self.ids([{"role": "user", "content": "question"}], "answer", True)
+        ids = self.ids([{"role": "user", "content": "question"}], "answer", ended=True)
         pad = self.model.config.get_text_config().pad_token_id
         pooled = next(token for token in reversed(ids) if token != pad)
         return {
@@ -87,22 +90,31 @@ class RewardModel:
         """The conversation's token ids as training makes them; an answer that was cut gets no end
         token.
         """
-        answer = self.chat.response_ids(messages, text) if text.strip() else [self.chat.end_id]
-        return self.chat.prompt_ids(messages) + (
-            answer if ended or len(answer) == 1 else answer[:-1]
-        )
+        prompt = self.chat.prompt_ids(messages)
+        if not text.strip():  # Chat refuses an empty response, but the end token can be read
+            return [*prompt, self.chat.end_id]
+        response = self.chat.response_ids(messages, text)
+        if not ended and len(response) > 1:
+            response = response[:-1]
+        return prompt + response
 
     @torch.no_grad()
     def score(
         self, conversations: Sequence[list], texts: Sequence[str], ended: Sequence[bool]
     ) -> np.ndarray:
-        """(N,) scores, one conversation at a time, so that none depends on its neighbours. Every
-        rank calls this.
+        """(N,) fp64 scores of N answers, in the reward model's own unit, on every rank. Every rank
+        calls this.
+
+        conversations: the messages that each answer follows. ended: whether it ends by itself. One
+        conversation is scored at a time, so that no score depends on its neighbours; the ranks deal
+        them out.
         """
-        mine, device = [], self.model.device
+        device = self.model.device
+        mine = []  # (number of the answer, score)
         for i in range(dist.rank(), len(texts), dist.world_size()):
             ids = torch.tensor([self.ids(conversations[i], texts[i], ended[i])], device=device)
             with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                mine.append((i, float(self.model(input_ids=ids, use_cache=False).logits[0, 0])))
-        everyone = sorted(item for part in dist.all_gather(mine) for item in part)
+                logits = self.model(input_ids=ids, use_cache=False).logits  # (1, 1)
+            mine.append((i, float(logits[0, 0])))
+        everyone = sorted(pair for part in dist.all_gather(mine) for pair in part)
         return np.array([score for _, score in everyone])

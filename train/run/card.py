@@ -5,9 +5,9 @@ its evaluation found.
     card.update(model_dir, report, figures, record)                        # evaluation
 
 Nothing in it is guessed: a fact that run.json or report.json lacks is left out. Of a local path the
-last component is shown, and flags are named here one by one, so that nothing else of a command line
-can slip in. What stands between the two MARKS is replaced by each evaluation; the rest of a
-README.md, edited by hand or not, is left alone.
+last component is shown, and of the flags those alone that train/settings.py gives a title for the
+card, so that nothing else of a command line can slip in. What stands between the two MARKS is
+replaced by each evaluation; the rest of a README.md, edited by hand or not, is left alone.
 """
 
 import math
@@ -22,36 +22,41 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from train.data.sources import READERS, suffix_of
 from train.files import write_text
 from train.losses.composition import LOSSES
-from train.losses.metrics import ROWS_OF_TABLE
+from train.losses.metrics import LABELS, METRICS
 from train.models import builtin
+from train.settings import Preference, card_titles
 
-README, FIGURES = "README.md", "figures"
+README = "README.md"
+FIGURES = "figures"
 MARKS = ("<!-- evaluation: begin -->", "<!-- evaluation: end -->")
-HUB_NAME = re.compile(
-    r"[\w.-]+/[\w.-]+"
-)  # org/name; a path that exists goes before it, as in train/data/rows.py
+# org/name; a path that exists goes before it, as where data are read (train/data/sources.py)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCE = "apache-2.0"  # of the built-in model and of the built-in pairs, which are English
-TASK = dict(task_type="text-generation", task_name="Preference alignment")
-# run.json's measures for the model-index: name there, name here
+TASK = {"task_type": "text-generation", "task_name": "Preference alignment"}
+# Training's metrics for the model-index: name in METRICS, name there.
 TRAINED = (
     ("rewards/accuracies", "reward_accuracy"),
     ("rewards/margins", "reward_margin"),
     ("loss", "loss"),
 )
 # report.json's measures: title, name in the model-index ("": not there), path of keys; SIDE is
-# model or reference
+# model or reference.
 SIDE = "*"
 MEASURES = (
-    ("reward accuracy", "reward_accuracy", ("preferences", SIDE, "rewards/accuracies")),
-    ("reward margin", "reward_margin", ("preferences", SIDE, "rewards/margins")),
-    ("loss", "loss", ("preferences", SIDE, "loss")),
+    (
+        LABELS["rewards/accuracies"],
+        "reward_accuracy",
+        ("preferences", SIDE, "rewards/accuracies"),
+    ),
+    (LABELS["rewards/margins"], "reward_margin", ("preferences", SIDE, "rewards/margins")),
+    (LABELS["loss"], "loss", ("preferences", SIDE, "loss")),
     (
         "pairs whose chosen answer became less likely",
         "chosen_fell",
         ("preferences", SIDE, "chosen_fell"),
     ),
-    ("log-prob of chosen, nats a token", "", ("preferences", SIDE, "logps/chosen_per_token")),
-    ("log-prob of rejected, nats a token", "", ("preferences", SIDE, "logps/rejected_per_token")),
+    (LABELS["logps/chosen_per_token"], "", ("preferences", SIDE, "logps/chosen_per_token")),
+    (LABELS["logps/rejected_per_token"], "", ("preferences", SIDE, "logps/rejected_per_token")),
     ("perplexity of chosen answers", "", ("distribution", SIDE, "in", "perplexity")),
     ("perplexity of out-of-distribution text", "", ("distribution", SIDE, "out", "perplexity")),
     ("bag of words on the same pairs, no model: accuracy", "", ("baselines", "bag_of_words")),
@@ -74,20 +79,7 @@ MEASURES = (
         ("generations", "sampled", "win_rate"),
     ),
 )
-HYPERPARAMETERS = (
-    ("loss", "loss"),
-    ("beta", "beta"),
-    ("parameters of the loss", "loss_args"),
-    ("learning rate (AdamW)", "lr"),
-    ("schedule", "lr_scheduler"),
-    ("warm-up, share of the steps", "warmup_ratio"),
-    ("weight decay", "weight_decay"),
-    ("largest gradient norm", "grad_clip"),
-    ("pairs a step", "batch_size"),
-    ("seed of the data's order", "seed"),
-    ("most tokens of prompt and response", "max_length"),
-    ("most tokens of a prompt", "max_prompt_length"),
-)
+HYPERPARAMETERS = card_titles(Preference)
 LOAD = """## How to load
 
 ```python
@@ -104,12 +96,16 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def from_run(record: dict, **later) -> Callable[[Path], None]:
-    """What `export.model_directory` calls to write the card of the run whose run.json holds
-    `record`, as it is by then.
+    """A function that writes a run's card into a folder, for `export.model_directory` to call.
 
-    `later`: facts that run.json gets only after the export, say `seconds=`.
+    `record`: what run.json holds, read when the card is written. `later`: facts that run.json gets
+    only after the export, say `seconds=`.
     """
-    return lambda folder: _write(Path(folder), _metadata(record), _body(record | later))
+
+    def write_card(folder):
+        _write(Path(folder), _metadata(record), _body(record | later))
+
+    return write_card
 
 
 def update(
@@ -132,11 +128,11 @@ def update(
         metadata, body = _metadata(record), _body(record)
     else:
         metadata, body = card.data, card.text
-    where = shown_sources(report.get("data"))
+    dataset = shown_sources(report.get("data"))
     results = [
-        _result(metric, title, found, where)
-        for title, metric, keys in MEASURES
-        if metric and (found := _at(report, keys))
+        _result(name, title, measure, dataset)
+        for title, name, keys in MEASURES
+        if name and (measure := _at(report, keys))
     ]
     if results:
         metadata.model_name = metadata.model_name or folder.resolve().name
@@ -150,8 +146,10 @@ def update(
 
 
 def _write(folder: Path, metadata: ModelCardData, body: str):
-    """Write README.md beside and rename it. The text is parsed again first: a model-index that is
-    not valid raises.
+    """Write README.md, whole or not at all.
+
+    ModelCard parses the text again before anything is written: a model-index that is not valid
+    raises.
     """
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
     write_text(folder / README, str(card))
@@ -159,7 +157,7 @@ def _write(folder: Path, metadata: ModelCardData, body: str):
 
 def _between(body: str, section: str) -> str:
     """`body` with `section` in place of what stands between the marks; at the end where there are
-    none.
+    no marks.
     """
     before, begin, rest = body.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
@@ -169,21 +167,22 @@ def _between(body: str, section: str) -> str:
 
 
 def shown(source) -> str:
-    """A hub name as it is; of a local path its last component, or the last two where that is
-    "model", as of a run's.
+    """A source as a reader may see it: a hub name as it is, of a local path its last component, or
+    the last two where that is "model", as a run's is.
     """
     text = str(source)
     if is_hub(text):
         return text
     parts = Path(text).parts
+    # the built-in files lie wherever the repository was checked out
     if parts[-4:-1] == ("train", "data", "builtin") or parts[-2:] == ("eval", "passages.jsonl"):
         return f"zeropref's built-in {parts[-1]}"
     return "/".join(parts[-2 if parts[-1:] == ("model",) else -1 :]).lstrip("/") or text
 
 
 def is_hub(source) -> bool:
-    """Whether a flag's value names a repository: org/name that is no path here, with :config or
-    @split for data.
+    """Whether a flag's value names a repository on the hub: org/name that is no path here, with
+    :config or @split for data.
     """
     name = re.split("[:@]", str(source))[0]
     local = os.path.exists(str(source)) or name.startswith((".", "~")) or suffix_of(name) in READERS
@@ -194,10 +193,8 @@ def shown_sources(described: dict | None) -> str:
     """The sources of a data set that `train.run.folder.describe` described, as a reader may see
     them.
     """
-    return (
-        ", ".join(shown(source) for source in (described or {}).get("sources", ()))
-        or "unnamed pairs"
-    )
+    sources = (described or {}).get("sources", ())
+    return ", ".join(map(shown, sources)) or "unnamed pairs"
 
 
 def base_of(record: dict) -> tuple[str, bool]:
@@ -207,68 +204,59 @@ def base_of(record: dict) -> tuple[str, bool]:
 
 
 def _method(flags: dict) -> tuple[str, str | None]:
-    """(short name, arXiv number) of the run's loss; the paper is the first that the loss's
-    docstring cites.
-    """
+    """(short name, arXiv id of the paper) of the run's loss, of the first one in a weighted sum."""
     loss = flags.get("loss") or "preference"
-    first = LOSSES.get(re.split("[:,]", loss)[0].strip())  # of a weighted sum
-    cited = re.search(r"arXiv (\d{4}\.\d{4,5})", first.of.__doc__) if first else None
-    return "dpo" if loss == "sigmoid" else loss, cited and cited.group(1)
+    first = re.split("[:,]", loss)[0].strip()
+    paper = LOSSES[first].paper if first in LOSSES else None
+    return "dpo" if loss == "sigmoid" else loss, paper
 
 
 def _metadata(record: dict) -> ModelCardData:
-    flags, (base, on_hub), (method, paper) = (
-        record["flags"],
-        base_of(record),
-        _method(record["flags"]),
-    )
-    sets = [re.split("[:@]", source)[0] for source in flags.get("data") or () if is_hub(source)]
-    where = shown_sources(record.get("eval_data"))
+    """The card's YAML head, with the model-index of training's own evaluation."""
+    flags = record["flags"]
+    base, on_hub = base_of(record)
+    method, paper = _method(flags)
+    datasets = [re.split("[:@]", source)[0] for source in flags.get("data") or () if is_hub(source)]
+    dataset = shown_sources(record.get("eval_data"))
     last = _evaluations(record)[-1]
-    titles = {name: title for title, name in ROWS_OF_TABLE}
-    as_measure = lambda name: {
-        "value": last[name],
-        "n": last.get("pairs"),
-        "interval": last.get(f"{name}_interval"),
-    }
-    results = [
-        _result(metric, titles[name], as_measure(name), where)
-        for name, metric in TRAINED
-        if math.isfinite(last.get(name, math.nan))
-    ]
-    ours = flags.get("model") is None and flags.get("data") is None
+    results = []
+    for metric, name in TRAINED:
+        if math.isfinite(last.get(metric, math.nan)):
+            measure = {
+                "value": last[metric],
+                "n": last.get("pairs"),
+                "interval": last.get(f"{metric}_interval"),
+            }
+            results.append(_result(name, LABELS[metric], measure, dataset))
+    builtin_only = flags.get("model") is None and flags.get("data") is None
+    tags = ["zeropref", "deepspeed", "preference-optimization", method]
     return ModelCardData(
-        license=LICENCE if ours else None,
-        language="en" if ours else None,
+        license=LICENCE if builtin_only else None,
+        language="en" if builtin_only else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[
-            "zeropref",
-            "deepspeed",
-            "preference-optimization",
-            method,
-            *([f"arxiv:{paper}"] if paper else ()),
-        ],
+        tags=tags + [f"arxiv:{paper}"] if paper else tags,
         model_name=f"{base.rpartition('/')[2]}-{method}",
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
-        datasets=sets or None,
+        datasets=datasets or None,
         eval_results=results or None,
     )
 
 
-def _result(metric: str, title: str, measure: dict, dataset: str) -> EvalResult:
+def _result(name: str, title: str, measure: dict, dataset: str) -> EvalResult:
+    """An entry of the model-index. An interval that is no number is left out: JSON has no NaN."""
     interval = measure.get("interval")
-    args = {
-        "n": measure.get("n"),
-        "interval_95": None if interval and _broken(interval) else interval,
-    }
-    args = {name: value for name, value in args.items() if value is not None}
+    args = {}
+    if measure.get("n") is not None:
+        args["n"] = measure["n"]
+    if interval is not None and not _broken(interval):
+        args["interval_95"] = interval
     return EvalResult(
         **TASK,
         dataset_type=dataset,
         dataset_name=dataset,
-        metric_type=metric,
+        metric_type=name,
         metric_name=title,
         metric_value=measure["value"],
         metric_args=args or None,
@@ -276,6 +264,7 @@ def _result(metric: str, title: str, measure: dict, dataset: str) -> EvalResult:
 
 
 def _broken(interval) -> bool:
+    """Whether an end is NaN, infinite or null."""
     return not all(isinstance(end, float | int) and math.isfinite(end) for end in interval)
 
 
@@ -289,17 +278,22 @@ def _at(report: dict, keys: Sequence[str], side: str = "model") -> dict | None:
 
 def _evaluations(record: dict) -> list[dict]:
     """run.json's evaluations from first to last; one that is empty where there was none."""
-    found = record.get("evaluations") or {}
-    return [found[step] for step in sorted(found, key=int)] or [{}]
+    by_step = record.get("evaluations") or {}  # JSON's keys are strings: "60" comes before "155"
+    return [by_step[step] for step in sorted(by_step, key=int)] or [{}]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    cell = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines) + "\n"
+    """A Markdown table."""
+
+    def line(cells):
+        escaped = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+        return f"| {' | '.join(escaped)} |\n"
+
+    return "".join(map(line, [head, ["---"] * len(head), *rows]))
 
 
 def _number(value) -> str:
+    """A float with four digits, anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -309,28 +303,26 @@ def _interval(interval) -> str:
 
 def _body(record: dict) -> str:
     """The card of a training run, with a place for an evaluation."""
-    flags, (base, on_hub), (method, paper) = (
-        record["flags"],
-        base_of(record),
-        _method(record["flags"]),
-    )
+    flags = record["flags"]
+    base, on_hub = base_of(record)
+    method, paper = _method(flags)
     link = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`"
-    how = f"`{flags.get('loss')}` loss" + (
-        f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
-    )
-    reference, origin = flags.get("reference_model"), _origin(record)
+    cited = f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+    other_reference = flags.get("reference_model")
+    reference = f"`{shown(other_reference)}`" if other_reference else "the model as training began"
+    origin = _origin(record)
     parts = [
         f"# {base.rpartition('/')[2]}-{method}\n",
-        f"{link}, trained on preference pairs with the {how} by zeropref on DeepSpeed. The reference was "
-        f"{f'`{shown(reference)}`' if reference else 'the model as training began'}. Beyond what is written below "
-        "nothing was tested; what the base model's card says of its uses, limits and licence holds here too.\n",
-        origin and f"The weights that training began with: {origin}.\n",
+        f"{link}, trained on preference pairs with the `{flags.get('loss')}` loss{cited} by zeropref on "
+        f"DeepSpeed. The reference was {reference}. Beyond what is written below nothing was tested; "
+        "what the base model's card says of its uses, limits and licence holds here too.\n",
+        f"The weights that training began with: {origin}.\n" if origin else "",
         _results(record),
         f"{MARKS[0]}\n{MARKS[1]}\n",
         LOAD,
         "## Training\n",
         _data_table(record),
-        _recipe(record),
+        _hyperparameters(record),
         _machine(record),
     ]
     return "\n".join(part for part in parts if part)
@@ -340,79 +332,79 @@ def _origin(record: dict) -> str:
     """Where the built-in model's weights came from, which differ by source; nothing for other
     models.
     """
+    if record["flags"].get("model") is not None or "model" not in record:
+        return ""
     try:
-        return (
-            builtin.source(record["model"])
-            if record["flags"].get("model") is None and "model" in record
-            else ""
-        )
-    except ValueError:
+        return builtin.source(record["model"])
+    except ValueError:  # the folder does not say: nothing is guessed
         return ""
 
 
 def _results(record: dict) -> str:
     """What training's own held-out pairs say, before and after."""
-    first, last = _evaluations(record)[0], _evaluations(record)[-1]
-    rows = [
-        (title, _number(first[name]), _number(last[name]), _interval(last.get(f"{name}_interval")))
-        for title, name in ROWS_OF_TABLE
-        if name in first and name in last
-    ]
+    evaluations = _evaluations(record)
+    first, last = evaluations[0], evaluations[-1]
+    rows = []
+    for metric in METRICS:
+        name = metric.name
+        if metric.in_table and name in first and name in last:
+            interval = _interval(last.get(f"{name}_interval"))
+            rows.append((metric.title, _number(first[name]), _number(last[name]), interval))
     if not rows:
         return ""
-    where = shown_sources(record.get("eval_data"))
-    return f"## Results of training\n\n{last.get('pairs')} held-out pairs of {where}:\n\n" + _table(
-        ("", "before", "after", "95 % interval"), rows
-    )
+    dataset = shown_sources(record.get("eval_data"))
+    table = _table(("", "before", "after", "95 % interval"), rows)
+    return f"## Results of training\n\n{last.get('pairs')} held-out pairs of {dataset}:\n\n{table}"
 
 
 def _data_table(record: dict) -> str:
+    """The data sets: where from, how large, and what identifies them."""
     rows = []
     for title, name in (("training", "data"), ("held out", "eval_data")):
-        if found := record.get(name):
-            counts = (f"{found[key]:,}" for key in ("groups", "tokens", "dropped", "truncated"))
-            rows.append((title, shown_sources(found), *counts, f"`{found['fingerprint'][:16]}`"))
-    return (
-        _table(("data", "source", "pairs", "tokens", "dropped", "truncated", "fingerprint"), rows)
-        if rows
-        else ""
-    )
+        if described := record.get(name):
+            counts = (f"{described[key]:,}" for key in ("groups", "tokens", "dropped", "truncated"))
+            fingerprint = f"`{described['fingerprint'][:16]}`"
+            rows.append((title, shown_sources(described), *counts, fingerprint))
+    if not rows:
+        return ""
+    head = ("data", "source", "pairs", "tokens", "dropped", "truncated", "fingerprint")
+    return _table(head, rows)
 
 
-def _recipe(record: dict) -> str:
+def _hyperparameters(record: dict) -> str:
+    """The flags that have a title for the card, and what the run made of others."""
     flags = record["flags"]
     rows = [
         (title, _number(flags[name]))
-        for title, name in HYPERPARAMETERS
+        for name, title in HYPERPARAMETERS.items()
         if flags.get(name) not in (None, {})
     ]
     rows += [(name, record[name]) for name in ("steps", "precision") if name in record]
     if "deepspeed" in record:
-        rows.append(
-            ("ZeRO stage", record["deepspeed"].get("zero_optimization", {}).get("stage", 0))
-        )
+        stage = record["deepspeed"].get("zero_optimization", {}).get("stage", 0)
+        rows.append(("ZeRO stage", stage))
     if record.get("skipped_steps"):
         rows.append(("steps skipped for a non-finite gradient", record["skipped_steps"]))
     return _table(("hyper-parameter", "value"), rows)
 
 
 def _machine(record: dict) -> str:
-    hardware, lines = record.get("hardware") or {}, []
-    if hardware:
+    """Hardware, time, speed and versions, a line each."""
+    lines = []
+    if hardware := record.get("hardware"):
         processes = f"{hardware['world']} process{'es' if hardware['world'] > 1 else ''}"
         threads = f" of {hardware['threads']} threads" if hardware["device"] == "cpu" else ""
-        lines.append(
-            f"Hardware: {processes}{threads} on {hardware['kind']} ({hardware['device']})."
-        )
+        where = f"{hardware['kind']} ({hardware['device']})"
+        lines.append(f"Hardware: {processes}{threads} on {where}.")
     if "seconds" in record:
         lines.append(f"Time: {_duration(record['seconds'])}, evaluation included.")
     if perf := record.get("perf"):
         pairs, tokens = perf["perf/pairs_per_second"], perf["perf/tokens_per_second"]
         lines.append(f"Speed at the end: {pairs:.3g} pairs/s, {tokens:.4g} tokens/s.")
     if versions := record.get("versions"):
-        lines.append(
-            f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}."
-        )
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines.append(f"Versions: {listed}.")
+    # two spaces at a line's end break it in Markdown
     return "\n".join(f"{line}  " for line in lines) + "\n" if lines else ""
 
 
@@ -425,30 +417,28 @@ def _evaluation(report: dict, figures: Sequence[str]) -> str:
     """The section that an evaluation fills: measures of both models, figures, examples."""
     rows = []
     for title, _, keys in MEASURES:
-        found, before = _at(report, keys), _at(report, keys, "reference") if SIDE in keys else None
-        if found:
+        after = _at(report, keys)
+        before = _at(report, keys, "reference") if SIDE in keys else None
+        if after:
             rows.append(
                 (
                     title,
                     _number(before["value"]) if before else "",
-                    _number(found["value"]),
-                    _interval(found.get("interval")),
-                    found.get("n", ""),
+                    _number(after["value"]),
+                    _interval(after.get("interval")),
+                    after.get("n", ""),
                 )
             )
-    reference, verdict = report.get("reference"), report.get("verdict") or {"reasons": ()}
-    before = (
-        f"before is {shown(reference)}, after this model"
-        if reference
-        else "without a reference to compare with"
-    )
-    parts = [
-        "## Evaluation\n",
-        *(f"* {reason}" for reason in verdict["reasons"]),
-        f"\nPairs of {shown_sources(report.get('data'))}; {before}.\n",
-    ]
+    reference = report.get("reference")
+    verdict = report.get("verdict") or {"reasons": ()}
+    parts = ["## Evaluation\n"]
     if reference and "word" in verdict:
-        parts.insert(1, f"Against {shown(reference)}: **{verdict['word']}**.\n")
+        parts.append(f"Against {shown(reference)}: **{verdict['word']}**.\n")
+    parts += [f"* {reason}" for reason in verdict["reasons"]]
+    compared = "without a reference to compare with"
+    if reference:
+        compared = f"before is {shown(reference)}, after this model"
+    parts.append(f"\nPairs of {shown_sources(report.get('data'))}; {compared}.\n")
     if rows:
         parts.append(_table(("", "before", "after", "95 % interval", "n"), rows))
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({FIGURES}/{name})\n" for name in figures]
@@ -462,14 +452,16 @@ def _example(row: dict) -> str:
     lines = [f"**Prompt**\n\n{_literal(row['prompt'])}"]
     for mode in ("greedy", "sampled"):
         for side, when in (("reference", "Before"), ("model", "After")):
-            if f"{mode}/{side}/text" in row:
-                cut = "" if row[f"{mode}/{side}/ended"] else ", cut at the token limit"
-                lines.append(f"{when} ({mode}{cut})\n\n{_literal(row[f'{mode}/{side}/text'])}")
+            key = f"{mode}/{side}"
+            if f"{key}/text" in row:
+                cut = "" if row[f"{key}/ended"] else ", cut at the token limit"
+                lines.append(f"{when} ({mode}{cut})\n\n{_literal(row[f'{key}/text'])}")
     return "\n".join(lines)
 
 
 def _literal(text: str) -> str:
     """A fenced block whose fence is longer than any in `text`; our marks in it are broken up."""
+    # what a model writes must neither end its block nor look like a place for an evaluation
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     for mark in MARKS:
         text = text.replace(mark, mark.replace("--", "- -"))

@@ -1,7 +1,8 @@
 """A checkpoint on disk: written beside its place, sealed by a manifest with hashes, renamed when it
 is complete.
 
-Only JSON and safetensors, so reading one runs nobody's code.
+What stands in one is told in run/checkpoint.py. Only JSON and safetensors, so reading one runs
+nobody's code.
 """
 
 import concurrent.futures
@@ -17,14 +18,21 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from train.files import fsync, json_safe, sha256, write_json, write_text
+from train.files import VERSION, fsync, json_safe, sha256, write_json, write_text
 
-FORMAT, MANIFEST, LATEST = 1, "manifest.json", "latest"
+FORMAT = 2
+WRITERS = {1: "zeropref 0.1"}  # of formats whose manifests do not name their writer
+MANIFEST = "manifest.json"
+LATEST = "latest"
 QUEUED = 8  # tensors that may wait for the disk
 
 
 class Damaged(ValueError):
     """A checkpoint that is not what its manifest says."""
+
+
+class OtherFormat(Damaged):
+    """A checkpoint that another version wrote."""
 
 
 def directory_name(step: int) -> str:
@@ -33,59 +41,62 @@ def directory_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, the one that `latest` names first, then from the newest down."""
-    steps = {
-        int(m[1]): p for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))
-    }
-    newest = [steps[number] for number in sorted(steps, reverse=True)]
+    """The checkpoints in `folder`: the one that `latest` names first, then from the newest down."""
+    steps = {}
+    for path in folder.glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            steps[int(match[1])] = path
+    newest_first = [steps[number] for number in sorted(steps, reverse=True)]
     try:
-        named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+        latest = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, UnicodeDecodeError):
-        return newest
-    return sorted(newest, key=lambda path: path != named)
+        return newest_first
+    return sorted(newest_first, key=lambda path: path != latest)
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """What a checkpoint says of itself. Damaged where it has no manifest, or not one of this
-    format.
+    """What a checkpoint says of itself, without its own hash.
+
+    Damaged where it has no manifest or one that was changed, OtherFormat for another version's.
     """
+    path = checkpoint / MANIFEST
     try:
-        told = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if told["format"] != FORMAT:
-            raise Damaged(f"{checkpoint} has format {told['format']}, this version reads {FORMAT}")
-        if told.pop("sha256") != _digest(told):
-            raise Damaged(f"{checkpoint / MANIFEST} is not what was written (sha256)")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if (number := manifest["format"]) != FORMAT:
+            writer = manifest.get("version") or WRITERS.get(number, "another version of zeropref")
+            raise OtherFormat(
+                f"{checkpoint} was written by {writer} (checkpoint format {number}); zeropref "
+                f"{VERSION} reads format {FORMAT}: finish the run with the version that began it"
+            )
+        if manifest.pop("sha256") != _digest(manifest):
+            raise Damaged(f"{path} is not what was written (sha256)")
     except FileNotFoundError as error:
         raise Damaged(f"{checkpoint} has no {MANIFEST}") from error
+    except Damaged:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise (
-            error if isinstance(error, Damaged) else Damaged(f"{checkpoint / MANIFEST}: {error}")
-        ) from error
-    return told
+        raise Damaged(f"{path}: {error}") from error
+    return manifest
 
 
-def verify(checkpoint: Path, names: Iterable[str], told: dict):
-    """Compare the files `names` with the manifest `told`. Damaged says which one differs, and how."""
+def verify(checkpoint: Path, names: Iterable[str], manifest: dict):
+    """Compare the files `names` with the manifest. Damaged says which one differs, and how."""
     for name in names:
-        path, manifest_entry = checkpoint / name, told["files"][name]
+        path, expected = checkpoint / name, manifest["files"][name]
         try:
             size = path.stat().st_size
-            if size != manifest_entry["bytes"]:
-                raise Damaged(f"{path} has {size:,} bytes instead of {manifest_entry['bytes']:,}")
-            if sha256(path) != manifest_entry["sha256"]:
+            if size != expected["bytes"]:
+                raise Damaged(f"{path} has {size:,} bytes instead of {expected['bytes']:,}")
+            if sha256(path) != expected["sha256"]:
                 raise Damaged(f"{path} is not what was written (sha256)")
         except OSError as error:
             raise Damaged(f"{path}: {error.strerror}") from error
 
 
 def manifest_entry(path: Path) -> dict:
-    """A file's line in the manifest, after it has reached the disk."""
+    """Fsync a file; its entry in the manifest."""
     fsync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _digest(told):
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def write_tensors(
@@ -94,17 +105,16 @@ def write_tensors(
     """Stream fp32 tensors into a safetensors file; its entry for the manifest.
 
     shapes: key -> shape of what goes into this file. tensors: as many, in that order, and Nones in
-    between, which are for other ranks' files. Goes through `tensors` to the end, whatever happens
-    to the disk, because making them takes all ranks; OSError comes after that. Hashing and writing
-    go on while the next tensor is made.
+    between, which are for other ranks' files. Goes through `tensors` to the end, whatever happens to
+    the disk, because making them takes all ranks; OSError comes after that. Hashing and writing go on
+    while the next tensor is made.
     """
-    header, at = {}, 0
+    header, end = {}, 0
     for key, shape in shapes.items():
-        size = 4 * torch.Size(shape).numel()
-        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
+        start, end = end, end + 4 * torch.Size(shape).numel()
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    header_bytes = json.dumps(header).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
     digest, pending = hashlib.sha256(), []
     with (
         concurrent.futures.ThreadPoolExecutor(1) as disk,
@@ -112,9 +122,9 @@ def write_tensors(
     ):
 
         def put(block):
-            pending.append(
-                (disk.submit(lambda: file.write(block)), hasher.submit(digest.update, block))
-            )
+            # `file` is looked up when the disk's thread gets there: by then it is open
+            writing = disk.submit(lambda: file.write(block))
+            pending.append((writing, hasher.submit(digest.update, block)))
             if len(pending) > QUEUED:
                 concurrent.futures.wait(pending[-QUEUED])
 
@@ -125,47 +135,44 @@ def write_tensors(
                 pass
             raise
         try:
-            put(struct.pack("<Q", len(head)) + head)
+            put(struct.pack("<Q", len(header_bytes)) + header_bytes)
             for tensor in tensors:
                 if tensor is not None:
-                    put(
-                        memoryview(
-                            tensor.detach().to("cpu", torch.float32).reshape(-1).numpy()
-                        ).cast("B")
-                    )
-            for written, hashed in pending:
-                written.result(), hashed.result()
+                    values = tensor.detach().to("cpu", torch.float32).reshape(-1).numpy()
+                    put(memoryview(values).cast("B"))
+            for writing, hashing in pending:
+                writing.result()
+                hashing.result()
             file.flush()
             os.fsync(file.fileno())
         finally:
             disk.shutdown()
             file.close()
-    return {"bytes": 8 + len(head) + at, "sha256": digest.hexdigest()}
+    return {"bytes": 8 + len(header_bytes) + end, "sha256": digest.hexdigest()}
 
 
-def commit(beside: Path, place: Path, told: dict):
-    """The last act: the manifest, everything on disk, the name, and `latest`."""
-    told = json.loads(json.dumps(json_safe({"format": FORMAT} | told)))  # as it is read again
-    write_json(beside / MANIFEST, told | {"sha256": _digest(told)})
-    fsync(beside)
-    if place.exists():
-        shutil.rmtree(place)
-    os.rename(beside, place)
-    fsync(place.parent)
-    write_text(place.parent / LATEST, place.name + "\n")
-    fsync(place.parent)
+def commit(unfinished: Path, final: Path, content: dict):
+    """Finish a checkpoint: the manifest, everything on disk, the name, and `latest`, in that order."""
+    manifest = {"format": FORMAT, "version": f"zeropref {VERSION}"} | content
+    manifest = json.loads(json.dumps(json_safe(manifest)))  # as it is read again
+    write_json(unfinished / MANIFEST, manifest | {"sha256": _digest(manifest)})
+    fsync(unfinished)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(unfinished, final)
+    fsync(final.parent)
+    write_text(final.parent / LATEST, final.name + "\n")
+    fsync(final.parent)
 
 
 def prune(folder: Path, keep: int, after: int | None = None):
-    """Remove all but the newest `keep` checkpoints, those of steps `after` one, and what unfinished
-    ones left.
+    """Remove all but the newest `keep` checkpoints, and what unfinished ones left.
+
+    after: those of later steps than this go first, whatever their number.
     """
-    for path in [
-        p
-        for p in list_checkpoints(folder)
-        if after is not None and int(p.name.removeprefix("step-")) > after
-    ]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in list_checkpoints(folder):
+        if after is not None and int(path.name.removeprefix("step-")) > after:
+            shutil.rmtree(path, ignore_errors=True)
     for path in [*list_checkpoints(folder)[keep:], *folder.glob("step-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -179,21 +186,25 @@ def flag_of(checkpoint: Path, flag: str):
 
 
 class Reader:
-    """The tensors of a checkpoint by key, whichever rank's file holds them."""
+    """The whole tensors of a checkpoint by key, whichever rank's file holds them."""
 
-    def __init__(self, checkpoint: Path, told: dict):
-        self._where = {}
-        for name in told["files"]:
+    def __init__(self, checkpoint: Path, manifest: dict):
+        self._files = {}
+        for name in manifest["files"]:
             if name.startswith("state-"):
                 file = safe_open(checkpoint / name, framework="pt")
-                self._where |= dict.fromkeys(file.keys(), file)
+                self._files |= dict.fromkeys(file.keys(), file)
 
     def __call__(self, key: str) -> torch.Tensor:
         """The tensor of `key`, fp32 on the CPU. Damaged where there is none."""
-        if key not in self._where:
+        if key not in self._files:
             raise Damaged(f"the checkpoint has no {key}: it is another model's")
-        return self._where[key].get_tensor(key)
+        return self._files[key].get_tensor(key)
 
     def shapes(self) -> dict[str, tuple]:
         """All keys, and the shapes of their tensors."""
-        return {key: tuple(file.get_slice(key).get_shape()) for key, file in self._where.items()}
+        return {key: tuple(file.get_slice(key).get_shape()) for key, file in self._files.items()}
+
+
+def _digest(manifest):
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,7 @@
 """The result: a model directory that transformers loads, written beside its place, checked, and
 renamed into it.
+
+Shapes: T scored tokens of all batches that are compared.
 """
 
 import json
@@ -24,99 +26,99 @@ def model_directory(
     module,
     tokenizer,
     folder: Path,
-    rows,
+    batches,
     *,
-    export_dtype="auto",
+    export_dtype: str = "auto",
     write_card=None,
-    trust_remote_code=False,
+    trust_remote_code: bool = False,
 ) -> float:
-    """Write `module` (a Backbone) and the tokenizer to `folder` as safetensors; every rank calls
-    this.
+    """Write `module` (a Backbone) and the tokenizer to `folder` as safetensors. Every rank calls this.
 
-    The directory is loaded again before it takes its name, and its log-probabilities on `rows`
-    (packed rows on this device) compared with the module's. Returns the mean difference, nats a
-    token. RuntimeError where it is too large.
+    The directory is loaded again before it takes its name, and its log-probabilities on `batches`
+    (packed, on this device) compared with the module's. write_card: called with the folder. Returns
+    the mean difference, nats a token. RuntimeError where that is too large.
     """
     release_memory(module)  # a second model comes into memory below
-    dtype = DTYPES[export_dtype]
     with torch.no_grad():
-        ours = [module(row).cpu() for row in rows]
-    state = sharded_state.gather_state_dict(module.lm, dtype)
-    problem = difference = None
+        trained = torch.cat([module(batch).cpu() for batch in batches])  # (T,) nats
+    state = sharded_state.gather_state_dict(module.lm, DTYPES[export_dtype])
+    problem = gap = None
     if dist.is_main():
         try:
-            difference = _write(
-                state, module, tokenizer, folder, rows, ours, write_card, trust_remote_code
+            unfinished = folder.with_name(folder.name + ".tmp")
+            narrow = torch.bfloat16 in (
+                module.autocast,
+                next(iter(state.values())).dtype,
+                next(module.parameters()).dtype,
             )
+            _write(unfinished, module, tokenizer, state, write_card)
+            gap = _reload(unfinished, module, batches, trained, trust_remote_code)
+            if not gap <= TOLERANCE[torch.bfloat16 if narrow else torch.float32]:
+                raise RuntimeError(
+                    f"loaded again, its log-probabilities are {gap:.2g} nats a token from the "
+                    "trained model's"
+                )
+            replace_directory(unfinished, folder)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             logging.getLogger("zeropref").exception("export")
             problem = f"{folder} was not written: {error}"
-    problem, difference = dist.broadcast((problem, difference))
+    problem, gap = dist.broadcast((problem, gap))
     if problem:
         raise RuntimeError(problem)
-    return difference
-
-
-def _write(state, module, tokenizer, folder, rows, ours, write_card, trust_remote_code) -> float:
-    """Rank 0's part of it: beside, checked, renamed."""
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    saved = next(iter(state.values())).dtype
-    weights_to(beside, module.lm, state)
-    tokenizer.save_pretrained(beside)
-    if write_card:
-        write_card(beside)
-    state.clear()
-    gap = _reload(beside, module, rows, ours, trust_remote_code)
-    narrow = module.autocast or torch.bfloat16 in (saved, next(module.parameters()).dtype)
-    if not gap <= TOLERANCE[torch.bfloat16 if narrow else torch.float32]:
-        raise RuntimeError(
-            f"loaded again, its log-probabilities are {gap:.2g} nats a token from the trained model's"
-        )
-    replace_directory(beside, folder)
     return gap
 
 
-def weights_to(folder, lm, state: dict, dtype=None) -> dict:
-    """Write the weights `state` of `lm`, cast to `dtype`, and its configuration to `folder`;
-    returns what was written.
+def _write(folder, module, tokenizer, state, write_card):
+    """Write everything to `folder`; `state` is empty afterwards, to make room for the reload."""
+    shutil.rmtree(folder, ignore_errors=True)
+    write_weights(folder, module.lm, state)
+    tokenizer.save_pretrained(folder)
+    if write_card:
+        write_card(folder)
+    state.clear()
+
+
+def write_weights(folder: Path, lm, state: dict, dtype: torch.dtype | None = None) -> dict:
+    """Write `lm`'s weights `state`, cast to `dtype`, and its configuration; returns what was written.
 
     Adapters are merged, and stand beside it in `folder`/adapter, as peft loads them onto the base
     model.
     """
-    adapted, json_safe, whole = bool(lora.layers(lm)), lm, state
+    adapted, with_adapters, plain_lm = bool(lora.adapted_layers(lm)), state, lm
     if adapted:
-        state = lora.merged(lm, state)
+        state = lora.merged_state_dict(lm, state)
         with torch.device("meta"):  # the same architecture without adapters in it
-            json_safe = type(lm)(lm.config)
-        json_safe.generation_config = lm.generation_config
-    trained = dict(json_safe.named_parameters())
+            plain_lm = type(lm)(lm.config)
+        plain_lm.generation_config = lm.generation_config
+    parameters = dict(plain_lm.named_parameters())
     state = {
-        name: value.to(dtype) if dtype and name in trained else value
+        name: value.to(dtype) if dtype and name in parameters else value
         for name, value in state.items()
     }
-    json_safe.save_pretrained(
-        folder, state_dict=dict(state), max_shard_size="4GB"
-    )  # which empties what it is given
+    # save_pretrained empties the dict that it is given
+    plain_lm.save_pretrained(folder, state_dict=dict(state), max_shard_size="4GB")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     saved = str(next(iter(state.values())).dtype).removeprefix("torch.")
     write_json(folder / "config.json", config | {"dtype": saved})
     if adapted:
         lm.lora_config.save_pretrained(folder / "adapter")
-        alone = {name: value.to(dtype or value.dtype) for name, value in lora.alone(whole).items()}
-        save_file(alone, folder / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
+        adapters = {
+            name: value.to(dtype or value.dtype)
+            for name, value in lora.adapter_state_dict(with_adapters).items()
+        }
+        file = folder / "adapter/adapter_model.safetensors"
+        save_file(adapters, file, metadata={"format": "pt"})
     return state
 
 
-def _reload(folder, module, rows, ours, trust_remote_code) -> float:
-    """Mean absolute difference of log-probabilities, nats a token, between the directory's model
-    and `ours`.
-    """
-    first = next(module.parameters())
+def _reload(folder, module, batches, trained, trust_remote_code) -> float:
+    """Mean absolute difference, nats a token, of the directory's log-probabilities and `trained`."""
+    parameter = next(module.parameters())
     # a model that was sharded may not fit on one device a second time
-    device = torch.device("cpu") if hasattr(first, "ds_id") else rows[0].input_ids.device
-    lm = pretrained.load_causal_lm(folder, first.dtype, trust_remote_code).to(device)
+    sharded = hasattr(parameter, "ds_id")
+    device = torch.device("cpu") if sharded else batches[0].input_ids.device
+    lm = pretrained.load_causal_lm(folder, parameter.dtype, trust_remote_code).to(device)
     loaded = models.Backbone(lm, module.layout, module.logits_bytes, module.autocast)
     with torch.no_grad():
-        theirs = [loaded(row.to(device)).cpu() for row in rows]
-    return float((torch.cat(theirs) - torch.cat(ours)).abs().mean())
+        logps = torch.cat([loaded(batch.to(device)).cpu() for batch in batches])
+    return float((logps - trained).abs().mean())

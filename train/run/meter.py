@@ -2,7 +2,9 @@
 
 import contextlib
 import re
+import resource
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -16,8 +18,9 @@ PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is a share of: the data sheet's for known GPUs in half precision, else a
-    measured product's.
+    """FLOP/s that MFU is a share of.
+
+    The data sheet's for known GPUs in half precision, else those of a measured matrix product.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
@@ -42,31 +45,33 @@ def _synchronize(device):
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory this process has held, in GB: the allocator's on CUDA, the resident set on
-    CPU.
+    """The most memory this process has held, in GB.
+
+    On CUDA the allocator's, on a CPU the resident set.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
 class Meter:
-    """Sums over rows: measures stay on the device, throughput comes from the clock, until they are
-    read.
-    """
+    """Sums over batches: measures stay on the device, throughput comes from the clock, until read."""
 
     def __init__(self, columns: int, device: torch.device, peak: float):
-        self.sums = torch.zeros(columns, dtype=torch.float64, device=device)
+        """columns: of the measures that are summed, the first of which counts examples. peak: FLOP/s
+        of one device.
+        """
+        self.sums = torch.zeros(columns, dtype=torch.float64, device=device)  # (columns,)
         self.columns, self.device, self.peak = columns, device, peak
-        self.tokens = self.flops = 0
-        self.kept = []
+        self.tokens = 0
+        self.flops = 0
+        self.kept = []  # tensors (m, c) of values an example
         self.began = time.perf_counter()
 
     def add(self, sums: torch.Tensor, tokens: int, flops: float, kept: torch.Tensor | None = None):
-        """A row's measures (columns,), its tokens and operations; `kept` (m, c): values a pair, for
-        histograms.
+        """Add a batch's measures (columns,), its tokens and operations.
+
+        kept: (m, c), values of each example, for histograms.
         """
         self.sums += sums
         self.tokens += tokens
@@ -74,57 +79,58 @@ class Meter:
         if kept is not None:
             self.kept.append(kept)
 
-    def state(self):
-        """What is not read yet: counters for JSON, and what makes this rank's tensors of them."""
+    def state_dict(self) -> dict:
+        """Counters of what is not read yet, for JSON."""
+        seconds = time.perf_counter() - self.began
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": seconds}
+
+    def load_state_dict(self, state: dict):
+        """Continue from `state_dict`, whose counts are all ranks' together: the first goes on."""
+        self.tokens, self.flops = state["tokens"], state["flops"]
+        if not dist.is_main():
+            self.tokens, self.flops = 0, 0
+        self.began = time.perf_counter() - state["seconds"]
+
+    def rank_tensors(self) -> Callable[[], dict[str, torch.Tensor]]:
+        """What makes this rank's tensors of what is not read yet."""
         sums, kept, count = self.sums.clone(), self.kept, len(self.kept)
-        counters = {
-            "tokens": self.tokens,
-            "flops": self.flops,
-            "seconds": time.perf_counter() - self.began,
-        }
 
         def tensors():
-            values = {
-                f"meter/kept/{i}": part for i, part in enumerate(kept[:count]) if part.numel()
-            }
+            values = {f"meter/kept/{i}": part for i, part in enumerate(kept[:count])}
+            values = {key: part for key, part in values.items() if part.numel()}
             return {"meter/sums": sums} | values
 
-        return counters, tensors
+        return tensors
 
-    def load(self, counters: dict, parts: list[dict]):
-        """Continue from `state`, with the tensors of several ranks or of none."""
-        self.tokens, self.flops = (
-            (counters["tokens"], counters["flops"]) if dist.is_main() else (0, 0)
-        )
-        self.began = time.perf_counter() - counters["seconds"]
-        for part in parts:
-            self.sums += part["meter/sums"].to(self.device)
-            kept = {
-                int(key.rpartition("/")[2]): value
-                for key, value in part.items()
-                if key.startswith("meter/kept/")
-            }
-            self.kept += [kept[i].to(self.device) for i in sorted(kept)]
+    def load_rank_tensors(self, of_ranks: list[dict[str, torch.Tensor]]):
+        """Continue from `rank_tensors` of several ranks, or of none."""
+        for tensors in of_ranks:
+            self.sums += tensors["meter/sums"].to(self.device)
+            kept = [key for key in tensors if key.startswith("meter/kept/")]
+            kept.sort(key=lambda key: int(key.rpartition("/")[2]))
+            self.kept += [tensors[key].to(self.device) for key in kept]
 
     @contextlib.contextmanager
     def pause(self):
-        """The clock does not count what happens inside: evaluation, saving."""
+        """Stop the clock for what happens inside: evaluation, saving."""
         _synchronize(self.device)
-        at = time.perf_counter()
+        paused = time.perf_counter()
         yield
         _synchronize(self.device)
-        self.began += time.perf_counter() - at
+        self.began += time.perf_counter() - paused
 
     def read(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """The sums over all ranks since the last reading, (columns,), and `perf/*`. Every rank
-        calls this.
+        """The sums over all ranks since the last reading, (columns,), and `perf/*`.
+
+        Every rank calls this.
         """
         work = torch.tensor([self.tokens, self.flops], dtype=torch.float64, device=self.device)
         sums = dist.all_reduce(torch.cat([self.sums, work])).cpu()
         now = time.perf_counter()
         seconds, self.began = now - self.began, now
         self.sums.zero_()
-        self.tokens = self.flops = 0
+        self.tokens = 0
+        self.flops = 0
         tokens, flops = sums[-2:].tolist()
         perf = {
             "perf/pairs_per_second": float(sums[0]) / seconds,
@@ -135,8 +141,9 @@ class Meter:
         return sums[: self.columns], perf
 
     def values(self) -> torch.Tensor:
-        """Everything kept since this was last asked, of all ranks, (m, c) on the CPU. Every rank
-        calls this.
+        """Everything kept since this was last asked, of all ranks, (m, c) on the CPU.
+
+        Every rank calls this.
         """
         mine = torch.cat(self.kept).cpu() if self.kept else torch.empty(0, 0)
         self.kept = []

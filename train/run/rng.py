@@ -2,29 +2,35 @@
 
 import json
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 
-def capture() -> tuple:
-    """This rank's random states: torch's, numpy's and Python's, and CUDA's where there is one."""
+def capture() -> Callable[[], dict[str, torch.Tensor]]:
+    """Take down this rank's random states; what makes the tensors `restore` takes of them.
+
+    torch's, numpy's and Python's, and CUDA's where there is one. Taking them down is cheap, turning
+    them into tensors is left to whoever needs those.
+    """
+    cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+    numpy, python = np.random.get_state(), random.getstate()
+
+    def to_tensors():
+        others = json.dumps([python, [numpy[0], numpy[1].tolist(), *numpy[2:]]]).encode()
+        states = {"torch": cpu, "others": torch.tensor(list(others), dtype=torch.uint8)}
+        return states if cuda is None else states | {"cuda": cuda}
+
+    return to_tensors
 
 
-def to_tensors(cpu, cuda, numpy, python) -> dict[str, torch.Tensor]:
-    """`states` as a checkpoint holds them."""
-    others = json.dumps([python, [numpy[0], numpy[1].tolist(), *numpy[2:]]]).encode()
-    kept = {"random/torch": cpu, "random/others": torch.tensor(list(others), dtype=torch.uint8)}
-    return kept if cuda is None else kept | {"random/cuda": cuda}
-
-
-def restore(mine: dict[str, torch.Tensor]):
-    """Put back what `tensors` gave."""
-    torch.set_rng_state(mine["random/torch"])
-    python, numpy = json.loads(bytes(mine["random/others"].tolist()))
+def restore(states: dict[str, torch.Tensor]):
+    """Put the states back into the generators."""
+    torch.set_rng_state(states["torch"])
+    python, numpy = json.loads(bytes(states["others"].tolist()))
     random.setstate((python[0], tuple(python[1]), python[2]))
     np.random.set_state(tuple(numpy))
-    if "random/cuda" in mine and torch.cuda.is_available():
-        torch.cuda.set_rng_state(mine["random/cuda"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

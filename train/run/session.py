@@ -1,25 +1,172 @@
-"""A run from its first line to its exit code."""
+"""A run from its first line to its exit code: ranks, OUTPUT, and every way to end.
+
+    with session.start(settings) as run:
+        ...                                 # what is wrong in here is one line and exit code 2 or 4
+        for step in loop.steps(run, ...):   # from the first step on: 0, 1, 3, 5 or 85
+            ...
+
+A Run is what the parts of a script share: the folder, the device, and what is settled before the
+first step.
+"""
 
 import contextlib
 import logging
+import os
+import sys
+from typing import NamedTuple
 
+from train import config, settings
 from train.config import Exit, fail
 from train.data.errors import DataError
+from train.engine import dist, memory, preemption
 from train.models import builtin
+from train.run.folder import RunFolder
 
-# Before a run has its file, nothing goes to stderr.
-logging.getLogger("zeropref").addHandler(logging.NullHandler())
+
+class NotFinite(Exception):
+    """Too many steps in a row had gradients that are not finite. Holds the last one's data rows."""
+
+
+class Plan(NamedTuple):
+    """What is settled before the first step."""
+
+    precision: str  # "bf16" or "fp32"
+    batch_tokens: int  # the budget of a packed batch
+    steps: int  # optimiser steps of the whole run
+    same_weights: bool  # the reference is the policy as it starts
+    begun: int = 0  # steps that an interrupted run has done already
+
+
+class Run:
+    """One run, as its script's parts see it."""
+
+    def __init__(self, folder: RunFolder, device):
+        self.folder, self.device = folder, device
+        self.plan: Plan | None = None  # by methods/setup.py
+        self.first_batches = []  # what the start was checked on, and the export is compared on
+        # By the loop, once there is something to lose:
+        self.checkpointer = None
+        self.report = None
+        self.batch = None  # being computed: named where memory runs out
+
+    def say(self, line: str):
+        """Print a line on the terminal and into the log, on rank 0."""
+        self.folder.say(line)
+
+    def note(self, **facts):
+        """Add facts to run.json."""
+        self.folder.note(**facts)
+
+    def set_plan(self, plan: Plan, **facts):
+        """Keep the plan, and note it in run.json with other facts."""
+        self.plan = plan
+        noted = plan._asdict()
+        noted["row_tokens"] = noted.pop("batch_tokens")  # as run.json has always called it
+        self.note(**facts, **noted)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the folder is this run's own: refusals end before that."""
+        return self.folder.started
 
 
 @contextlib.contextmanager
-def at_the_door():
-    """What is wrong with flags, data or models is said in one line before the first step, with its
-    exit code.
+def start(flags, kind: str = "run", interruptible: bool = True):
+    """Join the job, take OUTPUT, run the block, and end in order, whatever happens in it.
+
+    flags: the script's Settings. kind: what the folder holds, for messages. interruptible: SIGTERM
+    and SIGUSR1 were noted since the script began (engine/preemption.py), and save. Yields a Run; exits
+    with code 0 at once where OUTPUT holds this very run, finished. Every rank enters this.
+    """
+    device = dist.init()
+    if interruptible:
+        preemption.start_watch()
+    with refusals():
+        may_change = settings.names_that_may_change(flags)
+        folder = RunFolder(flags.output, config.as_dict(flags), may_change)
+    if folder.finished:
+        folder.say(f"{folder.path} holds this {kind}, finished; another --output repeats it")
+        end_in_order()
+        raise SystemExit(Exit.DONE)
+    run = Run(folder, device)
+    try:
+        with refusals(run):
+            yield run
+    except preemption.Preempted:
+        _end_preempted(run, flags)
+    except NotFinite as error:
+        _end_not_finite(run, error)
+    except BaseException as error:
+        if not run.under_way:
+            raise
+        logging.getLogger("zeropref").exception("the run ends")
+        folder.status("failed")
+        if run.batch is not None and memory.is_out_of_memory(error):
+            memory.end_run(error, *memory.describe_batch(run.batch, run.plan.batch_tokens))
+        raise
+    end_in_order()
+
+
+@contextlib.contextmanager
+def refusals(run: Run | None = None):
+    """Say in one line what is wrong with flags, data or models, and exit with its code.
+
+    Only until the run is under way: what goes wrong later is no refusal and passes through.
     """
     try:
         yield
-    except DataError as error:
-        fail(str(error), Exit.DATA)
     except (ValueError, OSError, builtin.ModelUnavailable) as error:
+        if run is not None and run.under_way:
+            raise
+        if isinstance(error, DataError):
+            fail(str(error), Exit.DATA)
         logging.getLogger("zeropref").exception("refused")
         fail(str(error), Exit.FLAGS)
+
+
+def end_in_order():
+    """Leave the job, so that the interpreter ends without complaint. Every rank calls this."""
+    preemption.stop_watch()
+    dist.shutdown()
+
+
+def _end_preempted(run, flags):
+    """Save the last finished step, and exit with code 85: whoever waits for it starts again."""
+    saver = run.checkpointer
+    if saver is None or not saver.step:
+        done = "no step was done"
+    elif saver.save():
+        done = f"saved after step {saver.step}"
+    else:
+        _exit_now(run, "failed", Exit.CHECKPOINT)
+    how = "--resume auto" if flags.resume == "never" else "the same command"
+    run.say(f"told to stop: {done}; {how} continues")
+    _exit_now(run, "preempted", Exit.PREEMPTED)
+
+
+def _end_not_finite(run, error):
+    saver = run.checkpointer
+    saved = saver.step > 0 and saver.save()
+    where = f"; the state of before is in {saver.directory()}" if saved else ""
+    count, rows = error.args
+    run.say(
+        f"error: {count} steps in a row had gradients that are not finite, the last with the "
+        f"data's rows {rows}{where}"
+    )
+    _exit_now(run, "failed", Exit.NONFINITE)
+
+
+def _exit_now(run, status, code):
+    """Exit without taking the interpreter down in order.
+
+    That costs 5 s of the 30 that a launcher leaves after TERM.
+    """
+    run.folder.status(status)
+    if run.report is not None:
+        run.report.close()
+    dist.barrier()
+    end_in_order()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

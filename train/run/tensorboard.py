@@ -1,4 +1,4 @@
-"""What the user watches: the progress bar, TensorBoard, and the machine's share of its peak."""
+"""What the user watches: TensorBoard's files and the progress bar."""
 
 import contextlib
 import logging
@@ -13,30 +13,32 @@ from tqdm import tqdm
 from train.engine import dist
 from train.files import fsync
 
-EVENTS = re.compile(
-    r"events\.out\.tfevents\.\d+\."
-)  # as TensorBoard names its files: the second, host, process
+# as TensorBoard names its files: the second, the host, the process
+EVENTS = re.compile(r"events\.out\.tfevents\.\d+\.")
 
 
 class Board:
-    """Scalars, histograms and texts to TensorBoard, one bar on the terminal. Only rank 0 writes;
-    all may call.
+    """Scalars, histograms and texts for TensorBoard, one bar on the terminal.
+
+    Only rank 0 writes; all may call.
     """
 
     def __init__(self, folder: Path, total: int, start: int = 0, quiet: bool = False):
-        self.writer, self.folder, self.older = None, folder, []
+        """total, start: steps of the bar. quiet: no bar."""
+        self.writer, self.folder = None, folder
+        self.older = []  # event files that stood here before
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
             self.older = self._files()
-            for path in self.older[
-                -1:
-            ]:  # files are read in the order of their names, which hold whole seconds
-                time.sleep(min(max(0, int(path.name.split(".")[3]) + 1 - time.time()), 2))
+            if self.older:
+                # files are read in the order of their names, which hold whole seconds
+                second = int(self.older[-1].name.split(".")[3])
+                time.sleep(min(max(0, second + 1 - time.time()), 2))
             if not start:
                 self.cut({})
-            # for a TensorBoard that is looking on: what an interrupted run wrote of later steps
-            # does not count
+            # purge_step is for a TensorBoard that is looking on: what an interrupted run wrote of
+            # later steps does not count
             self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         hidden = quiet or not dist.is_main()
         self.bar = tqdm(
@@ -69,14 +71,14 @@ class Board:
         as the curves.
         """
         if self.writer:
-            plain = {
-                k: v if isinstance(v, bool | int | float | str) else str(v)
-                for k, v in flags.items()
+            values = {
+                name: value if isinstance(value, bool | int | float | str) else str(value)
+                for name, value in flags.items()
             }
-            self.writer.add_hparams(plain, results, run_name=".", global_step=step)
+            self.writer.add_hparams(values, results, run_name=".", global_step=step)
 
     def advance(self, shown: dict[str, str]):
-        """One step on, with these figures beside the bar."""
+        """Move the bar one step on, with these figures beside it."""
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
@@ -86,7 +88,7 @@ class Board:
             self.writer.flush()
 
     def sync(self):
-        """The same, onto the disk: a checkpoint counts on it."""
+        """Fsync everything written: a checkpoint counts on it."""
         self.flush()
         for path in self._files()[-1:] if self.writer else ():
             fsync(path)
@@ -104,17 +106,15 @@ class Board:
         return found
 
     def cut(self, position: dict[str, int]):
-        """Take out of the files that stood here before what came after `position`, so that nothing
-        is told twice.
+        """Cut the files that stood here before at `position`, so that no step is shown twice.
 
         A file that came wholly after it stays under a name that TensorBoard does not read.
         """
         for path in self.older:
             try:
                 if path.name not in position:
-                    path.rename(
-                        path.with_name(path.name.replace("events.out.tfevents", "set-aside"))
-                    )
+                    name = path.name.replace("events.out.tfevents", "set-aside")
+                    path.rename(path.with_name(name))
                 elif path.stat().st_size > position[path.name]:
                     os.truncate(path, position[path.name])
             except OSError as error:  # a chart is no reason to stop

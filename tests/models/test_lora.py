@@ -1,0 +1,29 @@
+"""What is drawn at random of adapters: the same for the same seed, and nothing else is touched."""
+
+import pytest
+import tiny
+import torch
+
+from train.models import lora
+
+pytest.importorskip("peft")
+
+
+def adapters(seed):
+    lm = tiny.make_model("llama")
+    state = torch.get_rng_state()
+    lora.add(lm, rank=4, alpha=8.0, targets=None, seed=seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    return {name: p.detach() for name, p in lm.named_parameters() if p.requires_grad}
+
+
+def test_a_seed_makes_the_same_adapters():
+    torch.manual_seed(5)
+    first = adapters(seed=1)
+    torch.manual_seed(6)  # what the generator holds beside does not matter
+    again, other = adapters(seed=1), adapters(seed=2)
+    assert first.keys() == again.keys() and len(first) > 10
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = [name for name in first if "lora_A" in name]
+    assert drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert all(not first[name].any() for name in first if "lora_B" in name)

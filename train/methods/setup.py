@@ -1,0 +1,236 @@
+"""What a trainer starts from, out of its flags: data, policy and reference, checked.
+
+losses, data, models and engine take values; this file translates flags into them.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from train import settings as shared_flags
+from train.data import chat, dataset, tokens
+from train.data.steps import num_steps
+from train.engine import checks, dist, ds_config, loading, memory
+from train.engine.trained import TrainedModel
+from train.losses.composition import LOSSES
+from train.methods.reference import AdaptersOff, Cached, Live, NoReference, Reference
+from train.models import lora
+from train.models.pretrained import load_tokenizer
+from train.run import export
+from train.run.folder import describe, hardware, versions
+from train.run.session import Plan, Run
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
+
+
+def open_data(settings, run: Run, takes_labelled: bool):
+    """The tokenizer, the training groups and the held-out groups (None where there are none).
+
+    takes_labelled: the loss takes single answers with labels. Every rank calls this.
+    """
+    ds_config.read_config(settings.ds_config)  # refused before the data are tokenised
+    sources, eval_sources = shared_flags.sources(settings)
+    path = run.folder.model_path(settings.model)
+    tokenizer = load_tokenizer(path, settings.trust_remote_code)
+    chat.use_template(tokenizer, settings.chat_template)
+    with dist.main_process_first():  # rank 0 tokenises, the others find it in the cache
+        prepare = partial(
+            tokens.prepare,
+            tokenizer=tokenizer,
+            max_length=settings.max_length,
+            max_prompt_length=settings.max_prompt_length,
+            truncate_prompt=settings.truncate_prompt,
+            columns=settings.columns,
+            allow_control_tokens=settings.allow_control_tokens,
+            allow_template_changes=settings.allow_template_changes,
+            max_dropped=settings.max_dropped,
+            max_implausible=settings.max_implausible,
+            # the held-out data are of the same kind
+            kind=tokens.kind_of(sources, columns=settings.columns),
+        )
+        data = prepare(sources)
+        held_out = prepare(eval_sources) if eval_sources else None
+    if data.labels is not None and not takes_labelled:
+        *others, last = [name for name, row in LOSSES.items() if row.of_labelled]
+        raise ValueError(
+            f"--loss {settings.loss} compares pairs, and the data has single answers with labels: "
+            f"{', '.join(others)} and {last} take those"
+        )
+    for name, each in (("data", data), ("eval_data", held_out)):
+        for note in each.notes() if each else ():
+            run.say(f"{name}: {note}")
+    dropped_held_out = held_out.dropped if held_out else []
+    run.folder.note_dropped({"train": data.dropped, "eval": dropped_held_out})
+    if not eval_sources and settings.eval_split:
+        data, held_out = dataset.split_by_prompt(
+            data, settings.eval_split, settings.data_split_seed
+        )
+    run.note(
+        data=describe(data, sources),
+        eval_data=held_out and describe(held_out, eval_sources or sources),
+    )
+    return tokenizer, data, held_out
+
+
+class Mode(NamedTuple):
+    """How the run's models compute and are sharded: what policy and reference must share."""
+
+    precision: str  # "bf16" or "fp32"
+    config: dict  # the trained model's resolved DeepSpeed configuration
+    stage: int  # its ZeRO stage, which decides between autocast and bf16 weights
+
+
+def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedModel, Reference]:
+    """The policy under DeepSpeed and its reference, checked on the first groups; settles the plan.
+
+    Every rank calls this.
+    """
+    mode = resolve_mode(settings, run.device)
+    path = run.folder.model_path(settings.model)
+    reference_path = run.folder.model_path(settings.reference_model or settings.model)
+    same_model = path == reference_path
+    steps = total_steps(settings, run.device, len(data))
+
+    reference = reference_config = None
+    if settings.reference == "none":
+        reference = NoReference()
+    elif settings.reference == "cached":
+        # done with before the policy comes: there are never two models in memory
+        reference_config = _reference_config(settings, mode.config)
+        live = _live_reference(settings, run, mode, reference_path, reference_config)
+        datasets = [each for each in (data, held_out) if each is not None]
+        tokens_a_batch = 2 * batch_tokens(settings, run.device, mode, live.module)
+        reference = Cached(live, datasets, tokens_a_batch, mode.precision, run.say)
+        del live
+
+    module = load(settings, run.device, mode, path, mode.config, change=_adapters(settings))
+    in_use = [each for each in (data, held_out) if each is not None]
+    chat.check_fit(module.lm.config, tokenizer, settings.max_length, in_use)
+    policy = wrap_for_training(settings, mode, module, tokenizer, steps)
+    if settings.reference == "live" and settings.lora_rank and same_model:
+        reference = AdaptersOff(policy)
+    elif settings.reference == "live":
+        reference_config = _reference_config(settings, mode.config)
+        reference = _live_reference(settings, run, mode, reference_path, reference_config)
+
+    same_weights = same_model and settings.reference != "none"
+    run.set_plan(
+        Plan(
+            mode.precision,
+            batch_tokens(settings, run.device, mode, module),
+            steps,
+            same_weights,
+        ),
+        model=path,
+        reference_model=reference_path,
+        deepspeed=mode.config,
+        reference_deepspeed=reference_config,
+        hardware=hardware(run.device),
+        versions=versions(),
+    )
+    run.first_batches = checks.check_start(
+        policy, reference, data, run.device, mode.precision, same_weights=same_weights
+    )
+    return policy, reference
+
+
+def resolve_mode(settings, device) -> Mode:
+    """What --precision and --ds_config come to on this device."""
+    precision = ds_config.resolve_precision(settings.precision, device)
+    config = ds_config.read_config(settings.ds_config)
+    config = ds_config.resolve(config, precision, settings.grad_clip)
+    return Mode(precision, config, ds_config.zero_stage(config))
+
+
+def total_steps(settings, device, num_groups: int) -> int:
+    """Optimiser steps of the whole run; the built-in data on a CPU are a demonstration."""
+    by_default = CPU_STEPS if not settings.data and device.type == "cpu" else 0
+    most = settings.max_steps or by_default
+    return num_steps(num_groups, settings.batch_size, settings.epochs, most)
+
+
+def load(settings, device, mode: Mode, path: str, config: dict, change=None):
+    """A Backbone in the run's mode, sharded as `config` says. Every rank calls this."""
+    return loading.load_backbone(
+        path,
+        config,
+        mode.precision,
+        mode.stage,
+        device,
+        layout=settings.layout,
+        trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
+        change=change,
+    )
+
+
+def batch_tokens(settings, device, mode: Mode, module) -> int:
+    """The token budget of a packed batch: --micro_tokens, or what fits. Every rank calls this."""
+    return settings.micro_tokens or memory.default_batch_tokens(
+        module, device, mode.stage, settings.gradient_checkpointing, settings.max_length
+    )
+
+
+def wrap_for_training(settings, mode: Mode, module, tokenizer, steps: int) -> TrainedModel:
+    """`module` under DeepSpeed with AdamW and a schedule over `steps`. Every rank calls this."""
+    if settings.gradient_checkpointing:
+        module.checkpoint_activations()
+    return TrainedModel(
+        module,
+        mode.config,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        grad_clip=settings.grad_clip,
+        scheduler=settings.lr_scheduler,
+        warmup_ratio=settings.warmup_ratio,
+        total_steps=steps,
+        tokenizer=tokenizer,
+    )
+
+
+def _live_reference(settings, run, mode, path, config) -> Live:
+    module = load(settings, run.device, mode, path, config)
+    return Live(module, config, moves=bool(settings.reference_every))
+
+
+def _adapters(settings):
+    """What puts LoRA adapters into a causal LM; None without --lora_rank."""
+    if not settings.lora_rank:
+        return None
+    return partial(
+        lora.add,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_targets,
+        seed=settings.seed,
+    )
+
+
+def _reference_config(settings, policy_config: dict) -> dict:
+    """The resolved DeepSpeed configuration of the frozen reference. ValueError for stages 1 and 2."""
+    path = settings.reference_ds_config
+    if path is None and ds_config.zero_stage(policy_config) == 3:
+        path = str(ROOT / "ds_configs/frozen_zero3.json")
+    config = ds_config.resolve_frozen(ds_config.read_config(path) if path else {}, policy_config)
+    if ds_config.zero_stage(config) in (1, 2):
+        raise ValueError(
+            f"{path}: stages 1 and 2 shard gradients, which a reference has not; take stage 0 or 3"
+        )
+    return config
+
+
+def export_policy(settings, run: Run, policy: TrainedModel, report) -> float:
+    """Write OUTPUT/model with its card; how far it is from the policy, nats a token.
+
+    Every rank calls this.
+    """
+    return export.model_directory(
+        policy.module,
+        policy.tokenizer,
+        run.folder.path / "model",
+        run.first_batches,
+        export_dtype=settings.export_dtype,
+        write_card=report.card(),
+        trust_remote_code=settings.trust_remote_code,
+    )

@@ -1,0 +1,142 @@
+"""The loop around a script's steps: resume, evaluate, save and stop where due.
+
+It knows no loss and no model. The script computes; everything that surrounds a step is here, once
+for all trainers:
+
+    for step in loop.steps(run, settings, data, state, report):
+        for batch in step.batches():
+            ...                          # forward, loss, backward
+        step.finish(policy.step())
+"""
+
+from collections.abc import Iterator
+from typing import ContextManager, Protocol
+
+from train.data import steps as planning
+from train.data.packing import PackedBatch
+from train.engine import dist, preemption, prefetch
+from train.run.checkpoint import Checkpointer
+from train.run.session import NotFinite
+
+
+class Report(Protocol):
+    """What the loop asks of a run's report; methods/preference_report.py is one."""
+
+    def start(self):
+        """Open TensorBoard and the bar: the folder is taken, and run.plan says where it begins."""
+
+    def step(self, step, update):
+        """Show a finished step. Every rank calls this."""
+
+    def evaluate(self, number: int):
+        """Score held-out data after `number` steps, once for a number. Every rank calls this."""
+
+    def forget_evaluations(self):
+        """Drop evaluations of before: the run began from another run's checkpoint."""
+
+    def pause(self) -> ContextManager:
+        """Stop the clock of throughput inside: the loop saves."""
+
+    def sync(self):
+        """Fsync what TensorBoard was given: a checkpoint counts on it."""
+
+    def close(self):
+        """End the bar and TensorBoard's file."""
+
+
+class Step:
+    """One optimiser step, under way."""
+
+    def __init__(self, run, planned: planning.PlannedStep, batches: list[PackedBatch]):
+        self.number, self.epoch = planned.number, planned.epoch  # the number is 0-based
+        self.groups = planned.groups  # of all ranks, as numbers into the data set
+        self.num_groups = len(planned.groups)  # what a mean over the step divides by
+        self.groups_of_batches = planned.batches  # this rank's batches as tuples of groups
+        self.update = None
+        self._run, self._batches = run, batches
+        run.batch = batches[0]
+
+    def batches(self) -> Iterator[PackedBatch]:
+        """This rank's batches: as many on every rank, the last ones may be empty.
+
+        Before each the ranks agree on whether one of them has been told to stop, and raise Preempted
+        if so: an unfinished step is dropped. Every rank goes through them at the same time.
+        """
+        for batch in self._batches:
+            preemption.raise_if_preempted()
+            self._run.batch = batch
+            yield batch
+
+    def finish(self, update):
+        """Hand over what the optimiser did (engine/trained.py: Update).
+
+        What follows from it, `steps` does when the script asks for the next step.
+        """
+        self.update = update
+
+
+def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
+    """Yield the run's steps, from where an interrupted run has stopped. Every rank goes through them.
+
+    data: a Tokenised, from which steps are drawn. state: all that survives a restart, by name
+    (run/checkpoint.py says what a part is). report: one of the parts, a Report. Raises Preempted and
+    NotFinite, which the session handles.
+    """
+    order = {
+        "data": data.fingerprint,
+        "groups": len(data),
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+    checkpointer = Checkpointer(run, settings, state, order)
+    run.checkpointer, run.report = checkpointer, report
+    checkpointer.resume()
+    run.folder.start()
+    report.start()
+    if checkpointer.from_another_run:
+        report.forget_evaluations()  # measured on other data, perhaps
+    checkpointer.mark(run.plan.begun)
+    if _is_due(settings.eval_every, run.plan.begun) or checkpointer.from_another_run:
+        report.evaluate(run.plan.begun)
+    planned = planning.plan_steps(
+        data.lengths.sum(1),
+        settings.batch_size,
+        run.plan.batch_tokens,
+        seed=settings.seed,
+        start=run.plan.begun,
+        total=run.plan.steps,
+        rank=dist.rank(),
+        world=dist.world_size(),
+    )
+    skipped_in_a_row = 0
+    prefetched = prefetch.packed(((plan, plan.batches) for plan in planned), data, run.device)
+    for plan, batches in prefetched:
+        step = Step(run, plan, batches)
+        yield step
+        assert step.update is not None, "the script finishes each step: step.finish(policy.step())"
+        run.batch = None
+        number = plan.number + 1
+        report.step(step, step.update)
+        if step.update.applied:
+            skipped_in_a_row = 0
+            checkpointer.mark(number)
+        else:
+            skipped_in_a_row += 1
+            run.say(
+                f"step {number}: the gradient is not finite; skipped ({skipped_in_a_row} in a row)"
+            )
+            if skipped_in_a_row > settings.max_skipped:
+                rows = sorted(int(data.rows[group]) for group in step.groups)
+                raise NotFinite(skipped_in_a_row, rows)
+        if _is_due(settings.eval_every, number):
+            report.evaluate(number)
+            if step.update.applied:  # the step's own mark knows nothing of the evaluation
+                checkpointer.mark(number)
+        checkpointer.save_if_due(number)
+    report.evaluate(run.plan.steps)
+    preemption.raise_if_preempted()
+
+
+def _is_due(every: int, number: int) -> bool:
+    """Whether to evaluate after `number` steps: at the start, then at each multiple of `every`."""
+    return number % every == 0 if every else number == 0
