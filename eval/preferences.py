@@ -185,15 +185,12 @@ def calibration(margins: torch.Tensor, clusters) -> dict:
 
 def _reliability(edges: tuple[float, float], count: float, confidence: float, accuracy: float):
     """A bin of the reliability table; means are None where no pair is in it."""
-    empty = not count
-    return {
-        "from": edges[0],
-        "to": edges[1],
-        "n": int(count),
-        "confidence": None if empty else confidence,
-        "accuracy": None if empty else accuracy,
-        "interval": None if empty else list(metrics.wilson(accuracy, count)),
-    }
+    low, high = edges
+    row = {"from": low, "to": high, "n": int(count)}
+    if not count:
+        return row | {"confidence": None, "accuracy": None, "interval": None}
+    interval = list(metrics.wilson(accuracy, count))
+    return row | {"confidence": confidence, "accuracy": accuracy, "interval": interval}
 
 
 def by_length(margins: torch.Tensor, pairs: Pairs, clusters) -> list[dict]:

@@ -296,7 +296,7 @@ def exported(out, folder):
     assert done.returncode == 2 and "not empty" in done.stderr
     broken = folder.with_name("broken")
     shutil.copytree(out / "checkpoints/step-7", broken)
-    (broken / "model/config.json").write_text("{}")
+    (broken / "policy/config.json").write_text("{}")
     done = run(broken, folder.with_name("other"))
     assert (
         done.returncode == 3
