@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from eval import generations
 from train import config
-from train.data import same_tokens, tokens
+from train.data import tokens
 from train.data.dataset import Tokenised
 from train.data.errors import DataError
 from train.data.rows import PAIR_COLUMNS, Dropped, check_pair
 from train.engine import dist
+from train.methods import setup
 from train.methods.rewards import Prompt
 from train.models import pretrained
 from train.run import card, folder
@@ -79,7 +80,13 @@ def open_inputs(settings, run) -> Inputs:
         run.say(f"data: {note}")
     chosen, rejected = texts_of_pairs(pairs, pair_sources, settings.columns)
     if settings.reference:
-        check_same_tokens(tokenizer, settings.reference, pairs, settings.trust_remote_code)
+        setup.check_same_tokens(
+            tokenizer,
+            settings.reference,
+            [pairs],
+            "--reference",
+            settings.trust_remote_code,
+        )
     described = {
         "data": folder.describe(pairs, pair_sources),
         "ood": folder.describe(texts, text_sources),
@@ -279,18 +286,3 @@ def beginning(tokenizer, texts: Tokenised) -> str | None:
     """What the tokenizer puts before each of the texts of its own accord; None: nothing."""
     ids = texts.group(0).prompt
     return tokenizer.decode(list(ids)) if ids else None
-
-
-def check_same_tokens(tokenizer, path: str, pairs: Tokenised, trust_remote_code: bool):
-    """ValueError where the model at `path` reads other token ids than `tokenizer` of what is in
-    `pairs`: the two would not compare.
-    """
-    other = pretrained.load_tokenizer(path, trust_remote_code)
-    texts, ids = same_tokens.in_use(tokenizer, pairs)
-    try:
-        same_tokens.same_tokens(tokenizer, other, texts, ids)
-    except ValueError as error:
-        raise ValueError(
-            f"the tokenizer of --reference {path} is not --model's ({error}): the two cannot be "
-            "compared"
-        ) from error

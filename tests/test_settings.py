@@ -84,9 +84,12 @@ def test_flags_that_evaluation_inherits():
         "loss_args": {},
         "max_length": 1024,
         "max_prompt_length": 256,
+        "truncate_prompt": "keep_end",
         "layout": "packed",
         "precision": "auto",
         "allow_control_tokens": False,
+        "allow_template_changes": False,
+        "max_implausible": 0.5,
     }
     # each is a flag of evaluation too, which overrides what is inherited where it is given
     own = SCRIPTS["eval/evaluate.py"]()

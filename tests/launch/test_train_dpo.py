@@ -338,7 +338,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
         (
             [
                 "--data",
-                file("columns.jsonl", '{"question": "a", "chosen": "b", "rejected": "c"}\n'),
+                file("columns.jsonl", '{"topic": "a", "chosen": "b", "rejected": "c"}\n'),
             ],
             4,
             "prompt",
@@ -350,6 +350,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
         ),
         (["--model", bare], 2, "chat template"),
         (["--model", large], 2, "vocabulary"),
+        (["--reference_model", large], 2, "the two cannot be compared"),
         (["--model", tmp_path], 2, str(tmp_path)),
         (
             ["--ds_config", file("typo.json", '{"zero_optimisation": {"stage": 2}}')],
@@ -405,6 +406,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, tmp_path):
         said = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(said) == 1 and words in said[0], (extra, err[-2000:])
         assert "Traceback" not in out + err
+    assert not any(tmp_path.glob("out*/run.json"))  # refused before the folder was taken
     assert json.loads((tmp_path / "other" / "run.json").read_text())["flags"]["beta"] == 0.5
     assert (tmp_path / "foreign" / "thesis.tex").read_text() == "years"
 
@@ -459,7 +461,7 @@ def _model_without_template(start, folder):
 def _model_with_tokens(start, folder):
     tiny.make_model().save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(start)
-    tokenizer.add_tokens([f"<new{i}>" for i in range(5)])
+    tokenizer.add_tokens(["the"])  # a token that the data uses, and the model has no row for
     tokenizer.save_pretrained(folder)
     return folder
 

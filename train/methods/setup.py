@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train import settings as shared_flags
-from train.data import chat, dataset, tokens
+from train.data import chat, dataset, same_tokens, show, tokens
 from train.data.steps import num_steps
 from train.engine import checks, dist, ds_config, loading, memory
 from train.engine.trained import TrainedModel
@@ -70,7 +70,34 @@ def open_data(settings, run: Run, takes_labelled: bool):
         data=describe(data, sources),
         eval_data=held_out and describe(held_out, eval_sources or sources),
     )
+    end_id = chat.Chat(tokenizer, settings.allow_control_tokens).end_id
+    run.sample = show.as_markdown(tokenizer, data, end_id)
+    if settings.reference_model and settings.reference != "none":
+        check_same_tokens(
+            tokenizer,
+            settings.reference_model,
+            [each for each in (data, held_out) if each is not None],
+            "--reference_model",
+            settings.trust_remote_code,
+        )
     return tokenizer, data, held_out
+
+
+def check_same_tokens(tokenizer, path: str, datasets: list, flag: str, trust_remote_code: bool):
+    """ValueError where the model at `path` reads other token ids than `tokenizer` of what is in use.
+
+    Their log-probabilities would be of other texts, and no difference of them means anything. flag:
+    where the path comes from.
+    """
+    other = load_tokenizer(path, trust_remote_code)
+    try:
+        for data in datasets:
+            texts, ids = same_tokens.in_use(tokenizer, data)
+            same_tokens.same_tokens(tokenizer, other, texts, ids)
+    except ValueError as error:
+        raise ValueError(
+            f"the tokenizer of {flag} {path} is not --model's ({error}): the two cannot be compared"
+        ) from error
 
 
 class Mode(NamedTuple):

@@ -43,6 +43,7 @@ class Run:
     def __init__(self, folder: RunFolder, device):
         self.folder, self.device = folder, device
         self.plan: Plan | None = None  # by methods/setup.py
+        self.sample = ""  # the first rows as training sees them, Markdown for TensorBoard
         self.first_batches = []  # what the start was checked on, and the export is compared on
         # By the loop, once there is something to lose:
         self.checkpointer = None
