@@ -377,7 +377,7 @@ def test_implausible_data_is_said_and_refused_above_a_share(letters, tmp_path):
     assert note.count(f"{path} row ") == plausible.SHOWN and f"{path} row 6: 'Where does" in note
     for share in (0.39, 0.0):
         with pytest.raises(
-            DataError, match="implausible data: 4 of 10 .*pass --max_implausible 1$"
+            DataError, match="implausible data: 4 of 10 .*pass --max_implausible 1; else"
         ):
             prepare([path], letters, max_implausible=share, **options)
     assert len(prepare([path], letters, max_implausible=0.4, **options)) == 10

@@ -27,6 +27,24 @@ USER_FIRST = re.compile(rf"\s*{SPEAKER.format('Human|User|USER')}")
 ASSISTANT_THEN = re.compile(rf"\n\s*{SPEAKER.format('Assistant|ASSISTANT|AI|Bot')}")
 
 
+WRITTEN_OUT = "a text is a conversation written out as JSON or Python"
+WHOLE_CONVERSATION = "an answer holds the turns of a whole conversation"
+PROMPT_FIRST = "an answer begins with its prompt"
+SHORT_PROMPT_FIRST = "all answers begin with their prompt"
+_READ = 'rows = datasets.load_dataset("json", data_files=FILE, split="train"); '
+_WITHOUT_PROMPT = (
+    _READ + 'rows.map(lambda row: {name: row[name].removeprefix(row["prompt"]).strip() for name in '
+    '("chosen", "rejected")}).to_json("pairs.jsonl")'
+)
+# How such data is made into what was meant, if it was that.
+CONVERSIONS = {
+    WRITTEN_OUT: _READ + "rows.map(lambda row: {name: ast.literal_eval(row[name]) for name in "
+    '("chosen", "rejected")}).to_json("pairs.jsonl")',
+    PROMPT_FIRST: _WITHOUT_PROMPT,
+    SHORT_PROMPT_FIRST: _WITHOUT_PROMPT,
+}
+
+
 class Suspicion(NamedTuple):
     """One sort of implausible rows in the data."""
 
@@ -46,10 +64,10 @@ def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
         return SCORES_CONTRADICT, answers[0]
     for text in (*answers, item.messages[-1]["content"]):
         if text[:1] in ("[", "{", "a", " ", "\n") and DUMP.match(text) and DUMPED_TEXT.search(text):
-            return "a text is a conversation written out as JSON or Python", text
+            return WRITTEN_OUT, text
     for text in answers:
         if USER_FIRST.match(text) and ASSISTANT_THEN.search(text):
-            return "an answer holds the turns of a whole conversation", text
+            return WHOLE_CONVERSATION, text
     prompt = _plain(item.messages[-1]["content"])
     # White space may have been changed, and some characters more are looked at for that.
     heads = [_plain(text[: 2 * len(prompt) + HEAD_CHARACTERS]) for text in answers]
@@ -57,10 +75,10 @@ def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
     if len(prompt) >= PROMPT_CHARACTERS:
         for head, text in zip(heads, answers, strict=True):
             if prompt in head:
-                return "an answer begins with its prompt", text
+                return PROMPT_FIRST, text
     elif len(prompt) >= SHORT_PROMPT_CHARACTERS:
         if all(head.startswith(prompt) and head != prompt for head in heads):
-            return "all answers begin with their prompt", answers[0]
+            return SHORT_PROMPT_FIRST, answers[0]
     return None
 
 

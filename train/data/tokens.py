@@ -190,8 +190,10 @@ def refuse_too_many(tokenised: Tokenised, max_dropped: float, max_implausible: f
         )
     for suspicion in tokenised.suspicions:
         if suspicion.rows > max_implausible * suspicion.total:
+            conversion = plausible.CONVERSIONS.get(suspicion.what)
+            advice = f"; else convert it: {conversion}" if conversion else ""
             raise DataError(
-                f"implausible data: {suspicion}; if it is meant so, pass --max_implausible 1"
+                f"implausible data: {suspicion}; if it is meant so, pass --max_implausible 1{advice}"
             )
 
 
