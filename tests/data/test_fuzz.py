@@ -173,9 +173,7 @@ def with_keys(draw):
             },
         )
     )
-    content = draw(st.sampled_from([chosen, [{"type": "text", "text": chosen}], None]))
-    if content is None and "tool_calls" not in keys:
-        content = chosen
+    content = draw(st.sampled_from([chosen, [{"type": "text", "text": chosen}]]))
     more = draw(
         st.fixed_dictionaries(
             {},
@@ -195,7 +193,7 @@ def with_keys(draw):
     if system and system.strip():
         turns = [turn("system", system), *turns]
     answer = {"role": "assistant", "content": content, **keys}
-    return {**row, "chosen": answer, **more}, (turns, chosen if content else "", rejected)
+    return {**row, "chosen": answer, **more}, (turns, chosen, rejected)
 
 
 def other_shape(draw):
@@ -350,6 +348,10 @@ BAD = {
     "another system": lambda draw: (
         changed(draw, system="a", prompt=[turn("system", "b"), turn("user", "x")]),
         "the column 'system' differs",
+    ),
+    "a call alone, which this template does not write": lambda draw: (
+        changed(draw, chosen={**turn("assistant", None), "tool_calls": [{"function": draw(TEXT)}]}),
+        "empty response after the chat template",
     ),
     "scores tie": lambda draw: (
         {"prompt": "x", "responses": ["a", "b"], "scores": [3, 3.0]},
