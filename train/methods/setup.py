@@ -72,14 +72,6 @@ def open_data(settings, run: Run, takes_labelled: bool):
     )
     end_id = chat.Chat(tokenizer, settings.allow_control_tokens).end_id
     run.sample = show.as_markdown(tokenizer, data, end_id)
-    if settings.reference_model and settings.reference != "none":
-        check_same_tokens(
-            tokenizer,
-            settings.reference_model,
-            [each for each in (data, held_out) if each is not None],
-            "--reference_model",
-            settings.trust_remote_code,
-        )
     return tokenizer, data, held_out
 
 
@@ -117,6 +109,15 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
     path = run.folder.model_path(settings.model)
     reference_path = run.folder.model_path(settings.reference_model or settings.model)
     same_model = path == reference_path
+    datasets = [each for each in (data, held_out) if each is not None]
+    if settings.reference_model and settings.reference != "none":
+        check_same_tokens(
+            tokenizer,
+            settings.reference_model,
+            datasets,
+            "--reference_model",
+            settings.trust_remote_code,
+        )
     steps = total_steps(settings, run.device, len(data))
 
     reference = reference_config = None
@@ -126,14 +127,12 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         # done with before the policy comes: there are never two models in memory
         reference_config = _reference_config(settings, mode.config)
         live = _live_reference(settings, run, mode, reference_path, reference_config)
-        datasets = [each for each in (data, held_out) if each is not None]
         tokens_a_batch = 2 * batch_tokens(settings, run.device, mode, live.module)
         reference = Cached(live, datasets, tokens_a_batch, mode.precision, run.say)
         del live
 
     module = load(settings, run.device, mode, path, mode.config, change=_adapters(settings))
-    in_use = [each for each in (data, held_out) if each is not None]
-    chat.check_fit(module.lm.config, tokenizer, settings.max_length, in_use)
+    chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
     policy = wrap_for_training(settings, mode, module, tokenizer, steps)
     if settings.reference == "live" and settings.lora_rank and same_model:
         reference = AdaptersOff(policy)
