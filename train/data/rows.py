@@ -24,7 +24,10 @@ SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
 }
 # Keys of a message by which two prompts differ; others (an id, a time) are no difference.
-TELLING_KEYS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+TELLING_KEYS = (
+    *("role", "content", "name", "tool_calls", "function_call", "tool_call_id"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 LABELLED_COLUMNS = ("prompt", "completion", "label")
 TEXT_COLUMNS = ("text",)
@@ -104,7 +107,11 @@ def check_pair(row: Any) -> Pair:
     prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
     chosen_prompt, chosen = _response(row["chosen"], "chosen")
     rejected_prompt, rejected = _response(row["rejected"], "rejected")
-    if chosen_prompt and rejected_prompt and not _same_turns(chosen_prompt, rejected_prompt):
+    if (
+        chosen_prompt
+        and rejected_prompt
+        and not _same_turns(chosen_prompt, rejected_prompt, strictly=True)
+    ):
         raise RowError("prompts of chosen and rejected differ")
     conversation = chosen_prompt or rejected_prompt
     if conversation is None and prompt is None:
@@ -263,8 +270,8 @@ def _messages(value: Sequence, name: str) -> list[dict]:
 def _prompt(value: Any) -> list[dict]:
     if isinstance(value, str):
         messages = [{"role": "user", "content": _string(value, "prompt")}]
-    elif isinstance(value, (list, tuple)):
-        messages = _messages(value, "prompt")
+    elif isinstance(value, (dict, list, tuple)):
+        messages = _messages([value] if isinstance(value, dict) else value, "prompt")
     else:
         raise RowError(f"prompt is {_type(value)}, not a string or messages")
     if not any(message["content"].strip() for message in messages):
@@ -295,20 +302,25 @@ def _response(value: Any, name: str) -> tuple[list[dict] | None, dict]:
     return conversation, message
 
 
-def _same_turns(one: list[dict], other: list[dict]) -> bool:
-    """Whether two lists of messages are the same but for keys that only one has, or that say
-    nothing.
+def _same_turns(one: list[dict], other: list[dict], strictly: bool = False) -> bool:
+    """Whether two lists of messages say the same.
+
+    Keys that say nothing (an id, a time) do not count; nor, unless `strictly`, does a key that only
+    one of them has: a prompt may be written out in less detail than the conversation it begins.
     """
     return len(one) == len(other) and all(
-        a[key] == b[key]
+        (a.get(key) or None) == (b.get(key) or None)
         for a, b in zip(one, other, strict=True)
         for key in TELLING_KEYS
-        if key in a and key in b
+        if strictly or (key in a and key in b)
     )
 
 
 def _with_system(messages: list[dict], row: dict) -> list[dict]:
     """The messages behind the system turn that a column of its own holds. Raises RowError."""
+    said = [row[name] for name in shapes.SYSTEMS if row.get(name)]
+    if any(other != said[0] for other in said[1:]):
+        raise RowError(f"the columns {' and '.join(map(repr, shapes.SYSTEMS))} contradict")
     for name in shapes.SYSTEMS:
         if not row.get(name):
             continue
