@@ -3,6 +3,7 @@
 losses, data, models and engine take values; this file translates flags into them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,8 @@ def open_data(settings, run: Run, takes_labelled: bool):
     takes_labelled: the loss takes single answers with labels. Every rank calls this.
     """
     ds_config.read_config(settings.ds_config)  # refused before the data are tokenised
+    if settings.adapted:
+        run.say(settings.adapted)
     sources, eval_sources = shared_flags.sources(settings)
     path = run.folder.model_path(settings.model)
     tokenizer = load_tokenizer(path, settings.trust_remote_code)
@@ -70,13 +73,17 @@ def open_data(settings, run: Run, takes_labelled: bool):
     return tokenizer, data, held_out
 
 
-def check_same_tokens(tokenizer, path: str, datasets: list, flag: str, trust_remote_code: bool):
+def check_same_tokens(
+    tokenizer, path: str, datasets: list, flag: str, trust_remote_code: bool, say: Callable
+):
     """ValueError where the model at `path` reads other token ids than `tokenizer` of what is in use.
 
     Their log-probabilities would be of other texts, and no difference of them means anything. flag:
-    where the path comes from. A directory of weights alone says nothing of its tokens, and is taken.
+    where the path comes from. A directory of weights alone says nothing of its tokens: it is taken,
+    and that is said.
     """
     if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+        say(f"{flag} {path} has no tokenizer: whether its tokens are --model's cannot be checked")
         return
     other = load_tokenizer(path, trust_remote_code)
     try:
@@ -114,6 +121,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
             datasets,
             "--reference_model",
             settings.trust_remote_code,
+            run.say,
         )
     steps = total_steps(settings, run.device, len(data))
 
