@@ -203,22 +203,78 @@ def test_norms_are_the_models_own(shape):
     assert type(ours) is LlamaRMSNorm and torch.equal(ours(x), theirs(x))
 
 
-def test_a_norm_s_scale_is_as_exact_as_the_models_own():
-    """Its rms error against fp64 over 4,096 tokens is that of rounding once, below transformers'."""
+def rms_error(found, true):
+    """Root mean square of the error, relative to that of the true values, in fp64."""
+    error = found.double() - true
+    return float((error.square().mean() / true.square().mean()).sqrt())
+
+
+@pytest.mark.parametrize("width", [64, 576, 4096])
+def test_a_norm_s_scale_is_more_exact_than_the_models_own(width):
+    """rms error of 2,048 tokens' scales. A root that is squared again in fp32 is 1.3 times
+    transformers' at width 64, and a row added up one by one twice transformers' at 4,096.
+    """
     torch.manual_seed(0)
-    ours = LlamaRMSNorm(576, eps=1e-5)
+    ours = LlamaRMSNorm(width, eps=1e-5)
     theirs = copy.deepcopy(ours)
     layers.swap(ours)
-    x = torch.randn(4096, 576)
+    x = torch.randn(2048, width)
     x[:, 0] = 1  # where the output is the scale itself, without a rounding of its own
     true = (x.double().square().mean(-1) + 1e-5).rsqrt()  # (T,)
+    with torch.no_grad():
+        assert rms_error(ours(x)[:, 0], true) < 0.95 * rms_error(theirs(x)[:, 0], true)
 
-    @torch.no_grad()
-    def error(norm):
-        return float((norm(x)[:, 0].double() / true - 1).square().mean().sqrt())
 
-    once = float((true.float().double() / true - 1).square().mean().sqrt())
-    assert error(ours) == once < 0.7 * error(theirs)
+@pytest.mark.parametrize("width", [64, 576])
+def test_a_norm_s_gradient_is_more_exact_than_the_models_own(width):
+    torch.manual_seed(0)
+    theirs = LlamaRMSNorm(width, eps=1e-5)
+    with torch.no_grad():
+        theirs.weight.uniform_(0.5, 1.5)
+    ours = copy.deepcopy(theirs)
+    layers.swap(ours)
+    x, grad = torch.randn(2, 2048, width)
+    weight = theirs.weight.detach().double()
+    true = x.double().requires_grad_()
+    normed = true * (true.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    (normed * weight).backward(grad.double())
+    errors = []
+    for norm in (ours, theirs):
+        mine = x.clone().requires_grad_()
+        norm(mine).backward(grad)
+        errors.append(rms_error(mine.grad, true.grad))
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_a_lookup_s_gradient_is_as_exact_as_torchs():
+    """Eight batches in place in which three tokens in four are one and the same token."""
+    theirs = nn.Embedding(50, 24)
+    ours = nn.Sequential(copy.deepcopy(theirs))
+    layers.swap(ours)
+    matmul.accumulate_in_place(ours)
+    ids, _, _ = batches(8, 1000)
+    ids = torch.where(torch.arange(1000) % 4 > 0, 7, ids)
+    grads = torch.randn(8, 1, 1000, 24, generator=torch.Generator().manual_seed(2))
+    true = torch.zeros(50, 24, dtype=torch.float64)
+    for batch_ids, grad in zip(ids, grads, strict=True):
+        true.index_add_(0, batch_ids[0], grad[0].double())
+        for embedding in (ours, theirs):
+            embedding(batch_ids).backward(grad)
+    assert ours[0].weight.grad is ours[0].weight.grad_memory
+    # the same sums in the same order
+    assert rms_error(ours[0].weight.grad, true) <= rms_error(theirs.weight.grad, true)
+
+
+def test_a_sum_over_the_vocabulary_is_as_exact_as_torchs_own():
+    """Where it runs on oneDNN, whose products in one piece are 1.6 times farther from fp64."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 4100)  # the last slice is not full
+    weight = torch.randn(4100, 48)
+    true = x.double() @ weight.double()
+    found = matmul.matmul_over_vocabulary(x, weight)
+    assert rms_error(found, true) < 1.1 * rms_error(x @ weight, true)
+    half = x.bfloat16(), weight.bfloat16()  # in one piece: rounded once
+    assert torch.equal(matmul.matmul_over_vocabulary(*half), half[0] @ half[1])
 
 
 def test_a_norm_that_stands_still_gives_no_gradient_of_its_weight():

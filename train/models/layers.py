@@ -9,6 +9,7 @@ vocabulary, H hidden size, M a gated MLP's intermediate size.
 """
 
 import functools
+import math
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from train.models.matmul import (
     rounded,
     weight_gradient,
 )
+
+# As many squares a norm adds up one after the other in fp32. Fewer gain little and cost more calls.
+PART = 32
 
 
 class Linear(nn.Linear):
@@ -169,7 +173,13 @@ class _Lookup(torch.autograd.Function):
             return None, grad_weight, None
         if is_first:
             buffer.zero_()
-        buffer.index_add_(0, ids, grad.to(buffer.dtype))
+        # A frequent token's gradients among themselves first, as torch's own lookup adds them up:
+        # each of them added to what earlier batches and the head have left would be rounded to
+        # that sum's digits.
+        rows, place = ids.unique(return_inverse=True)  # (R,), (T,)
+        sums = buffer.new_zeros(len(rows), grad.shape[1])  # (R, H)
+        sums.index_add_(0, place, grad.to(buffer.dtype))
+        buffer.index_add_(0, rows, sums)
         return None, None, None
 
 
@@ -191,9 +201,12 @@ class RMSNorm:
 class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        # In fp64, rounded once: the sum of squares and its root in fp32 double the scale's error. Half
-        # a percent of a step.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)  # (..., 1)
+        # In parts of up to 32: on a CPU torch adds up a whole row one by one, which costs fp32 a digit
+        # in wide models. From the parts on in fp64, because a root in fp32 that is squared again
+        # doubles the scale's error; x itself in fp64 would be a copy of twice its size.
+        parts = x.unflatten(-1, (-1, math.gcd(x.shape[-1], PART)))  # (..., H / part, part)
+        norms = torch.linalg.vector_norm(parts, dim=-1)  # (..., H / part)
+        norm = torch.linalg.vector_norm(norms, dim=-1, keepdim=True, dtype=torch.float64)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().float()  # (..., 1)
         ctx.save_for_backward(x, scale, weight)
         return (x * scale).mul_(weight)

@@ -17,6 +17,7 @@ import torch
 
 from train.models.matmul import (
     SLICE,
+    matmul_over_vocabulary,
     matmul_transposed,
     product_dtype,
     rounded,
@@ -106,7 +107,7 @@ class _TokenLogps(torch.autograd.Function):
                 grad_b += grad_logits.sum(0)
             if grad_logits.dtype != h.dtype:
                 grad_logits = scratch(grad_logits, w.shape[0], h.dtype).copy_(grad_logits)
-            grad_h[chunk] = matmul_transposed(grad_logits, w.t())
+            grad_h[chunk] = matmul_over_vocabulary(grad_logits, w)
             if wants_weight:
                 part = weight_gradient(ctx.weight, grad_logits, h[chunk])  # (V, H)
                 if grad_w is None or part is None:
