@@ -176,7 +176,7 @@ def _open_models(job, data, run, layout):
     loss = composition.choose("sigmoid", BETA, {})
     objective = preference.Objective(run, loss, policy, reference, data, max_length=MAX_LENGTH)
     flags = SimpleNamespace(beta=BETA, log_every=1, reference="live")
-    report = preference_report.Report(run, flags, objective, None)
+    report = preference_report.open_report(run, flags, objective, None)
     report.start()
     return objective, report
 

@@ -54,7 +54,7 @@ def record(tokenizer: PreTrainedTokenizerBase, data: Tokenised, i: int, end_id: 
         for name in names
     }
     found["end"] = {
-        name: len(parts[name]) - 1 if parts[name][-1] == end_id and not cut else None
+        name: _last_place(parts[name], end_id) if not cut else None
         for name, cut in zip(names, data.truncated[i, 1:].tolist(), strict=True)
     }
     found["cut"] = dict(zip(parts, data.truncated[i].tolist(), strict=True))
@@ -112,7 +112,11 @@ def as_text(found: dict, colour: bool = False) -> str:
         if end is not None:
             spelt[end] = paint(spelt[end], COLOURS["end"])
         lines.append(f"    tokens  {'|'.join(['...', *last])}{BORDER}{'|'.join(spelt)}")
-        place = "none, the response is cut" if end is None else f"the last, {ids[end]}"
+        if end is None:
+            place = "none, the response is cut"
+        else:
+            which = "the last" if end == len(ids) - 1 else f"number {end + 1}"
+            place = f"{which}, {ids[end]}"
         count = "all" if all(scored) else f"{sum(scored)}"
         lines.append(f"    scored  {count} of {len(ids)}; end token: {place}")
     return "\n".join(lines) + "\n"
@@ -126,6 +130,11 @@ def as_markdown(
     # Indented by four, a block is code whatever is in it; a fence could be closed from within.
     blocks = ["\n".join("    " + line for line in text.splitlines()) for text in texts]
     return "\n\n---\n\n".join(blocks)
+
+
+def _last_place(ids, end_id: int) -> int | None:
+    """Where the last end token stands; a template's tail may follow it. None where there is none."""
+    return max((place for place, token in enumerate(ids) if token == end_id), default=None)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids) -> str:

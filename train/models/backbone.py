@@ -15,6 +15,7 @@ from torch import nn
 
 from train.models import attention, layers
 from train.models.lm_head import LOGITS_BYTES, token_logps
+from train.models.pretrained import load_causal_lm
 
 LAYOUTS = ("packed", "padded")
 
@@ -116,6 +117,7 @@ class Backbone(PackedModel):
 
     gives = "log-probabilities"
     unit = "nats a token"
+    gap_name = "export_gap_nats_per_token"  # of `distance` between it and its export, in run.json
 
     def __init__(self, lm, layout="packed", logits_bytes=LOGITS_BYTES, autocast=None):
         if lm.get_output_embeddings() is None:
@@ -132,8 +134,15 @@ class Backbone(PackedModel):
         """Tokens that the head is computed for."""
         return batch.target.shape[0]
 
-    def around(self, lm) -> "Backbone":
-        """Another model computed in the same way."""
+    @staticmethod
+    def distance(logps, other) -> float:
+        """How far two (T,) of log-probabilities are from each other, in `unit`."""
+        return float((logps - other).abs().mean())
+
+    def load_again(self, folder, trust_remote_code, device) -> "Backbone":
+        """The model in `folder`, in the weights' type and computed in the same way."""
+        dtype = next(self.parameters()).dtype
+        lm = load_causal_lm(folder, dtype, trust_remote_code).to(device)
         return Backbone(lm, self.layout, self.logits_bytes, self.autocast)
 
     def forward(self, batch, log_p2=False):

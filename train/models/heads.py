@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from train.models.backbone import PackedModel, Padded
+from train.models.pretrained import load_score_model
 
 HEAD = "score"  # transformers' name for it, a linear layer (1, H) without bias
 PLACES = ("last", "before")
@@ -41,7 +42,8 @@ class ScoreModel(PackedModel):
     """
 
     gives = "scores"
-    unit = "a response"
+    unit = "of their mean size"
+    gap_name = "export_gap_of_scores"  # of `distance` between it and its export, in run.json
 
     def __init__(self, lm, layout="packed", autocast=None):
         head = getattr(lm, HEAD, None)
@@ -59,9 +61,18 @@ class ScoreModel(PackedModel):
         """Tokens that the head is computed for, in training."""
         return batch.num_responses
 
-    def around(self, lm) -> "ScoreModel":
-        """Another model computed in the same way."""
-        return ScoreModel(lm, self.layout, self.autocast)
+    @staticmethod
+    def distance(scores, other) -> float:
+        """How far two (N,) of scores are from each other, in `unit`: a score has no scale of its
+        own, and the larger they are, the more their last digits are worth.
+        """
+        return float((scores - other).abs().mean() / other.abs().mean().clamp(min=1))
+
+    def load_again(self, folder, trust_remote_code, device) -> "ScoreModel":
+        """The model in `folder`, in the weights' type and computed in the same way."""
+        dtype = next(self.parameters()).dtype
+        lm, _ = load_score_model(folder, dtype, trust_remote_code)
+        return ScoreModel(lm.to(device), self.layout, self.autocast)
 
     def forward(self, batch, at="last"):
         """In fp32 or wider; at="last": (N,), the score at each response's last token; at="before":

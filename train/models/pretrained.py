@@ -63,10 +63,9 @@ def load_score_model(
     """
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        classifies = any("Classification" in name for name in config.architectures or ())
     except Exception as error:  # damaged files raise a dozen types
         raise ValueError(f"cannot load a score model from {path}: {_one_line(error)}") from error
-    if classifies and config.num_labels != 1:
+    if gives_scores(config) and config.num_labels != 1:
         raise ValueError(f"{path} is no reward model: it has {config.num_labels} outputs, not 1")
     lm, missing = _load(SCORE, path, dtype, trust_remote_code, allow_pickle, num_labels=1)
     has_head = "score.weight" not in missing
@@ -76,10 +75,14 @@ def load_score_model(
     return lm, has_head
 
 
-def auto_class(config):
-    """The class of transformers that makes a model of `config`, by what it says of itself."""
-    names = config.architectures or ()
-    return (SCORE if any("Classification" in name for name in names) else CAUSAL).auto_class
+def gives_scores(config) -> bool:
+    """Whether a model of `config` is for sequence classification, by what it says of itself."""
+    return any("SequenceClassification" in name for name in config.architectures or ())
+
+
+def auto_class(config) -> type:
+    """The class of transformers that makes a model of `config`."""
+    return (SCORE if gives_scores(config) else CAUSAL).auto_class
 
 
 def _load(kind, path, dtype, trust_remote_code, allow_pickle, **options):

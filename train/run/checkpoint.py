@@ -38,7 +38,7 @@ adapters alone); NAME is a name in the causal LM, model...:
     policy/                   config.json, generation_config.json, the tokenizer's files
     parts in manifest.json    policy: updates, skipped, schedule, stage; reference: {};
                               running_mean: mean, count (of BCO's rewards); report: evaluated_at,
-                              evaluated, last, moved, meter, events
+                              evaluated, last, health, meter, events
 
 Beside them OUTPUT/checkpoints/latest holds the name of the newest.
 
