@@ -476,6 +476,13 @@ class Chat:
             answer = {"role": "assistant", "content": answer}
         return self._ids(Request(messages, (answer,), template_args or {}))[1][0]
 
+    def whole_ids(self, messages: list, answer: str | dict) -> list[int]:
+        """Token ids of a prompt and its answer. Raises RowError."""
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
+        prompt, [response] = self._ids(Request(messages, (answer,), {}))
+        return prompt + response
+
     def _ids(self, request: Request) -> tuple[list, list[list]]:
         [rendered] = self.render([request])
         if isinstance(rendered, RowError):

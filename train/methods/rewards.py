@@ -30,9 +30,9 @@ class RewardModel:
     """A directory that AutoModelForSequenceClassification loads, with one output, and its own
     tokenizer and template.
 
-    The class reads its score off the rightmost token that is not pad. `description` names that
-    token: where a model's pad is its end token, it is the one before the end token, and was so when
-    the model was trained with the class.
+    A finished answer is scored as everybody renders it, the template's tail behind the end token
+    included; one that was cut has neither. The class reads its score off the rightmost token that
+    is not pad. `description` names that token.
     """
 
     def __init__(
@@ -61,7 +61,17 @@ class RewardModel:
             raise ValueError(f"{path} is no reward model: it has {outputs} outputs, not 1")
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         # A model's own text is judged as the template renders it, whatever is in it.
-        self.chat = Chat(self.tokenizer, allow_control_tokens=True, allow_template_changes=True)
+        self.chat = Chat(
+            self.tokenizer,
+            allow_control_tokens=True,
+            allow_template_changes=True,
+            keep_tail=True,
+        )
+        # what the template writes behind an answer: the end token, and a tail
+        ids = self.chat.whole_ids([{"role": "user", "content": "question"}], "answer")
+        self.ending = []
+        if self.chat.end_id in ids:
+            self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
         self.model.to(device).eval()
         self.autocast, self.path = autocast, path
 
@@ -69,6 +79,7 @@ class RewardModel:
         """ValueError where a conversation may outrun the model's positions."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
+        longest += max(len(self.ending) - 1, 0)  # the end token is a new one, the tail is not
         if positions and longest + max_new_tokens > positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} "
@@ -87,16 +98,13 @@ class RewardModel:
         }
 
     def ids(self, messages, text: str, ended: bool) -> list[int]:
-        """The conversation's token ids as training makes them; an answer that was cut gets no end
-        token.
+        """The conversation's token ids as everybody renders it; an answer that was cut gets neither
+        end token nor tail.
         """
-        prompt = self.chat.prompt_ids(messages)
-        if not text.strip():  # Chat refuses an empty response, but the end token can be read
-            return [*prompt, self.chat.end_id]
-        response = self.chat.response_ids(messages, text)
-        if not ended and len(response) > 1:
-            response = response[:-1]
-        return prompt + response
+        if not text.strip():  # Chat refuses an empty response, but its end can be read
+            return [*self.chat.prompt_ids(messages), *self.ending]
+        ids = self.chat.whole_ids(messages, text)
+        return ids if ended else ids[: len(ids) - len(self.ending)]
 
     @torch.no_grad()
     def score(

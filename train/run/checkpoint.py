@@ -30,7 +30,7 @@ adapters alone); NAME is a name in the causal LM, model...:
                               policy/PARAMETER/weight, policy/PARAMETER/exp_avg and exp_avg_sq (AdamW's
                               moments, from the first update on), reference/PARAMETER/weight (where the
                               reference moves); another model that is trained has the same under its
-                              own name, say value/
+                              own name: reward_model/, value/
     rank-RRRRR.safetensors    rng/torch, rng/others (Python's and numpy's), rng/cuda;
                               report/meter/sums, report/meter/kept/N (measures not yet shown);
                               on rank 0 policy/buffer/NAME and policy/frozen/NAME (what training
