@@ -64,7 +64,7 @@ def main():
                 report.add(batch, examples, losses)
             step.finish(model.step())  # the loop then shows it, evaluates and saves when due
 
-        scale = reward.measure_scale(run, loss, model, data, held_out)
+        scale = reward.measure_scale(run, loss, model, data, report.held_out)
         setup.note_scale(run, model, scale)  # in the model's configuration and its card
         # OUTPUT/model, loaded again: how far its scores are from the trained model's
         gap = setup.export_model(settings, run, model, report)

@@ -126,6 +126,26 @@ def test_the_loss_of_the_first_step(finished, warm, few, model_dir, tmp_path):
     assert found[0] == (1, pytest.approx(expected, abs=1e-5))
 
 
+def test_scores_are_measured_on_the_training_data_where_nothing_is_held_out(
+    warm, model_dir, few, tmp_path
+):
+    arguments = flags(model_dir, few, tmp_path / "out", 0, "--max_steps", 2)
+    place = arguments.index("--eval_data")
+    del arguments[place : place + 2]
+    codes, text = warm.run(arguments, patch={"train.methods.reward.NORMALISED_ON": 5})
+    assert codes == [0], text[-3000:]
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert (run["scores"]["answers"], run["scores"]["data"]) == (10, "training")
+    assert list(run["results"]) == ["train_loss"] and "longer answer wins" not in text
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    data = collect([str(few)], tokenizer, max_length=512, max_prompt_length=256, keep_tail=True)
+    lm, _ = load_score_model(tmp_path / "out/model")
+    with torch.no_grad():
+        scores = ScoreModel(lm)(pack([data.group(i) for i in range(5)]))
+    assert lm.config.score_mean == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert lm.config.score_std == pytest.approx(scores.std().item(), abs=1e-5)
+
+
 def test_killed_once_and_continued_is_bit_for_bit_the_same(warm, model_dir, few, tmp_path):
     straight(warm, model_dir, few, tmp_path / "straight", 2, 2)
     _, text = killed_and_continued(warm, model_dir, few, tmp_path / "killed", 2, 2, 1, seed=3)

@@ -60,6 +60,7 @@ class HeldOut:
         self.run, self.loss, self.model = run, loss, model
         self.data = data if most is None else data.select(range(min(most, len(data))))
         self.plan = None
+        self._found, self._updates = None, -1  # what was found, after how many updates
 
     def num_batches(self) -> int:
         """This rank's batches of one pass. Every rank calls this."""
@@ -74,8 +75,11 @@ class HeldOut:
 
     def evaluate(self, watch: Callable = iter):
         """Every example exactly once: (ScoredPairs or ScoredAnswers, losses (B,)) in the data's
-        order, in fp64 on every CPU. watch: wraps the iterator over batches. Every rank calls this.
+        order, in fp64 on every CPU; not a second time after the same update. watch: wraps the
+        iterator over batches. Every rank calls this.
         """
+        if self._updates == self.model.updates:
+            return self._found
         self.num_batches()
         of_pairs = self.loss.row.takes_pairs
 
@@ -87,7 +91,8 @@ class HeldOut:
         rows = sweep.score_groups(self.plan, everything, self.data, self.run.device, score, watch)
         kind = ScoredPairs if of_pairs else ScoredAnswers
         found = kind(*torch.stack(rows).unbind(1))
-        return found, self.loss(found)
+        self._found, self._updates = (found, self.loss(found)), self.model.updates
+        return self._found
 
 
 class Scale(NamedTuple):
@@ -99,15 +104,16 @@ class Scale(NamedTuple):
     data: str  # which ones
 
 
-def measure_scale(run, loss: Loss, model, data, held_out) -> Scale:
+def measure_scale(run, loss: Loss, model, data, held_out: HeldOut | None) -> Scale:
     """The mean and the standard deviation of the scores of the held-out answers, or where there are
-    none of the training data's first ones. Every rank calls this.
+    none of the first ones of `data`, the training's. Every rank calls this.
 
     Nothing is divided by them: they are written down beside the model for whoever rewards with it
     (Ziegler et al. 2019, arXiv 1909.08593, section 2.1, who fold them into the model).
     """
-    most = None if held_out is not None else NORMALISED_ON
-    found, _ = HeldOut(run, loss, model, held_out or data, most).evaluate()
+    name = "held out" if held_out else "training"
+    scored = held_out or HeldOut(run, loss, model, data, NORMALISED_ON)
+    found, _ = scored.evaluate()
     scores = torch.cat([found.chosen, found.rejected]) if loss.row.takes_pairs else found.scores
     std = float(scores.std()) if len(scores) > 1 else math.nan
-    return Scale(float(scores.mean()), std, len(scores), "training" if most else "held out")
+    return Scale(float(scores.mean()), std, len(scores), name)
