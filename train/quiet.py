@@ -12,6 +12,10 @@ def silence_libraries():
     env = os.environ
     env.setdefault("TOKENIZERS_PARALLELISM", "true")
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import torch  # not at the top: it takes seconds, and scripts read their flags before
+
+    if not torch.cuda.is_available():  # else DeepSpeed looks for an accelerator, and says so
+        env.setdefault("DS_ACCELERATOR", "cpu")
     if env.get("ZEROPREF_VERBOSE", "0") == "1":
         return
     env.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -22,10 +26,6 @@ def silence_libraries():
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed|transformers")
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # here and not at the top: these read the variables above, and take seconds
-    import torch
-    import transformers
+    import transformers  # reads the variables above, and takes seconds
 
-    if not torch.cuda.is_available():  # else DeepSpeed looks for an accelerator, and says so
-        env.setdefault("DS_ACCELERATOR", "cpu")
     transformers.utils.logging.disable_progress_bar()

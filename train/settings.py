@@ -44,6 +44,17 @@ def names_that_may_change(settings) -> set[str]:
     return {f.name for f in dataclasses.fields(settings) if f.metadata.get("may_change")}
 
 
+def defaults(settings) -> dict[str, Any]:
+    """The default of every flag of a Settings class, or of an instance, that has one."""
+    found = {}
+    for f in dataclasses.fields(settings):
+        if f.default is not dataclasses.MISSING:
+            found[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            found[f.name] = f.default_factory()
+    return found
+
+
 def card_titles(settings) -> dict[str, str]:
     """The titles of the flags that go into the model card, by name and in the card's order."""
     shown = [f for f in dataclasses.fields(settings) if f.metadata.get("card")]
@@ -55,11 +66,9 @@ def inherited_defaults(settings) -> dict[str, Any]:
     """The flags of training that an evaluation inherits, with what holds where there is no
     run.json.
     """
-    fields = [f for f in dataclasses.fields(settings) if f.metadata.get("inherited")]
-    return {
-        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        for f in fields
-    }
+    values = defaults(settings)
+    names = [f.name for f in dataclasses.fields(settings) if f.metadata.get("inherited")]
+    return {name: values[name] for name in names}
 
 
 @dataclasses.dataclass

@@ -32,7 +32,7 @@ def test_every_row_is_a_pair_of_plain_strings():
         assert all(text == text.strip() for text in row.values())
         answers = [{"role": "assistant", "content": row[name]} for name in ("chosen", "rejected")]
         prompt = [{"role": "user", "content": row["prompt"]}]
-        assert rows.check_pair(row) == (prompt, *answers, {}, [], None)
+        assert rows.check_pair(row) == (prompt, *answers, {}, [])
 
 
 def test_lengths_in_words():

@@ -92,7 +92,10 @@ def test_multi_turn_with_system():
         ({**ROW, "rejected": []}, "empty response: rejected"),
         ({**ROW, "rejected": ROW["chosen"]}, "chosen equals rejected"),
         ({**ROW, "prompt": 5}, "prompt is a number, not a string or messages"),
-        ({**ROW, "prompt": user("Hi")}, "prompt is an object, not a string or messages"),
+        (
+            {**ROW, "prompt": {"role": "robot", "content": "Hi"}},
+            "unknown role 'robot' in prompt; known: system, developer, user, assistant, tool",
+        ),
         ({**ROW, "prompt": None}, "prompt is null"),
         ({**ROW, "chosen": None}, "chosen is null, not a string or messages"),
         (

@@ -115,7 +115,7 @@ def test_margins():
 )
 def test_single_answers(judgement, target):
     item = check_scored({"prompt": "Name a cat.", "completion": "Pebble.", **judgement})
-    assert item.target == target and item.label is None
+    assert item.target == target
     assert item.completion["content"] == "Pebble."
 
 

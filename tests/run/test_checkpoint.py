@@ -92,7 +92,9 @@ def test_a_checkpoint_of_the_old_format_is_refused_in_one_line(
     shutil.rmtree(out / "checkpoints")
     old = out / "checkpoints/step-3"
     old.mkdir(parents=True)
-    (old / "manifest.json").write_text(json.dumps({"format": 1, "step": 3, "sha256": "0"}))
+    manifest = {"format": 1, "step": 3}
+    manifest |= {"sha256": checkpoint_files._digest(manifest)}
+    (old / "manifest.json").write_text(json.dumps(manifest))
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps(record | {"status": "running"}))
     codes, text = two_models.run(command)

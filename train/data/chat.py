@@ -41,6 +41,8 @@ QUESTION = [{"role": "user", "content": "probe question"}]
 ANSWER = "probe answer"
 # What a response is tokenised behind where it cannot be tokenised behind its prompt.
 ANCHORS = ("\n", ".", ":", "a")
+# Tokens that open or close a thought: an answer may hold them
+THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|<\|?/?(?:begin|end)_of_thought\|?>")
 
 
 class Request(NamedTuple):
@@ -97,9 +99,12 @@ class ControlTokens:
 
 
 def _frames(token: str, conversation: str) -> bool:
-    """Whether an added token is one of the conversation's marks: neither a word nor white space."""
+    """Whether an added token is one of the conversation's marks: neither a word nor white space, nor
+    what opens or closes a thought, which answers to train on may have.
+    """
     return (
         len(token.strip()) > 2
+        and not THOUGHT.fullmatch(token)
         and not (token[0].isalnum() or token[-1].isalnum())
         and token in conversation
     )
@@ -262,7 +267,11 @@ class Chat:
 
     def _turn(self, answer: dict) -> dict:
         """The answer without an end token of its own at its end, which the template adds."""
-        return answer | {"content": answer["content"].removesuffix(self.end)}
+        text = answer["content"]
+        bare = text.rstrip()
+        return answer | {
+            "content": bare.removesuffix(self.end) if bare.endswith(self.end) else text
+        }
 
     def _render(self, calls: Sequence[tuple[list, bool, dict]]) -> list[str | RowError]:
         """Render (messages, with the assistant's header?, template_args) each; a RowError in place
@@ -327,9 +336,11 @@ class Chat:
                 said, is_complete = self._said(request, prompt, whole, self._turn(answer))
                 if not is_complete:
                     if not self.allow_template_changes:
+                        missing = _difference(answer["content"], said)
+                        what = f"{missing!r} is" if missing else "its tool calls are"
                         raise RowError(
                             "the chat template leaves out or changes part of the answer, or "
-                            f"{_difference(answer['content'], said)!r} is not in what it renders"
+                            f"{what} not in what it renders"
                         )
                     remarks.append("the chat template leaves out or changes part of an answer")
                 texts.append(whole if self.keep_tail else prompt + said + self._kept_tail)
@@ -376,7 +387,7 @@ class Chat:
             said = self._lead + body
         if not body.strip():
             raise RowError("empty response after the chat template")
-        return said, asked in body
+        return said, asked in body and _calls_are_in(answer, body)
 
     def _before_answer(self, request: Request) -> str:
         """What the conversation, finished, says before its answer. Raises RowError."""
@@ -393,11 +404,19 @@ class Chat:
         """A remark for turns of the prompt that are not in it as rendered. Of the assistant's turns
         thoughts are left out as a rule, and meant to be; what a tool says may be written as JSON.
         """
+        texts = []
         for turn in messages:
             text = turn["content"]
             if turn["role"] == "assistant":
                 text = text.rpartition("</think>")[2]
-            if turn["role"] != "tool" and text.strip() not in prompt:
+            texts.append(text.strip())
+        for turn, text in zip(messages, texts, strict=True):
+            # a short text may well stand within another turn's: it is there as often as it was said
+            often = sum(other.count(text) for other in texts) if text else 0
+            is_there = prompt.count(text) >= often if text else True
+            if turn["role"] == "tool":
+                is_there = is_there or _is_written(text, prompt) or _is_json(text)
+            if not is_there:
                 yield f"the chat template leaves out or changes a turn of {turn['role']}"
 
     def _unused(self, request: Request, rendered: list[str]) -> Iterator[str]:
@@ -530,6 +549,41 @@ def _lead(prompt: str, before: str, bare: str) -> str:
     if begun >= 0 and not re.search(r"[>\]]", finished[begun:shared]):
         shared = begun
     return finished[shared:]
+
+
+def _calls_are_in(answer: dict, body: str) -> bool:
+    """Whether the names and arguments of an answer's tool calls stand in what is rendered, if any of
+    them does: a template that writes none is another matter, which `_unused` tells.
+    """
+    words = [word for word in _words(answer.get("tool_calls") or []) if word]
+    found = [_is_written(word, body) for word in words]
+    return all(found) or not any(found)
+
+
+def _is_written(text: str, body: str) -> bool:
+    """Whether a text stands in what is rendered, as it is or as JSON spells it."""
+    spelt = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+    return any(each in body for each in spelt)
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The names and the texts of arguments in tool calls."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _words(inner)
+    elif isinstance(value, dict):
+        function = value.get("function", value)
+        if isinstance(function, dict):
+            if isinstance(function.get("name"), str):
+                yield function["name"]
+            arguments = function.get("arguments")
+            values = arguments.values() if isinstance(arguments, dict) else ()
+            yield from (text for text in values if isinstance(text, str))
+
+
+def _is_json(text: str) -> bool:
+    """Whether a tool's result is JSON, which templates write anew."""
+    return text[:1] in ("{", "[", '"')
 
 
 def _difference(asked: str, said: str) -> str:

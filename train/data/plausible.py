@@ -19,9 +19,13 @@ PROMPT_CHARACTERS = 16
 SHORT_PROMPT_CHARACTERS = 6
 # Before a repeated prompt there may be a mark such as "### Instruction:".
 HEAD_CHARACTERS = 40
-KEYS = r"""['"](?:role|from|content|value|messages|conversations?)['"]\s*:"""
-DUMP = re.compile(rf"\s*(?:array\()?(?:\[\s*)*\{{\s*{KEYS}")
-DUMPED_TEXT = re.compile(r"""['"](?:content|value|text)['"]\s*:""")
+# A conversation written out: it begins like JSON or Python, and some speaker says something in it.
+# Quotes may be escaped once more.
+DUMP = re.compile(r"\s*(?:```\w*\s*)?(?:array\()?[\[({\"]?[\[({]|\s*ChatCompletion\w*\(")
+SPEAKERS = "user|assistant|system|human|gpt|tool|bot|chatgpt|model"
+DUMPED_SPEAKER = re.compile(rf"""(?:role|from)\\*['"]?\s*[:=]\s*\\*['"](?:{SPEAKERS})\\*['"]""")
+DUMPED_TEXT = re.compile(r"""(?:content|value|text)\\*['"]?\s*[:=]\s*\\*['"]""")
+DUMPED_WITHIN = 4000  # characters of a text in which both are looked for
 SPEAKER = r"(?:#+\s*|<\|?|\[)?(?:{})(?:\|?>|\])?\s*:"
 USER_FIRST = re.compile(rf"\s*{SPEAKER.format('Human|User|USER')}")
 ASSISTANT_THEN = re.compile(rf"\n\s*{SPEAKER.format('Assistant|ASSISTANT|AI|Bot')}")
@@ -45,6 +49,14 @@ CONVERSIONS = {
 }
 
 
+# Turns that were put into one text for another model.
+PROMPT_TURNS = re.compile(
+    rf"^\s*{SPEAKER.format('Human|User|USER')}[\s\S]*\n\s*"
+    rf"{SPEAKER.format('Assistant|ASSISTANT|AI|Bot')}"
+    r"|^\s*(?:<s>)?\s*\[INST\]|^\s*<\|(?:im_start|user|system|start_header_id|begin_of_text)\|>"
+)
+
+
 class Suspicion(NamedTuple):
     """One sort of implausible rows in the data."""
 
@@ -63,12 +75,15 @@ def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
     if SCORES_CONTRADICT in item.remarks:
         return SCORES_CONTRADICT, answers[0]
     for text in (*answers, item.messages[-1]["content"]):
-        if text[:1] in ("[", "{", "a", " ", "\n") and DUMP.match(text) and DUMPED_TEXT.search(text):
+        if _is_dump(text):
             return WRITTEN_OUT, text
     for text in answers:
         if USER_FIRST.match(text) and ASSISTANT_THEN.search(text):
             return WHOLE_CONVERSATION, text
-    prompt = _plain(item.messages[-1]["content"])
+    asked = item.messages[-1]["content"]
+    if PROMPT_TURNS.search(asked[:DUMPED_WITHIN]):
+        return "a prompt holds turns of a conversation, or another template's marks, as text", asked
+    prompt = _plain(asked)
     # White space may have been changed, and some characters more are looked at for that.
     heads = [_plain(text[: 2 * len(prompt) + HEAD_CHARACTERS]) for text in answers]
     heads = [head[: len(prompt) + HEAD_CHARACTERS] for head in heads]
@@ -80,6 +95,13 @@ def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
         if all(head.startswith(prompt) and head != prompt for head in heads):
             return SHORT_PROMPT_FIRST, answers[0]
     return None
+
+
+def _is_dump(text: str) -> bool:
+    if not DUMP.match(text):
+        return False
+    head = text[:DUMPED_WITHIN]
+    return bool(DUMPED_SPEAKER.search(head) and DUMPED_TEXT.search(head))
 
 
 def _plain(text: str) -> str:

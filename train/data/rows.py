@@ -25,7 +25,10 @@ SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
 }
 # Keys of a message by which two prompts differ; others (an id, a time) are no difference.
-TELLING_KEYS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+TELLING_KEYS = (
+    *("role", "content", "name", "tool_calls", "function_call", "tool_call_id"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 LABELLED_COLUMNS = ("prompt", "completion", "label")
 TEXT_COLUMNS = ("text",)
@@ -60,7 +63,6 @@ class Pair(NamedTuple):
     rejected: dict
     template_args: dict  # what else the chat template gets: tools, documents, ...
     remarks: Sequence[str] = ()  # how the row was read, where that is worth saying
-    target: float | None = None  # by how much chosen is better, where that was asked for
 
     @property
     def answers(self) -> tuple[dict, ...]:
@@ -72,10 +74,38 @@ class Labelled(NamedTuple):
 
     messages: list[dict]
     completion: dict
-    label: bool | None  # whether the answer is desirable
+    label: bool  # whether the answer is desirable
     template_args: dict
     remarks: Sequence[str] = ()
-    target: float | None = None  # its score, where that was asked for
+
+    @property
+    def answers(self) -> tuple[dict, ...]:
+        return (self.completion,)
+
+
+class Compared(NamedTuple):
+    """A pair, and by how much chosen is better."""
+
+    messages: list[dict]
+    chosen: dict
+    rejected: dict
+    template_args: dict
+    remarks: Sequence[str]
+    target: float
+
+    @property
+    def answers(self) -> tuple[dict, ...]:
+        return self.chosen, self.rejected
+
+
+class Rated(NamedTuple):
+    """A prompt and an answer that has a score."""
+
+    messages: list[dict]
+    completion: dict
+    template_args: dict
+    remarks: Sequence[str]
+    target: float
 
     @property
     def answers(self) -> tuple[dict, ...]:
@@ -107,7 +137,11 @@ def check_pair(row: Any) -> Pair:
     prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
     chosen_prompt, chosen = _response(row["chosen"], "chosen")
     rejected_prompt, rejected = _response(row["rejected"], "rejected")
-    if chosen_prompt and rejected_prompt and not _same_turns(chosen_prompt, rejected_prompt):
+    if (
+        chosen_prompt
+        and rejected_prompt
+        and not _same_turns(chosen_prompt, rejected_prompt, strictly=True)
+    ):
         raise RowError("prompts of chosen and rejected differ")
     conversation = chosen_prompt or rejected_prompt
     if conversation is None and prompt is None:
@@ -125,24 +159,24 @@ def check_pair(row: Any) -> Pair:
     return Pair(messages, chosen, rejected, _template_args(row), remarks)
 
 
-def check_margin(row: Any) -> Pair:
+def check_margin(row: Any) -> Compared:
     """A pair whose target is its column `margin`; 0 where that is not there or null. Raises RowError."""
     pair = check_pair(row)
     margin = row.get("margin")
-    return pair._replace(target=0.0 if margin is None else _number(margin, "margin"))
+    return Compared(*pair, 0.0 if margin is None else _number(margin, "margin"))
 
 
-def check_score_margin(row: Any) -> Pair:
+def check_score_margin(row: Any) -> Compared:
     """A pair whose target is score_chosen - score_rejected. Raises RowError."""
     pair = check_pair(row)
     for columns in shapes.SCORE_PAIRS:
         if all(row.get(column) is not None for column in columns):
             chosen, rejected = (_number(row[column], column) for column in columns)
-            return pair._replace(target=chosen - rejected)
+            return Compared(*pair, chosen - rejected)
     raise MissingColumn(shapes.SCORE_PAIRS[0][0])
 
 
-def check_scored(row: Any) -> Labelled:
+def check_scored(row: Any) -> Rated:
     """An answer that was judged on its own, as check_labelled reads it, with a number for a target:
     the column `score`, or else `label` (true and false are 1 and 0). Raises RowError.
     """
@@ -156,7 +190,7 @@ def check_scored(row: Any) -> Labelled:
     target = _number(label, column)
     row, remarks = shapes.canonical({name: row[name] for name in row if name != column})
     messages, completion = _judged(row)
-    return Labelled(messages, completion, None, _template_args(row), remarks, target)
+    return Rated(messages, completion, _template_args(row), remarks, target)
 
 
 def check_labelled(row: Any) -> Labelled:
@@ -320,8 +354,8 @@ def _messages(value: Sequence, name: str) -> list[dict]:
 def _prompt(value: Any) -> list[dict]:
     if isinstance(value, str):
         messages = [{"role": "user", "content": _string(value, "prompt")}]
-    elif isinstance(value, (list, tuple)):
-        messages = _messages(value, "prompt")
+    elif isinstance(value, (dict, list, tuple)):
+        messages = _messages([value] if isinstance(value, dict) else value, "prompt")
     else:
         raise RowError(f"prompt is {_type(value)}, not a string or messages")
     if not any(message["content"].strip() for message in messages):
@@ -352,20 +386,25 @@ def _response(value: Any, name: str) -> tuple[list[dict] | None, dict]:
     return conversation, message
 
 
-def _same_turns(one: list[dict], other: list[dict]) -> bool:
-    """Whether two lists of messages are the same but for keys that only one has, or that say
-    nothing.
+def _same_turns(one: list[dict], other: list[dict], strictly: bool = False) -> bool:
+    """Whether two lists of messages say the same.
+
+    Keys that say nothing (an id, a time) do not count; nor, unless `strictly`, does a key that only
+    one of them has: a prompt may be written out in less detail than the conversation it begins.
     """
     return len(one) == len(other) and all(
-        a[key] == b[key]
+        (a.get(key) or None) == (b.get(key) or None)
         for a, b in zip(one, other, strict=True)
         for key in TELLING_KEYS
-        if key in a and key in b
+        if strictly or (key in a and key in b)
     )
 
 
 def _with_system(messages: list[dict], row: dict) -> list[dict]:
     """The messages behind the system turn that a column of its own holds. Raises RowError."""
+    said = [row[name] for name in shapes.SYSTEMS if row.get(name)]
+    if any(other != said[0] for other in said[1:]):
+        raise RowError(f"the columns {' and '.join(map(repr, shapes.SYSTEMS))} contradict")
     for name in shapes.SYSTEMS:
         if not row.get(name):
             continue

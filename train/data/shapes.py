@@ -36,9 +36,12 @@ TEMPLATE_ARGS = {"tools": list, "documents": list, "chat_template_kwargs": dict}
 UNREAD = (
     *("images", "image", "videos", "video", "audios", "audio"),
     *("history", "context", "input", "functions"),
+    *("tool_calls", "reasoning_content", "reasoning", "thinking", "system_message"),
 )
 ANSWER_LISTS = ("responses", "completions", "answers", "candidates", "generations", "outputs")
 ANSWER_TEXTS = ("response", "completion", "answer", "output", "content", "text", "generated_text")
+# Keys of an answer, beside its text, that a chat template may write
+ANSWER_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name")
 SCORES = ("score", "scores", "overall_score", "rating", "ratings", "reward", "rewards")
 RANKS = ("rank", "ranks", "ranking")  # 1 is the best
 # Names that others give to the three columns of a pair, to guess from in a refusal.
@@ -106,6 +109,10 @@ def canonical(row: dict) -> tuple[dict, list[str]]:
         if row.get(name):
             if not (name == "input" and "instruction" in row and "prompt" not in row):
                 remarks.append(f"the column {name!r} is not read")
+    if row.get("prompt") is not None:
+        for name in (*QUESTIONS, *CONVERSATIONS):
+            if row.get(name):
+                remarks.append(f"the column {name!r} is not read: there is a 'prompt'")
     for better, worse in SCORE_PAIRS:
         if better in row and worse in row:
             scores = _number(row[better]), _number(row[worse])
@@ -154,7 +161,7 @@ def _scored(row: dict, name: str) -> tuple[list, list[float] | None]:
         if text is None or key is None:
             return answers, None
         values = [each[key] for each in answers]
-        answers = [each[text] for each in answers]
+        answers = [_as_answer(each, text) for each in answers]
     else:
         key = next((key for key in SCORES + RANKS if isinstance(row.get(key), list)), None)
         if key is None:
@@ -166,6 +173,12 @@ def _scored(row: dict, name: str) -> tuple[list, list[float] | None]:
     if None in scores:
         raise RowError(f"an answer in {name!r} has no number for its {key}")
     return answers, [-score for score in scores] if key in RANKS else scores
+
+
+def _as_answer(entry: dict, text: str) -> Any:
+    """An answer out of a list: its text, or a message where it has more to say than that."""
+    keys = {name: entry[name] for name in ANSWER_KEYS if entry.get(name)}
+    return {"role": "assistant", "content": entry[text] or "", **keys} if keys else entry[text]
 
 
 def _number(value: Any) -> float | None:

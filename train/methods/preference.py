@@ -319,7 +319,8 @@ class _WholeStep(NamedTuple):
         places = torch.tensor(places, dtype=torch.int64)
         gradient = self.gradient.view(len(self.losses), -1)  # (B, k)
         return Scored(
-            examples=type(self.examples)(*(x[places] for x in self.examples)),
+            # to where the losses go: whoever adds them up takes both
+            examples=type(self.examples)(*(x[places].to(scores.device) for x in self.examples)),
             weights=None,  # they are in the losses
             scores=scores,
             mismatched=scores.new_zeros(0),

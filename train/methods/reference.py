@@ -274,15 +274,17 @@ def _identity(live) -> str | None:
     parts = [config, transformers.__version__]
     total.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, buffer in module.named_buffers():
-        total.update(name.encode() + _bytes(buffer))
+        total.update(name.encode())
+        total.update(_bytes(buffer))
     device = next(module.parameters()).device
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     total.update(f"{module.autocast} {module.layout} {kernels} {torch.__version__}".encode())
     return total.hexdigest()[:32]
 
 
-def _bytes(tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _bytes(tensor) -> np.ndarray:
+    """A tensor's bytes, without a copy where it is contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _cast_matrices(module):

@@ -103,8 +103,10 @@ def check_same_tokens(tokenizer, path: str, datasets: list, flag: str, trust_rem
     """ValueError where the model at `path` reads other token ids than `tokenizer` of what is in use.
 
     Their log-probabilities would be of other texts, and no difference of them means anything. flag:
-    where the path comes from.
+    where the path comes from. A directory of weights alone says nothing of its tokens, and is taken.
     """
+    if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+        return
     other = load_tokenizer(path, trust_remote_code)
     try:
         for data in datasets:
@@ -129,19 +131,19 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
 
     Every rank calls this.
     """
-    in_use = [each for each in (data, held_out) if each is not None]
-    if settings.reference_model and settings.reference != "none":
-        check_same_tokens(
-            tokenizer,
-            settings.reference_model,
-            in_use,
-            "--reference_model",
-            settings.trust_remote_code,
-        )
     mode = resolve_mode(settings, run.device)
     path = run.folder.model_path(settings.model)
     reference_path = run.folder.model_path(settings.reference_model or settings.model)
     same_model = path == reference_path
+    datasets = [each for each in (data, held_out) if each is not None]
+    if settings.reference_model and settings.reference != "none":
+        check_same_tokens(
+            tokenizer,
+            settings.reference_model,
+            datasets,
+            "--reference_model",
+            settings.trust_remote_code,
+        )
     steps = total_steps(settings, run.device, len(data))
 
     reference = reference_config = None
@@ -152,11 +154,11 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         reference_config = _reference_config(settings, mode.config)
         live = _live_reference(settings, run, mode, reference_path, reference_config)
         tokens_a_batch = 2 * batch_tokens(settings, run.device, mode, live.module)
-        reference = Cached(live, in_use, tokens_a_batch, mode.precision, run.say)
+        reference = Cached(live, datasets, tokens_a_batch, mode.precision, run.say)
         del live
 
     module = load(settings, run.device, mode, path, mode.config, change=_adapters(settings))
-    chat.check_fit(module.lm.config, tokenizer, settings.max_length, in_use)
+    chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
     policy = wrap_for_training(settings, mode, module, tokenizer, steps)
     if settings.reference == "live" and settings.lora_rank and same_model:
         reference = AdaptersOff(policy)
@@ -190,7 +192,7 @@ def open_reward_model(settings, run: Run, tokenizer, data, held_out) -> TrainedM
 
     Tokenizer and configuration get a pad token that no text ends in. Every rank calls this.
     """
-    in_use = [each for each in (data, held_out) if each is not None]
+    datasets = [each for each in (data, held_out) if each is not None]
     mode = resolve_mode(settings, run.device)
     path = run.folder.model_path(settings.model)
     steps = total_steps(settings, run.device, len(data))
@@ -204,8 +206,8 @@ def open_reward_model(settings, run: Run, tokenizer, data, held_out) -> TrainedM
         loader=partial(loading.load_score_model, seed=settings.seed),
     )
     config = module.lm.config
-    chat.check_fit(config, tokenizer, settings.max_length, in_use)
-    pad = padding.use(tokenizer, config, in_use)
+    chat.check_fit(config, tokenizer, settings.max_length, datasets)
+    pad = padding.use(tokenizer, config, datasets)
     run.say(f"padding: token {pad}, {tokenizer.pad_token!r}, which no text ends in")
     model = wrap_for_training(settings, mode, module, tokenizer, steps)
     run.set_plan(

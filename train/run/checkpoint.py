@@ -85,6 +85,7 @@ class Checkpointer:
         """state: all that survives a restart, by name. order: what decides which groups a step takes;
         a checkpoint with another one is refused. Every rank makes one.
         """
+        assert "rng" not in state, "that name is the generators'"
         self.run, self.settings, self.state, self.order = run, settings, state, order
         self.path = run.folder.path / "checkpoints"
         self.from_another_run = False  # begun from another run's checkpoint

@@ -62,14 +62,14 @@ def read_manifest(checkpoint: Path) -> dict:
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest.pop("sha256") != _digest(manifest):
+            raise Damaged(f"{path} is not what was written (sha256)")
         if (number := manifest["format"]) != FORMAT:
             writer = manifest.get("version") or WRITERS.get(number, "another version of zeropref")
             raise OtherFormat(
                 f"{checkpoint} was written by {writer} (checkpoint format {number}); zeropref "
                 f"{VERSION} reads format {FORMAT}: finish the run with the version that began it"
             )
-        if manifest.pop("sha256") != _digest(manifest):
-            raise Damaged(f"{path} is not what was written (sha256)")
     except FileNotFoundError as error:
         raise Damaged(f"{checkpoint} has no {MANIFEST}") from error
     except Damaged:

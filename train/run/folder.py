@@ -38,9 +38,12 @@ logging.getLogger("zeropref").addHandler(logging.NullHandler())
 class RunFolder:
     """OUTPUT/ and its run.json. Every rank makes one; rank 0 writes, from `start` on."""
 
-    def __init__(self, path, flags: dict, may_change: Collection[str] = ()):
+    def __init__(
+        self, path, flags: dict, may_change: Collection[str] = (), defaults: dict | None = None
+    ):
         """flags: all of the run's, for run.json. may_change: the names of those that may be others
-        when the run continues. ValueError where `path` holds a run with other flags, or cannot be
+        when the run continues. defaults: what a flag was in a run that did not know it. ValueError
+        where `path` holds a run with other flags, or cannot be
         written. Every rank calls this.
         """
         self.path = Path(path)
@@ -48,6 +51,7 @@ class RunFolder:
         self.began = time.time()
         self.started = False
         self._may_change = may_change
+        self._defaults = defaults or {}
         self._builtin_model = None
         self._dropped_rows = []
         self._lock_file = None
@@ -74,7 +78,7 @@ class RunFolder:
             (self.path / ".writable").unlink(missing_ok=True)
             names = [path.name for path in self.path.iterdir()]
             before = json.loads(run_json.read_text(encoding="utf-8"))
-            old = dict(before["flags"].items())
+            old = self._defaults | dict(before["flags"].items())
         except FileNotFoundError:
             others = sorted(n for n in names if n not in HARMLESS and not n.startswith("."))
             if not others:

@@ -66,6 +66,7 @@ class Step:
             preemption.raise_if_preempted()
             self._run.batch = batch
             yield batch
+        self._run.batch = None  # what runs out of memory from here on is no batch's fault
 
     def finish(self, update):
         """Hand over what the optimiser did (engine/trained.py: Update).
@@ -91,10 +92,10 @@ def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
     checkpointer = Checkpointer(run, settings, state, order)
     run.checkpointer, run.report = checkpointer, report
     checkpointer.resume()
-    run.folder.start()
-    report.start()
     if checkpointer.from_another_run:
         report.forget_evaluations()  # measured on other data, perhaps
+    run.folder.start()
+    report.start()
     checkpointer.mark(run.plan.begun)
     if _is_due(settings.eval_every, run.plan.begun) or checkpointer.from_another_run:
         report.evaluate(run.plan.begun)

@@ -80,7 +80,8 @@ class Report:
     def start(self):
         """Open TensorBoard and the bar: the run's folder is its own, and where it begins is known."""
         plan = self.run.plan
-        self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
+        with self.meter.pause():  # TensorBoard takes seconds to import
+            self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
         if not plan.begun:
             self.board.text("data/first_rows", self.run.sample)
         if self._events is not None:

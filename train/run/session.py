@@ -83,8 +83,12 @@ def start(flags, kind: str = "run", interruptible: bool = True):
     if interruptible:
         preemption.start_watch()
     with refusals():
-        may_change = settings.names_that_may_change(flags)
-        folder = RunFolder(flags.output, config.as_dict(flags), may_change)
+        folder = RunFolder(
+            flags.output,
+            config.as_dict(flags),
+            may_change=settings.names_that_may_change(flags),
+            defaults=settings.defaults(flags),
+        )
     if folder.finished:
         folder.say(f"{folder.path} holds this {kind}, finished; another --output repeats it")
         end_in_order()

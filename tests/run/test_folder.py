@@ -1,0 +1,18 @@
+"""Whose folder it is: a run goes on in its own, also where a later version knows more flags."""
+
+import json
+
+import pytest
+
+from train.run.folder import RunFolder
+
+
+def test_a_flag_that_a_run_did_not_know_was_its_default(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"status": "running", "flags": {"beta": 0.1}}))
+    defaults = {"beta": 0.5, "truncate_prompt": "keep_end"}
+    flags = {"beta": 0.1, "truncate_prompt": "keep_end"}
+    assert not RunFolder(tmp_path, flags, defaults=defaults).finished
+    changed = {"beta": 0.1, "truncate_prompt": "keep_system_and_end"}
+    with pytest.raises(ValueError, match="truncate_prompt was 'keep_end'"):
+        RunFolder(tmp_path, changed, defaults=defaults)
+    assert not RunFolder(tmp_path, changed, {"truncate_prompt"}, defaults).finished
