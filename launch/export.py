@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train.config import Exit, fail  # noqa: E402
+from train.config import Exit, fail
 
 
 def main():

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 # Flags are read before torch and transformers are imported, which takes seconds.
 from train import config
-from train.settings import Data, check_bounds, sources
+from train.settings import Data, check_bounds, sources, token_options
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
@@ -102,12 +102,7 @@ def examine(settings, report):
             parts[name] = tokens.collect(
                 named,
                 tokenizer,
-                max_length=settings.max_length,
-                max_prompt_length=settings.max_prompt_length,
-                truncate_prompt=settings.truncate_prompt,
-                allow_control_tokens=settings.allow_control_tokens,
-                allow_template_changes=settings.allow_template_changes,
-                columns=settings.columns,
+                **token_options(settings),
                 kind=kind,
             )
             report[name] = describe(parts[name], named)

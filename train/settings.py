@@ -298,6 +298,18 @@ def check_bounds(settings, at_least: dict, shares=(), positive=()):
             raise ValueError(f"--{name} is a finite number above 0, not {value}")
 
 
+def token_options(settings: Data) -> dict[str, Any]:
+    """The flags that decide which tokens a row becomes, as data/tokens.py: collect takes them."""
+    return {
+        "max_length": settings.max_length,
+        "max_prompt_length": settings.max_prompt_length,
+        "truncate_prompt": settings.truncate_prompt,
+        "columns": settings.columns,
+        "allow_control_tokens": settings.allow_control_tokens,
+        "allow_template_changes": settings.allow_template_changes,
+    }
+
+
 def sources(settings: Data) -> tuple[list[str], list[str] | None]:
     """The data to train on and to evaluate on; None for the second: none, or a part of the first."""
     if settings.data:

@@ -35,6 +35,7 @@ WRITTEN_OUT = "a text is a conversation written out as JSON or Python"
 WHOLE_CONVERSATION = "an answer holds the turns of a whole conversation"
 PROMPT_FIRST = "an answer begins with its prompt"
 SHORT_PROMPT_FIRST = "all answers begin with their prompt"
+PROMPT_WITH_TURNS = "a prompt holds turns of a conversation, or another template's marks, as text"
 _READ = 'rows = datasets.load_dataset("json", data_files=FILE, split="train"); '
 _WITHOUT_PROMPT = (
     _READ + 'rows.map(lambda row: {name: row[name].removeprefix(row["prompt"]).strip() for name in '
@@ -82,7 +83,7 @@ def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
             return WHOLE_CONVERSATION, text
     asked = item.messages[-1]["content"]
     if PROMPT_TURNS.search(asked[:DUMPED_WITHIN]):
-        return "a prompt holds turns of a conversation, or another template's marks, as text", asked
+        return PROMPT_WITH_TURNS, asked
     prompt = _plain(asked)
     # White space may have been changed, and some characters more are looked at for that.
     heads = [_plain(text[: 2 * len(prompt) + HEAD_CHARACTERS]) for text in answers]

@@ -48,7 +48,7 @@ from train.data.rows import (
 from train.data.sources import read_rows
 from train.files import user_cache
 
-FORMAT = 3  # raise it when the same rows would give other ids or another file
+FORMAT = 4  # raise it when the same rows would give other ids or another file
 # Rows rendered and tokenised at once: enough for every core, and a bounded peak of memory.
 CHUNK = 4096
 
@@ -159,7 +159,7 @@ def collect(
     remarks = Counter()
     if KINDS[kind].is_conversation:
         remarks.update(remark for row in used for remark in row.item.remarks)
-        del remarks[shapes.SCORES_CONTRADICT]  # told among the implausible rows
+        del remarks[shapes.SCORES_CONTRADICT]  # it stands among the implausible rows
     return Tokenised(
         **arrays,
         dropped=dropped,
@@ -369,20 +369,20 @@ def _key(settings: list, rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def _checksum(arrays: dict, told: str) -> str:
+def _checksum(arrays: dict, notes: str) -> str:
     """One number over all content, at 1 GB/s or more: a flipped bit or a page of zeros is noticed."""
-    total = zlib.crc32(told.encode())
+    total = zlib.crc32(notes.encode())
     for name in sorted(arrays):
         total = zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8), total)
     return f"{total:08x}"
 
 
-def _save(path: Path, key: str, arrays: dict, told: dict) -> None:
+def _save(path: Path, key: str, arrays: dict, notes: dict) -> None:
     """Write the file beside and rename it: whoever reads `path`, or writes it at the same time,
     finds a whole file.
     """
-    text = json.dumps(told)
-    metadata = {"key": key, "told": text, "checksum": _checksum(arrays, text)}
+    text = json.dumps(notes)
+    metadata = {"key": key, "notes": text, "checksum": _checksum(arrays, text)}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -405,7 +405,7 @@ def _load(path: Path, key: str) -> tuple[dict, dict] | None:
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
     except (OSError, SafetensorError):
         return None
-    told = metadata.get("told", "")
-    if metadata.get("key") != key or metadata.get("checksum") != _checksum(arrays, told):
+    notes = metadata.get("notes", "")
+    if metadata.get("key") != key or metadata.get("checksum") != _checksum(arrays, notes):
         return None
-    return arrays, json.loads(told)
+    return arrays, json.loads(notes)

@@ -33,9 +33,8 @@ class Scored(NamedTuple):
     mismatched: torch.Tensor  # (M,) nats, log-ratios of responses to other prompts
     # Of a loss that couples the step, from the pass over all of it:
     step_losses: torch.Tensor | None = None  # (B,) fp64
-    step_gradient: torch.Tensor | None = (
-        None  # (k B,) fp64, of the step's summed loss by each score
-    )
+    # (k B,) fp64, the derivative of the step's summed loss by each score
+    step_gradient: torch.Tensor | None = None
 
 
 class Objective:
@@ -79,7 +78,7 @@ class Objective:
                 dist.rank()
             ]
             plan = [tuple(step.groups[i] for i in batch) for batch in batches]
-        found = self._collect(plan, step.groups, data, self.reference)
+        found = self.collect(plan, step.groups, data, self.reference)
         losses, gradient = self.loss.over_step(
             found.examples, self.running_mean, found.mismatched, found.weights
         )
@@ -127,7 +126,7 @@ class Objective:
         self._whole_step = None
 
     @torch.no_grad()
-    def _collect(self, plan, order, data, reference, watch=iter) -> "_Collected":
+    def collect(self, plan, order, data, reference, watch=iter) -> "_Collected":
         """The examples of the groups `order`, in that order, scored on all ranks without gradient.
 
         In fp64 on every CPU. data: where groups come from. reference: called once a batch of the
@@ -209,7 +208,7 @@ class HeldOut:
             return made[-1]
 
         everything = range(len(self.data))
-        found = objective._collect(self.plan, everything, self.source, reference, watch)
+        found = objective.collect(self.plan, everything, self.source, reference, watch)
         self._ref_logps = self._ref_logps or made
         if objective.loss.couples:
             losses, _ = objective.loss.over_step(

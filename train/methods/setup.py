@@ -67,12 +67,7 @@ def _open_data(settings, run: Run, kind_of: Callable, keep_tail: bool = False):
         prepare = partial(
             tokens.prepare,
             tokenizer=tokenizer,
-            max_length=settings.max_length,
-            max_prompt_length=settings.max_prompt_length,
-            truncate_prompt=settings.truncate_prompt,
-            columns=settings.columns,
-            allow_control_tokens=settings.allow_control_tokens,
-            allow_template_changes=settings.allow_template_changes,
+            **shared_flags.token_options(settings),
             max_dropped=settings.max_dropped,
             max_implausible=settings.max_implausible,
             # the held-out data are of the same kind

@@ -73,9 +73,8 @@ class Mark(NamedTuple):
 
     step: int
     states: dict[str, dict]  # each part's state_dict
-    rank_tensors: dict[
-        str, Callable[[], dict]
-    ]  # by part, and "rng": what makes this rank's tensors
+    # by part, and "rng": what makes this rank's tensors
+    rank_tensors: dict[str, Callable[[], dict]]
 
 
 class Checkpointer:
@@ -203,7 +202,7 @@ class Checkpointer:
         for name, part in self.state.items():
             part.load_state_dict(states[name])
             if hasattr(part, "rank_tensors"):
-                part.load_rank_tensors([_under(name, of_rank) for of_rank in tensors])
+                part.load_rank_tensors([files.under(f"{name}/", of_rank) for of_rank in tensors])
         self.run.folder.began = time.time() - manifest["seconds"]
 
     def _read_rank_tensors(self, manifest, path) -> list[dict]:
@@ -212,7 +211,7 @@ class Checkpointer:
         """
         if manifest["world"] == dist.world_size():
             own = load_file(path / rank_file(dist.rank()))
-            rng.restore(_under("rng", own))
+            rng.restore(files.under("rng/", own))
             return [own]
         if not dist.is_main():
             return []
@@ -370,11 +369,3 @@ class Checkpointer:
 def rank_file(rank: int) -> str:
     """The name of the file of what is a rank's own."""
     return f"rank-{rank:05d}.safetensors"
-
-
-def _under(name: str, tensors: dict) -> dict:
-    """Those of `tensors` whose keys begin with `name`/, by what follows."""
-    prefix = f"{name}/"
-    return {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }

@@ -206,5 +206,12 @@ class Reader:
         return {key: tuple(file.get_slice(key).get_shape()) for key, file in self._files.items()}
 
 
+def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of `tensors` whose keys begin with `prefix`, by the rest of the key."""
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
+
+
 def _digest(manifest):
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -40,16 +40,9 @@ def read_weights(checkpoint: Path, manifest: dict) -> Weights:
     untrained = load_file(checkpoint / rank_file(0))  # the same on all ranks: the first wrote it
     return Weights(
         trained=trained,
-        buffers=_under(f"{part}/buffer/", untrained),
-        frozen=_under(f"{part}/frozen/", untrained),
+        buffers=checkpoint_files.under(f"{part}/buffer/", untrained),
+        frozen=checkpoint_files.under(f"{part}/frozen/", untrained),
     )
-
-
-def _under(prefix: str, tensors: dict) -> dict:
-    """The tensors whose keys begin with `prefix`, by the rest of the key."""
-    return {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }
 
 
 def trained_part(manifest: dict) -> str:
@@ -120,7 +113,7 @@ def _fit(lm, weights: Weights) -> bool:
     shapes = {name: p.shape for name, p in lm.named_parameters() if p.requires_grad}
     if shapes != {name: value.shape for name, value in weights.trained.items()}:
         return False
-    begins = _under("frozen/", sharded_state.untrained_state(lm))
+    begins = checkpoint_files.under("frozen/", sharded_state.untrained_state(lm))
     for name, value in weights.frozen.items():
         if name not in begins:
             return False
