@@ -13,6 +13,8 @@ import deepspeed
 import torch
 import torch.distributed as td
 
+from train.engine import leftovers
+
 TIMEOUT = datetime.timedelta(minutes=30)
 # of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -33,12 +35,16 @@ def init() -> torch.device:
         torch.cuda.set_device(device)
     else:
         _keep_pages()
+    leftovers.remove_dead_build_locks()
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
         timeout=TIMEOUT,
     )
+    if not cuda:
+        barrier()  # now every rank has opened the others' buffers
+        leftovers.unlink_shared_memory(rank())
     return device
 
 
