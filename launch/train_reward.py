@@ -51,7 +51,7 @@ def main():
         loss = losses_of_rewards.choose(settings.loss, settings.loss_args)
         tokenizer, data, held_out = setup.open_scored_data(settings, run, loss)
         model = setup.open_reward_model(settings, run, tokenizer, data, held_out)
-        report = reward_report.open_report(run, settings, loss, model, held_out)
+        report = reward_report.open_report(run, settings, loss, model, data, held_out)
         state = {"reward_model": model, "report": report}  # all that survives a restart
 
         for step in loop.steps(run, settings, data, state, report):

@@ -17,6 +17,7 @@ from train.data import padding
 from train.data.packing import pack
 from train.data.tokens import collect
 from train.engine import dist
+from train.models import heads
 from train.models.heads import ScoreModel
 from train.run import export
 
@@ -68,7 +69,11 @@ def exported(request, tmp_path_factory):
     )
     assert len(data) == len(ROWS)
     pad_id = 2 if request.param == "chatml" else tokenizer.pad_token_id
-    module = ScoreModel(tiny.make_score_model("llama", pad_token_id=pad_id))
+    # As a run begins, and as pretrained weights are: at the other tests' larger ones fp32 itself is
+    # 4e-6 (ours) and 7e-6 (transformers) from fp64, and 1e-5 would be a matter of luck.
+    lm = tiny.make_score_model("llama", pad_token_id=pad_id, initializer_range=0.05)
+    heads.draw_head(lm.score.weight, seed=0)
+    module = ScoreModel(lm)
     padding.use(tokenizer, module.lm.config, [data])
     batch = pack([data.group(i) for i in range(len(data))])
     gap = export.model_directory(module, tokenizer, folder / "model", [batch])
@@ -96,8 +101,7 @@ def test_scores_of_a_padded_batch(exported, side):
     with torch.no_grad():
         logits = lm(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     assert logits.shape == (8, 1) and lm.config.num_labels == 1
-    # in fp32, whose last digits are worth more where a score is larger
-    assert ((logits[:, 0] - scores).abs() / scores.abs().clamp(min=1)).max() < 1e-5
+    assert (logits[:, 0] - scores).abs().max() < 1e-5
     assert scores.std() > 0.1  # else nothing would have been compared
 
 

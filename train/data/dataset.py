@@ -25,7 +25,7 @@ class Tokenised:
     dropped: list  # of Dropped, of all sources, also in a view
     fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
     labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
-    targets: np.ndarray | None = None  # (N,) float32, what a score model is to learn
+    targets: np.ndarray | None = None  # (N,) float64, what a score model is to learn
     starts: tuple = ()  # (source, number of its first row over all sources), in order
     remarks: tuple = ()  # (how rows were read or rendered, number of rows), worth saying once
     suspicions: tuple[Suspicion, ...] = ()  # rows that nobody can have meant, by sort

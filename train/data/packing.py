@@ -62,7 +62,7 @@ class PackedBatch(NamedTuple):
     target: torch.Tensor  # (T,) int64 token ids
     lengths: torch.Tensor  # (N,) int64, scored tokens of each response
     labels: torch.Tensor | None  # (G,) bool where responses were judged one by one
-    targets: torch.Tensor | None  # (G,) float32 where the data has numbers to learn
+    targets: torch.Tensor | None  # (G,) float64 where the data has numbers to learn
     # N names of what was scored: a hash of the prompt's and the response's ids.
     digests: tuple[bytes, ...]
     group_rows: tuple[int, ...]  # G numbers of data rows
@@ -165,10 +165,10 @@ def _labels(groups: Sequence[Group]) -> torch.Tensor | None:
 
 
 def _targets(groups: Sequence[Group]) -> torch.Tensor | None:
-    """(G,) float32 of the groups' targets; None where they have none."""
+    """(G,) float64 of the groups' targets; None where they have none."""
     if groups[0].target is None:
         return None
-    return torch.tensor([group.target for group in groups], dtype=torch.float32)
+    return torch.tensor([group.target for group in groups], dtype=torch.float64)
 
 
 def digest(prompt: Sequence[int], response: Sequence[int]) -> bytes:

@@ -172,7 +172,7 @@ def check_score_margin(row: Any) -> Compared:
     for columns in shapes.SCORE_PAIRS:
         if all(row.get(column) is not None for column in columns):
             chosen, rejected = (_number(row[column], column) for column in columns)
-            return Compared(*pair, chosen - rejected)
+            return Compared(*pair, _number(chosen - rejected, " - ".join(columns)))
     raise MissingColumn(shapes.SCORE_PAIRS[0][0])
 
 

@@ -342,7 +342,7 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, dict
     if kind.is_labelled:
         arrays["labels"] = np.array(labels, dtype=bool)
     if kind.has_target:
-        arrays["targets"] = np.array(targets, dtype=np.float32)
+        arrays["targets"] = np.array(targets, dtype=np.float64)
     return arrays, {"dropped": dropped, "remarks": dict(remarks)}
 
 

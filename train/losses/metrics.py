@@ -235,13 +235,13 @@ def score_means(sums: torch.Tensor, of_pairs: bool) -> dict[str, float]:
     """REWARD_METRICS by name, from summed `score_sums`: those that pairs have, or those that judged
     answers have. NaN without an example. The accuracy of answers is there where all have labels.
 
-    The correlation is Pearson's between scores and targets.
+    The correlation is Pearson's between scores and targets, NaN where either are all the same.
     """
     count, *values = sums.tolist()
     total = dict(zip(SCORE_SUMS, values, strict=True))
     num_scores = 2 * count if of_pairs else count
     mean = _ratio(total["scores"], num_scores)
-    variance = max(_ratio(total["squares"], num_scores) - mean**2, 0.0)
+    variance = _variance(total["squares"], mean, num_scores)
     found = {
         "loss": _ratio(total["loss"], count),
         "rewards/mean": mean,
@@ -256,9 +256,18 @@ def score_means(sums: torch.Tensor, of_pairs: bool) -> dict[str, float]:
             "rewards/rejected": rejected,
         }
     target = _ratio(total["targets"], count)
-    target_variance = max(_ratio(total["target_squares"], count) - target**2, 0.0)
+    target_variance = _variance(total["target_squares"], target, count)
     covariance = _ratio(total["products"], count) - mean * target
     found["rewards/correlation"] = _ratio(covariance, math.sqrt(variance * target_variance))
     if total["labelled"] == count:
         found["rewards/accuracies"] = _ratio(total["wins"], count)
     return found
+
+
+def _variance(squares: float, mean: float, count: float) -> float:
+    """The variance of `count` numbers from the sum of their squares; 0 where it is no more than what
+    the difference of two sums in fp64 leaves of equal numbers.
+    """
+    mean_square = _ratio(squares, count)
+    variance = mean_square - mean**2
+    return 0.0 if variance < 1e-12 * mean_square else variance

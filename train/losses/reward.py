@@ -42,7 +42,8 @@ def bradley_terry(
     Bradley and Terry 1952; for reward models Ouyang et al. 2022 (arXiv 2203.02155), equation 1, over
     pairs instead of rankings; the margin as in Llama 2 (Touvron et al. 2023, arXiv 2307.09288),
     equation 2. With `label_smoothing` eps in [0, 0.5): -(1 - eps) log sigmoid(h) - eps log
-    sigmoid(-h), for labels of which a share eps is flipped. `centering` adds its multiple of
+    sigmoid(-h), h = r_w - r_l - m: the cross-entropy of a label of 1 - eps, of which no paper is
+    known that joins it with a margin. `centering` adds its multiple of
     (r_w + r_l)^2, which keeps scores near 0 (Eisenstein et al. 2023, arXiv 2312.09244, equation
     2; TRL's center_rewards_coefficient).
     """
@@ -68,8 +69,8 @@ def logistic(answers: ScoredAnswers) -> torch.Tensor:
 def squared(answers: ScoredAnswers) -> torch.Tensor:
     """Squared error, (B,): (r - t)^2, t the target.
 
-    Regression on ratings: Wang et al. 2024 (HelpSteer2, arXiv 2406.08673), section 3, with one
-    attribute.
+    Regression on ratings, as Wang et al. 2024 (HelpSteer2, arXiv 2406.08673) do it with five
+    attributes; here there is one.
     """
     return (answers.scores - answers.targets) ** 2
 

@@ -20,13 +20,14 @@ NORMALISED_ON = 512  # groups of the training data, where there are no held-out 
 def examples(scores: torch.Tensor, batch: PackedBatch, of_pairs: bool):
     """A batch's examples from its responses' scores (N,): ScoredPairs or ScoredAnswers, (B,) each.
 
-    The responses of a pair stand side by side, chosen first. What the data says besides, a margin
-    or a target, is 0 where it says nothing.
+    In fp64, the loss after them too: the scores of a pair nearly cancel, and an example is one
+    number. The responses of a pair stand side by side, chosen first. What the data says besides, a
+    margin or a target, is 0 where it says nothing.
     """
-    count = batch.num_responses // (2 if of_pairs else 1)
-    targets = scores.new_zeros(count)
-    if batch.targets is not None:
-        targets = batch.targets.to(scores)
+    scores = scores.double()
+    targets = batch.targets
+    if targets is None:
+        targets = scores.new_zeros(batch.num_responses // (2 if of_pairs else 1))
     if of_pairs:
         chosen, rejected = scores.view(-1, 2).unbind(1)
         return ScoredPairs(chosen, rejected, targets)
@@ -85,7 +86,7 @@ class HeldOut:
 
         def score(batch):
             found = examples(self.model(batch, at="last"), batch, of_pairs)
-            return torch.stack([x.double().cpu() for x in found], 1)  # (B, fields)
+            return torch.stack(found, 1).cpu()  # (B, fields)
 
         everything = range(len(self.data))
         rows = sweep.score_groups(self.plan, everything, self.data, self.run.device, score, watch)
@@ -109,7 +110,7 @@ def measure_scale(run, loss: Loss, model, data, held_out: HeldOut | None) -> Sca
     none of the first ones of `data`, the training's. Every rank calls this.
 
     Nothing is divided by them: they are written down beside the model for whoever rewards with it
-    (Ziegler et al. 2019, arXiv 1909.08593, section 2.1, who fold them into the model).
+    (Ziegler et al. 2019, arXiv 1909.08593, fold them into the model).
     """
     name = "held out" if held_out else "training"
     scored = held_out or HeldOut(run, loss, model, data, NORMALISED_ON)

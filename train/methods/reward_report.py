@@ -5,16 +5,23 @@ from functools import partial
 
 import torch
 
+from train.engine import dist
 from train.losses import metrics
-from train.losses.metrics import wilson, wins
+from train.losses.metrics import wilson
 from train.losses.reward import Loss, ScoredAnswers
+from train.methods import baselines
 from train.methods.reward import HeldOut
+from train.run.card import BASELINES
 from train.run.report import Measures, Report
 
 
-def open_report(run, settings, loss: Loss, model, held_out) -> Report:
-    """The report of a run that trains a reward model. held_out: a Tokenised, or None."""
+def open_report(run, settings, loss: Loss, model, data, held_out) -> Report:
+    """The report of a run that trains a reward model on `data`, a Tokenised. held_out: another, or
+    None; of pairs it is measured how far one gets without a model.
+    """
     of_pairs = loss.row.takes_pairs
+    if of_pairs and held_out and dist.is_main():
+        run.note(baselines=baselines.measure(data, held_out)._asdict())
     bar = {"loss": ("loss", ".4f")}
     if of_pairs:
         bar |= {"margin": ("rewards/margins", ".3f"), "acc": ("rewards/accuracies", ".2f")}
@@ -29,12 +36,14 @@ def open_report(run, settings, loss: Loss, model, held_out) -> Report:
         intervals=intervals,
         bar=bar,
         noun="pairs" if of_pairs else "answers",
-        closing=partial(closing, held_out if of_pairs else None),
+        closing=partial(closing, run.folder.record),
     )
 
     def next_commands():
-        model_path = run.folder.path / "model"
-        return [f"deepspeed eval/evaluate.py --model POLICY --reward_model {model_path}"]
+        command = (
+            f"deepspeed eval/evaluate.py --reward_model {run.folder.path / 'model'} --data pairs"
+        )
+        return [f"{command} --output {run.folder.path}/eval"]
 
     return Report(
         run,
@@ -71,10 +80,10 @@ def intervals(mean: dict, examples) -> dict[str, list[float]]:
     return found
 
 
-def closing(held_out, last: dict) -> list[str]:
-    """Below the closing table: what needs no model, the longer answer. held_out: pairs, or None."""
-    if held_out is None:
-        return []
-    lengths = torch.from_numpy(held_out.lengths[:, 1:].astype("int64"))  # (B, 2) tokens
-    longer = float(wins(lengths[:, 0] - lengths[:, 1]).mean())
-    return [f"{'longer answer wins':<22} {'':>9}  {longer:>9.4f}   accuracy without a model"]
+def closing(record: dict, last: dict) -> list[str]:
+    """Below the closing table: the accuracies that need no model. record: of run.json."""
+    return [
+        f"{title:<22} {'':>9}  {record['baselines'][name]:>9.4f}   accuracy without a model"
+        for name, title in BASELINES.items()
+        if "baselines" in record
+    ]

@@ -3,6 +3,7 @@
 losses, data, models and engine take values; this file translates flags into them.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from train.run.folder import describe, hardware, versions
 from train.run.session import Plan, Run
 
 ROOT = Path(__file__).resolve().parents[2]
+SCALE = ("score_mean", "score_std")  # in the configuration of a model that gives scores
 CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
 
 
@@ -204,6 +206,9 @@ def open_reward_model(settings, run: Run, tokenizer, data, held_out) -> TrainedM
     chat.check_fit(config, tokenizer, settings.max_length, datasets)
     pad = padding.use(tokenizer, config, datasets)
     run.say(f"padding: token {pad}, {tokenizer.pad_token!r}, which no text ends in")
+    for name in SCALE:  # of the model that training goes on from
+        if hasattr(config, name):
+            delattr(config, name)
     model = wrap_for_training(settings, mode, module, tokenizer, steps)
     run.set_plan(
         Plan(mode.precision, batch_tokens(settings, run.device, mode, module), steps),
@@ -316,11 +321,11 @@ def _reference_config(settings, policy_config: dict) -> dict:
 
 def note_scale(run: Run, model: TrainedModel, scale: reward.Scale):
     """Write what scores are like into run.json and the model's configuration, as score_mean and
-    score_std; transformers keeps what it does not know.
+    score_std (null where one answer has none); transformers keeps what it does not know.
     """
     run.note(scores=scale._asdict())
-    config = model.module.lm.config
-    config.score_mean, config.score_std = scale.mean, scale.std
+    for name, value in zip(SCALE, (scale.mean, scale.std), strict=True):
+        setattr(model.module.lm.config, name, value if math.isfinite(value) else None)
     run.say(
         f"scores: {scale.mean:.4f} with a deviation of {scale.std:.4f} over {scale.answers} answers "
         f"({scale.data})"

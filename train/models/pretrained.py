@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 
 
 CAUSAL = Kind(transformers.AutoModelForCausalLM, "a causal language model")
-SCORE = Kind(transformers.AutoModelForSequenceClassification, "a score model")
+SCORE = Kind(transformers.AutoModelForSequenceClassification, "a reward model")
 
 
 def load_tokenizer(path, trust_remote_code=False):
@@ -64,7 +64,7 @@ def load_score_model(
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise a dozen types
-        raise ValueError(f"cannot load a score model from {path}: {_one_line(error)}") from error
+        raise ValueError(f"cannot load {SCORE.title} from {path}: {_one_line(error)}") from error
     if gives_scores(config) and config.num_labels != 1:
         raise ValueError(f"{path} is no reward model: it has {config.num_labels} outputs, not 1")
     lm, missing = _load(SCORE, path, dtype, trust_remote_code, allow_pickle, num_labels=1)

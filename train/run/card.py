@@ -79,6 +79,8 @@ MEASURES = (
         ("generations", "sampled", "win_rate"),
     ),
 )
+# What one gets right without a model, as run.json has it, and its title.
+BASELINES = {"longer_wins": "longer answer wins", "bag_of_words": "bag of words"}
 LOAD = """## How to load
 
 ```python
@@ -421,9 +423,16 @@ def _results(record: dict) -> str:
             rows.append((metric.title, _number(first[name]), _number(last[name]), interval))
     if not rows:
         return ""
+    baselines = record.get("baselines") or {}
+    rows += [
+        (f"without a model: {title}", "", _number(baselines[name]), "")
+        for name, title in BASELINES.items()
+        if name in baselines
+    ]
+    noun = "pairs" if "rewards/margins" in last else "answers"
     dataset = shown_sources(record.get("eval_data"))
     table = _table(("", "before", "after", "95 % interval"), rows)
-    return f"## Results of training\n\n{last.get('pairs')} held-out pairs of {dataset}:\n\n{table}"
+    return f"## Results of training\n\n{last.get('pairs')} held-out {noun} of {dataset}:\n\n{table}"
 
 
 def _scores(record: dict) -> str:
