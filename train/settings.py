@@ -254,7 +254,17 @@ class Preference(Training):
 
 
 @dataclasses.dataclass
-class Reward(Training):
+class Scored:
+    """What a reward model reads of its data, besides."""
+
+    margin: Literal["column", "scores", "none"] = flag("column", card=(2, "margin"))
+    """Of a reward model's pairs: by how much chosen must be better. column: the column margin, where
+    a row has one; scores: the difference of score_chosen and score_rejected; none: not asked for.
+    """
+
+
+@dataclasses.dataclass
+class Reward(Scored, Training):
     """What the training of a reward model minimises, besides."""
 
     output: str = flag("runs/reward", may_change=True)
@@ -265,10 +275,6 @@ class Reward(Training):
     """
     loss_args: dict = flag({}, card=(3, "parameters of the loss"))
     """The loss's own parameters, say '{label_smoothing: 0.1, centering: 0.01}'."""
-    margin: Literal["column", "scores", "none"] = flag("column", card=(2, "margin"))
-    """By how much chosen must be better: the column margin, where a row has one; scores: the
-    difference of score_chosen and score_rejected; none: not asked for.
-    """
     lr: float = flag(1e-5, card=(4, "learning rate (AdamW)"))
     """Peak learning rate. 1e-5 is for all weights of a model of 135M parameters over fp32 masters:
     twice DPO's, since a new head has to be learnt. 7B takes 3e-6 to 9e-6, LoRA about 1e-4.

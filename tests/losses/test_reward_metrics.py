@@ -69,3 +69,15 @@ def test_every_metric_is_measured_and_named():
     ones = torch.ones(1 + len(SCORE_SUMS))
     measured = {*score_means(ones, True), *score_means(ones, False)}
     assert {metric.name for metric in REWARD_METRICS} == measured
+
+
+def test_targets_that_are_all_the_same_have_no_correlation():
+    """Seven times 0.7: in fp64 the mean of the squares less the square of the mean is not exactly 0."""
+    targets = torch.full((7,), 0.7, dtype=torch.float64)
+    assert (targets**2).sum().item() / 7 - (targets.sum().item() / 7) ** 2 != 0
+    scores = torch.arange(7, dtype=torch.float64)
+    sums = score_sums(ScoredAnswers(scores, targets), torch.zeros(7))
+    assert math.isnan(score_means(sums, of_pairs=False)["rewards/correlation"])
+    sums = score_sums(ScoredAnswers(targets, scores), torch.zeros(7))
+    found = score_means(sums, of_pairs=False)
+    assert math.isnan(found["rewards/correlation"]) and found["rewards/std"] == 0

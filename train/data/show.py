@@ -33,7 +33,8 @@ def record(tokenizer: PreTrainedTokenizerBase, data: Tokenised, i: int, end_id: 
     cut             for each of the three whether it was cut
     dropped         null
 
-    An answer with a label has completion in place of chosen and rejected, and its label.
+    An answer with a label has completion in place of chosen and rejected, and its label. What a
+    reward model is to learn, a margin or a score, is in target.
     """
     group = data.group(i)
     names = NAMES[len(group.responses)]
@@ -42,6 +43,8 @@ def record(tokenizer: PreTrainedTokenizerBase, data: Tokenised, i: int, end_id: 
     found = {"source": source, "row": row, "dropped": None}
     if group.label is not None:
         found["label"] = group.label
+    if group.target is not None:
+        found["target"] = group.target
     found |= {name: _decode(tokenizer, ids) for name, ids in parts.items()}
     found |= {f"{name}_ids": list(ids) for name, ids in parts.items()}
     found["tokens"] = {
@@ -93,7 +96,8 @@ def as_text(found: dict, colour: bool = False) -> str:
         reason = paint(f"dropped: {_printable(found['dropped'])}", COLOURS["rejected"])
         return f"{head}  {reason}\n  {shown}\n"
     cut = [name for name, is_cut in found["cut"].items() if is_cut]
-    lines = [head + (f"  label {found['label']}" if "label" in found else "")]
+    judged = [f"  {name} {found[name]}" for name in ("label", "target") if name in found]
+    lines = [head + "".join(judged)]
     if cut:
         lines[0] += "  " + paint(f"cut: {', '.join(cut)}", COLOURS["rejected"])
     last = [_printable(token) for token in found["tokens"]["prompt"][-3:]]

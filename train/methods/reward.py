@@ -53,6 +53,18 @@ def check_targets(loss: Loss, name: str, data):
             )
 
 
+def describe_targets(data) -> str:
+    """Margins or targets in a line; nothing where there is none. data: a Tokenised."""
+    if data.targets is None or not data.targets.any():
+        return ""
+    noun = "margins" if data.lengths.shape[1] == 3 else "targets"
+    found = data.targets
+    return (
+        f"{noun}: {found.min():g} to {found.max():g}, mean {found.mean():.4g}; "
+        f"{(found == 0).sum():,} of {len(found):,} are 0"
+    )
+
+
 class HeldOut:
     """A data set, or its first groups, that is scored again and again."""
 

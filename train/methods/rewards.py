@@ -65,13 +65,11 @@ class RewardModel:
     def _check_pooling(self):
         """Warn where a finished answer's score is not read off its last token.
 
-        A causal model's hidden states do not depend on what follows them, so that another last token
-        changes the score exactly where it is the one that is read. A model that sees both ways always
-        passes, and need not be asked.
+        A causal model's hidden states do not depend on what follows them: where another token is
+        read, the score is the same without the last. A model that sees both ways passes, rightly.
         """
         ids = self.ids([{"role": "user", "content": "question"}], "answer", ended=True)
-        others = [*ids[:-1], ids[0] if ids[0] != ids[-1] else ids[1]]
-        if math.isclose(self._score(ids), self._score(others), rel_tol=1e-5, abs_tol=1e-6):
+        if math.isclose(self._score(ids), self._score(ids[:-1]), rel_tol=1e-5, abs_tol=1e-6):
             logging.getLogger("zeropref").warning(
                 "--reward_model %s reads its scores off %r, not off the last token of a finished "
                 "answer, %r: its pad token, id %s, is what the chat template ends with",

@@ -53,6 +53,8 @@ def open_scored_data(settings, run: Run, loss: Loss):
     reward.check_targets(loss, "the data", data)
     if held_out is not None:
         reward.check_targets(loss, "--eval_data", held_out)
+    if note := reward.describe_targets(data):
+        run.say(note)
     return tokenizer, data, held_out
 
 
