@@ -86,6 +86,7 @@ def open_inputs(settings, run) -> Inputs:
             [pairs],
             "--reference",
             settings.trust_remote_code,
+            run.say,
         )
     described = {
         "data": folder.describe(pairs, pair_sources),

@@ -93,6 +93,8 @@ def examine(settings, report):
     from train.data import chat, dataset, tokens
     from train.models import builtin, pretrained
 
+    if settings.adapted:
+        print(settings.adapted, file=sys.stderr)
     path = settings.model or str(builtin.fetch(say=partial(print, file=sys.stderr)))
     tokenizer = pretrained.load_tokenizer(path, settings.trust_remote_code)
     chat.use_template(tokenizer, settings.chat_template)

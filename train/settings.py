@@ -125,8 +125,13 @@ class Data:
     def __post_init__(self):
         check_bounds(self, {}, shares=("eval_split", "max_dropped", "max_implausible"))
         default = Data.max_prompt_length
+        self.adapted = ""  # what was changed to fit, to be said
         if self.max_prompt_length == default and 1 < self.max_length <= default:
             self.max_prompt_length = self.max_length // 2
+            self.adapted = (
+                f"--max_prompt_length {default} leaves no room in --max_length {self.max_length}: "
+                f"{self.max_prompt_length} is taken"
+            )
 
 
 @dataclasses.dataclass

@@ -263,7 +263,7 @@ def test_columns_in_a_data_set(letters, tmp_path):
         ({"prompt": "a", "win": "b", "lose": "c"}, "pass --columns chosen=win rejected=lose"),
         (
             {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 0},
-            'rows.map(lambda row: {"chosen": ..., "rejected": ...}).to_json("pairs.jsonl")',
+            'rows.map(lambda row: {"chosen": row[f"response_{row',
         ),
     ],
 )

@@ -311,6 +311,8 @@ def test_plain_text_begins_as_the_tokenizer_begins_texts(tmp_path, kind):
 # ------------------------------------------------------------ data that nobody can have meant
 
 LONG = "Where does the old ferry land in winter?"
+RULES = "You are a harbour master who knows every tide by heart, and you answer in one line."
+ASKED = [{"role": "system", "content": RULES}, {"role": "user", "content": LONG}]
 DUMPS = [
     '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]',
     "[{'role': 'assistant', 'content': 'Hello.'}]",
@@ -341,6 +343,22 @@ DUMPS = [
         ),
         ({**WHERE, "chosen": "User: Hi\nAssistant: Hello."}, "turns of a whole conversation"),
         ({**WHERE, "chosen": "\n\nHuman: Hi\n\nAssistant: Ho"}, "turns of a whole conversation"),
+        (
+            {**WHERE, "chosen": "System: Be brief.\nUser: Hi\nAssistant: Hello."},
+            "turns of a whole conversation",
+        ),
+        (
+            {"prompt": LONG, "chosen": "I will think. " * 8 + f"\n\n{LONG}\n", "rejected": "No."},
+            "begins with its prompt",
+        ),
+        (
+            {"prompt": LONG, "chosen": "a b " * 30 + f'You ask: "{LONG}" Here.', "rejected": "No."},
+            "begins with its prompt",
+        ),
+        (
+            {"prompt": ASKED, "chosen": f"{RULES}\n\n{LONG}\nHere.", "rejected": "No."},
+            "begins with its prompt",
+        ),
         ({**WHERE, "score_chosen": 1.0, "score_rejected": "2"}, "lower score than rejected"),
     ],
 )
@@ -359,6 +377,9 @@ def test_implausible_rows(row, what):
         {**WHERE, "chosen": "Send this:\n" + DUMPS[0]},
         {**WHERE, "chosen": "User: a word for who uses a thing."},
         {"prompt": LONG, "chosen": "You ask: where does it land? " * 3 + LONG, "rejected": "No."},
+        {"prompt": LONG, "chosen": "x" * 900 + "\n" + LONG, "rejected": "No."},
+        {"prompt": LONG, "chosen": f"{'At the pier! ' * 5}Tell me, {LONG}", "rejected": "No."},
+        {**WHERE, "chosen": "System: a word.\nAssistant: another."},
         {**WHERE, "score_chosen": 2, "score_rejected": 2},
         {**WHERE, "score_chosen": None, "score_rejected": 2},
     ],

@@ -39,6 +39,7 @@ from train.data.rows import SYSTEM_ROLES
 
 QUESTION = [{"role": "user", "content": "probe question"}]
 ANSWER = "probe answer"
+OTHER_ANSWER = "some words"  # which begins and ends with other letters
 # What a response is tokenised behind where it cannot be tokenised behind its prompt.
 ANCHORS = ("\n", ".", ":", "a")
 # Tokens that open or close a thought: an answer may hold them
@@ -87,8 +88,13 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, self.tokens)))
 
     def first(self, text: str) -> str | None:
+        """The first control token in a text."""
         match = self._pattern.search(text) if self.tokens else None
         return match.group() if match else None
+
+    def at_end(self, text: str) -> str | None:
+        """The control token that a text ends with."""
+        return next((token for token in self.tokens if text.endswith(token)), None)
 
     def check(self, text: str) -> None:
         """Raises RowError where a text has one: as a token it would end a turn, or begin one, in
@@ -213,18 +219,20 @@ class Chat:
                 raise ValueError(
                     f"the chat template of {name} cannot render a question and its answer: {text}"
                 )
-        before, found, self._tail = whole.rpartition(ANSWER)
-        if not found:
+        around = self._around_answer(QUESTION, {})
+        if around is None:
             raise ValueError(
                 f"the chat template of {name} leaves out the assistant's answer: {whole!r}"
             )
+        before, self._tail = around
+        rendered_answer = whole[len(before) : len(whole) - len(self._tail)]
         bare = "" if isinstance(bare, RowError) else bare
         self._header = prompt[len(bare) :] if bare and prompt.startswith(bare) else ""
         self._lead = _lead(prompt, before, bare)
         finished = "" if isinstance(finished, RowError) else finished
         # What frames a turn frames one that is over. Not <think>, which stands before an answer, or
         # in a turn that is not over: answers to train on may have that.
-        frames = finished.replace(self._lead + ANSWER, ANSWER)
+        frames = finished.replace(self._lead + rendered_answer, rendered_answer)
         self.control = ControlTokens(self.tokenizer, self.control.allowed, frames)
         end = self.control.first(self._tail)
         self.end = self.tokenizer.eos_token if end is None else end
@@ -235,10 +243,14 @@ class Chat:
             self._kept_tail = self._tail.rstrip() + self.end
         else:
             self._kept_tail = self._tail[: self._tail.index(end) + len(end)]
-        between = finished[len(before) + len(ANSWER) :].rpartition(QUESTION[0]["content"])[0]
+        between = finished[len(before) + len(rendered_answer) :]
+        between = between.rpartition(QUESTION[0]["content"])[0]
         self._user_header = between.removeprefix(self._tail)
         self.header_length = len(tokenise(self.tokenizer, [self._header])[0])
+        allowed = self.allow_template_changes
+        self.allow_template_changes = True  # what a template makes of an answer is judged by row
         ids = self.response_ids(QUESTION, ANSWER)
+        self.allow_template_changes = allowed
         if ids[-1] != self.end_id or ids.count(self.end_id) != 1:
             text = self._lead + ANSWER + self._kept_tail
             raise ValueError(
@@ -333,17 +345,20 @@ class Chat:
             remarks = []
             texts = []
             for whole, answer in zip(wholes, answers, strict=True):
-                said, is_complete = self._said(request, prompt, whole, self._turn(answer))
+                answer = self._turn(answer)
+                end, kept_tail = self._end_of(whole, answer)
+                said, is_complete = self._said(request, prompt, whole[:end], answer)
                 if not is_complete:
                     if not self.allow_template_changes:
                         missing = _difference(answer["content"], said)
                         what = f"{missing!r} is" if missing else "its tool calls are"
                         raise RowError(
                             "the chat template leaves out or changes part of the answer, or "
-                            f"{what} not in what it renders"
+                            f"{what} not in what it renders (--chat_template FILE for one that "
+                            "keeps it, --allow_template_changes to train what it renders)"
                         )
                     remarks.append("the chat template leaves out or changes part of an answer")
-                texts.append(whole if self.keep_tail else prompt + said + self._kept_tail)
+                texts.append(whole if self.keep_tail else prompt + said + kept_tail)
             remarks += self._left_out(messages, prompt)
             remarks += self._unused(request, rendered)
             if self.keep_tail and not all(whole.startswith(prompt) for whole in wholes):
@@ -364,41 +379,60 @@ class Chat:
             for inner in value:
                 self._check_others(inner)
 
-    def _said(self, request: Request, prompt: str, whole: str, answer: dict) -> tuple[str, bool]:
-        """(what `whole` says between the prompt and its tail, whether the answer is in it in full,
-        outer white space apart). Raises RowError.
+    def _end_of(self, whole: str, answer: dict) -> tuple[int, str]:
+        """(where an answer ends in the conversation as rendered, what is trained behind it: its end
+        token). Raises RowError.
         """
-        if not whole.endswith(self._tail):
-            raise RowError("the chat template ends this answer otherwise than its probe")
-        end = len(whole) - len(self._tail)
+        if whole.endswith(self._tail):
+            return len(whole) - len(self._tail), self._kept_tail
+        text = whole.rstrip()
+        # calls may end in a token of their own: <|call|>, <|eom_id|>
+        if answer.get("tool_calls") and (token := self.control.at_end(text)):
+            return len(text) - len(token), token
+        raise RowError("the chat template ends this answer otherwise than its probe")
+
+    def _said(self, request: Request, prompt: str, whole: str, answer: dict) -> tuple[str, bool]:
+        """(what `whole`, the conversation to the end of the answer, says behind the prompt, whether
+        the answer is in it in full, outer white space apart). Raises RowError.
+        """
         asked = answer["content"].strip()
-        if whole.startswith(prompt) and len(prompt) <= end:
-            said = body = whole[len(prompt) : end]
+        if whole.startswith(prompt):
+            said = body = whole[len(prompt) :]
             if asked not in body and self._header and prompt.endswith(self._header):
                 # The header may have opened what the answer begins with: a thought.
                 body = self._header + body
         else:
             # The template renders the prompt otherwise once an answer follows: find the answer by
             # the place that another one has.
-            before = self._before_answer(request)
-            if not whole.startswith(before) or len(before) > end:
+            around = self._around_answer(request.messages, request.template_args)
+            if around is None or not whole.startswith(around[0]):
                 raise RowError("the chat template renders the prompt otherwise once it is answered")
-            body = whole[len(before) : end]
+            body = whole[len(around[0]) :]
             said = self._lead + body
         if not body.strip():
             raise RowError("empty response after the chat template")
         return said, asked in body and _calls_are_in(answer, body)
 
-    def _before_answer(self, request: Request) -> str:
-        """What the conversation, finished, says before its answer. Raises RowError."""
-        probe = request.messages + [{"role": "assistant", "content": ANSWER}]
-        text = self._render_one(probe, False, request.template_args)
-        if isinstance(text, RowError):
-            raise text
-        before, found, _ = text.rpartition(ANSWER)
-        if not found:
-            raise RowError("the chat template renders the prompt otherwise once it is answered")
-        return before
+    def _around_answer(self, messages: list[dict], args: dict) -> tuple[str, str] | None:
+        """What is rendered before and behind an answer to these messages, however the template
+        changes the answer itself; None where it leaves it out. Raises RowError.
+        """
+        texts = []
+        for content in (ANSWER, OTHER_ANSWER):
+            probe = messages + [{"role": "assistant", "content": content}]
+            text = self._render_one(probe, False, args)
+            if isinstance(text, RowError):
+                raise text
+            before, found, behind = text.rpartition(content)
+            if found:
+                return before, behind
+            texts.append(text)
+        if texts[0] == texts[1]:
+            return None
+        # written in capitals, or cut: around it is what two answers have in common
+        before = os.path.commonprefix(texts)
+        behind = os.path.commonprefix([text[len(before) :][::-1] for text in texts])[::-1]
+        return before, behind
 
     def _left_out(self, messages: list[dict], prompt: str) -> Iterator[str]:
         """A remark for turns of the prompt that are not in it as rendered. Of the assistant's turns
@@ -521,8 +555,9 @@ class Chat:
         if text and rendered.prompt.startswith(text):
             [ids] = tokenise(self.tokenizer, [text])
             return os.path.commonprefix([ids, prompt])
+        # bos, unless it begins every turn
         bos = self.tokenizer.bos_token_id
-        return prompt[:1] if bos is not None and prompt[:1] == [bos] else []
+        return prompt[:1] if prompt[:1] == [bos] and prompt.count(bos) == 1 else []
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a Chat lives as long as its data is tokenised
     def _head_text(self, key: str) -> str:

@@ -102,7 +102,8 @@ class ConversationEncoder:
             if self.max_prompt - len(head) < max(self.chat.header_length, 1):
                 # No room for both: bos is one token, if there is one.
                 bos = self.chat.tokenizer.bos_token_id
-                is_begun = bos is not None and prompt[0] == bos
+                # where it begins turns, too, it would stand there alone
+                is_begun = prompt[0] == bos and prompt.count(bos) == 1
                 head = prompt[:1] if is_begun else []
             if self.max_prompt - len(head) < max(self.chat.header_length, 1):
                 head = []

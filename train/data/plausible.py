@@ -13,12 +13,17 @@ from train.data.rows import Labelled, Pair
 from train.data.shapes import SCORES_CONTRADICT
 
 SHOWN = 3  # rows of each sort that a message names
+SAID_FROM = 0.001  # share of the rows from which a sort is worth saying
 # A shorter prompt may well stand at the head of an answer, "Hello!" and "Hello! How are you?", but
 # hardly of all answers to it.
 PROMPT_CHARACTERS = 16
 SHORT_PROMPT_CHARACTERS = 6
 # Before a repeated prompt there may be a mark such as "### Instruction:".
 HEAD_CHARACTERS = 40
+# Or a preamble, behind which it begins a line or follows a colon: an answer that asks the question
+# back ("What about you, do you ...?") repeats it within a sentence.
+PREAMBLE_CHARACTERS = 400
+AFTER_PREAMBLE = re.compile(r"""(?:^|:)[\s"'*>\u201c]*""", re.MULTILINE)
 # A conversation written out: it begins like JSON or Python, and some speaker says something in it.
 # Quotes may be escaped once more.
 DUMP = re.compile(r"\s*(?:```\w*\s*)?(?:array\()?[\[({\"]?[\[({]|\s*ChatCompletion\w*\(")
@@ -27,7 +32,9 @@ DUMPED_SPEAKER = re.compile(rf"""(?:role|from)\\*['"]?\s*[:=]\s*\\*['"](?:{SPEAK
 DUMPED_TEXT = re.compile(r"""(?:content|value|text)\\*['"]?\s*[:=]\s*\\*['"]""")
 DUMPED_WITHIN = 4000  # characters of a text in which both are looked for
 SPEAKER = r"(?:#+\s*|<\|?|\[)?(?:{})(?:\|?>|\])?\s*:"
-USER_FIRST = re.compile(rf"\s*{SPEAKER.format('Human|User|USER')}")
+USER_FIRST = re.compile(
+    rf"\s*(?:{SPEAKER.format('System|SYSTEM')}[\s\S]*?\n\s*)?{SPEAKER.format('Human|User|USER')}"
+)
 ASSISTANT_THEN = re.compile(rf"\n\s*{SPEAKER.format('Assistant|ASSISTANT|AI|Bot')}")
 
 
@@ -43,8 +50,12 @@ _WITHOUT_PROMPT = (
 )
 # How such data is made into what was meant, if it was that.
 CONVERSIONS = {
-    WRITTEN_OUT: _READ + "rows.map(lambda row: {name: ast.literal_eval(row[name]) for name in "
-    '("chosen", "rejected")}).to_json("pairs.jsonl")',
+    WRITTEN_OUT: _READ + "rows.map(lambda row: {name: json.loads(row[name]) for name in "
+    '("chosen", "rejected")}).to_json("pairs.jsonl"), or ast.literal_eval where the quotes are '
+    "Python's",
+    WHOLE_CONVERSATION: _READ
+    + 'rows.map(lambda row: {name: re.split(r"\\n\\s*Assistant:", row[name])'
+    '[-1].strip() for name in ("chosen", "rejected")}).to_json("pairs.jsonl")',
     PROMPT_FIRST: _WITHOUT_PROMPT,
     SHORT_PROMPT_FIRST: _WITHOUT_PROMPT,
 }
@@ -89,8 +100,10 @@ def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
     heads = [_plain(text[: 2 * len(prompt) + HEAD_CHARACTERS]) for text in answers]
     heads = [head[: len(prompt) + HEAD_CHARACTERS] for head in heads]
     if len(prompt) >= PROMPT_CHARACTERS:
+        # what stands before the question in the prompt may be repeated with it
+        within = PREAMBLE_CHARACTERS + sum(len(turn["content"]) for turn in item.messages[:-1])
         for head, text in zip(heads, answers, strict=True):
-            if prompt in head:
+            if prompt in head or _follows_preamble(text, prompt, within):
                 return PROMPT_FIRST, text
     elif len(prompt) >= SHORT_PROMPT_CHARACTERS:
         if all(head.startswith(prompt) and head != prompt for head in heads):
@@ -103,6 +116,16 @@ def _is_dump(text: str) -> bool:
         return False
     head = text[:DUMPED_WITHIN]
     return bool(DUMPED_SPEAKER.search(head) and DUMPED_TEXT.search(head))
+
+
+def _follows_preamble(text: str, prompt: str, within: int) -> bool:
+    """Whether the prompt, as `_plain` makes it, begins a line or follows a colon within the first
+    characters of a text.
+    """
+    return any(
+        _plain(text[place.end() : place.end() + 2 * len(prompt)]).startswith(prompt)
+        for place in AFTER_PREAMBLE.finditer(text[:within])
+    )
 
 
 def _plain(text: str) -> str:

@@ -147,10 +147,7 @@ def check_pair(row: Any) -> Pair:
     if conversation is None and prompt is None:
         raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
     if conversation is not None and prompt is not None:
-        is_one_turn = isinstance(row["prompt"], str) and any(
-            _same_turns(prompt, [turn]) for turn in conversation
-        )
-        if not is_one_turn and not _same_turns(prompt, conversation):
+        if not _is_of(prompt, conversation, row["prompt"]):
             raise RowError("prompt differs from the conversation in chosen and rejected")
     messages = _with_system(conversation or prompt, row)
     _check_turns(messages)
@@ -219,8 +216,9 @@ def _judged(row: dict) -> tuple[list[dict], dict]:
     prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
     if prompt is None and conversation is None:
         raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
-    if conversation is not None and prompt is not None and not _same_turns(prompt, conversation):
-        raise RowError("prompt differs from the conversation in completion")
+    if conversation is not None and prompt is not None:
+        if not _is_of(prompt, conversation, row["prompt"]):
+            raise RowError("prompt differs from the conversation in completion")
     messages = _with_system(conversation or prompt, row)
     _check_turns(messages)
     return messages, completion
@@ -344,6 +342,9 @@ def _messages(value: Sequence, name: str) -> list[dict]:
             }
         except RecursionError:
             raise RowError(f"{label} is nested too deeply") from None
+        if isinstance(others.get("tool_calls"), str):  # of a parquet whose calls are unlike
+            calls = shapes.from_json(others["tool_calls"], f"{label}: tool_calls")
+            others["tool_calls"] = _plain(calls, f"{label}: tool_calls")
         content = _content(
             message.get(keys[1]), f"{label}: {keys[1]}", bool(others.get("tool_calls"))
         )
@@ -384,6 +385,22 @@ def _response(value: Any, name: str) -> tuple[list[dict] | None, dict]:
     if not message["content"].strip() and not message.get("tool_calls"):
         raise RowError(f"empty response: {name}")
     return conversation, message
+
+
+def _is_of(prompt: list[dict], conversation: list[dict], value: Any) -> bool:
+    """Whether a prompt is that of a conversation. value: as the row has it; a string may be any of
+    its turns.
+    """
+    if isinstance(value, str) and any(_same_turns(prompt, [turn]) for turn in conversation):
+        return True
+    if _same_turns(prompt, conversation):
+        return True
+    if conversation[0]["role"] in ("assistant", "tool"):
+        raise RowError(
+            "an answer begins with further turns of assistant and tool: put all but its last turn "
+            "into the prompt"
+        )
+    return False
 
 
 def _same_turns(one: list[dict], other: list[dict], strictly: bool = False) -> bool:

@@ -72,6 +72,9 @@ SCORE_PAIRS = (
     ("chosen_rating", "rejected_rating"),
 )
 SCORES_CONTRADICT = "chosen has a lower score than rejected"
+# Two answers in columns of their own, and the number of the better one, as in PKU-SafeRLHF
+BY_NUMBER = {"response_0", "response_1"}
+BETTER_NUMBERS = ("better_response_id", "safer_response_id", "better")
 HUMAN = re.compile(r"\s*Human:")
 TURNS = re.compile(r"(?:\A\s*|\n\n\s*)(Human|Assistant):")
 
@@ -201,9 +204,8 @@ def _with_prompt(row: dict, remarks: list[str]) -> dict:
     value = row[name]
     if name in CONVERSATIONS:
         if isinstance(value, list) and value and _role(value[-1]) == "assistant":
-            last = value[-1]
-            text = last.get("content", last.get("value"))
-            if text not in (row.get("chosen"), row.get("completion")):
+            answers = [_text(row.get(column)) for column in ("chosen", "completion")]
+            if _text(value[-1]) not in answers:
                 raise RowError(
                     f"{name!r} ends with a turn of assistant that is not the answer: leave it out"
                 )
@@ -219,6 +221,13 @@ def _is_conversation(value: Any) -> bool:
     if isinstance(value, str):
         return bool(HUMAN.match(value)) and "\n\nAssistant:" in value
     return isinstance(value, (list, tuple)) and len(value) > 1
+
+
+def _text(answer: Any) -> Any:
+    """What an answer says, whether it is a text, a message or a list of one."""
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    return answer.get("content", answer.get("value")) if isinstance(answer, dict) else answer
 
 
 def _role(message: Any) -> str | None:
@@ -277,9 +286,23 @@ def template_args(row: dict) -> dict:
                 raise RowError(f"{name} is a string that is not JSON") from None
         if not isinstance(value, kind):
             raise RowError(f"{name} is not {'a list' if kind is list else 'an object'}")
+        if kind is list:
+            value = [from_json(each, f"{name}: one of them") for each in value]
         if value:
             found[name] = value
     return found
+
+
+def from_json(value: Any, name: str) -> Any:
+    """A value, parsed where it is a string that begins an object or a list of JSON. RowError where
+    such a string is none.
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError(f"{name} is a string that is not JSON") from None
 
 
 def advice(missing: Sequence[str], found: Sequence[str], source: str) -> str:
@@ -295,8 +318,15 @@ def advice(missing: Sequence[str], found: Sequence[str], source: str) -> str:
             flags.append(f"{wanted}={names[0]}")
     if len(flags) == len(missing):
         return f"if these are the columns meant, pass --columns {' '.join(flags)}"
-    parts = {name: f'row["{name}"]' if name in found else "..." for name in missing}
-    row = ", ".join(f'"{name}": {value}' for name, value in parts.items())
+    if BY_NUMBER <= {*found}:
+        best = next((name for name in BETTER_NUMBERS if name in found), "NUMBER")
+        row = f'"chosen": row[f"response_{{row[\'{best}\']}}"], '
+        row += f'"rejected": row[f"response_{{1 - row[\'{best}\']}}"]'
+    else:
+        # by the names that were guessed, and blanks to fill in
+        guessed = dict(flag.split("=") for flag in flags)
+        parts = {name: f'row["{guessed[name]}"]' if name in guessed else "..." for name in missing}
+        row = ", ".join(f'"{name}": {value}' for name, value in parts.items())
     return (
         "rename columns with --columns, or convert: "
         f'rows = datasets.load_dataset("json", data_files="{source}", split="train"); '

@@ -196,7 +196,7 @@ def _read_lines(path: str) -> Iterator[Any]:
 
 def _read_json(path: str) -> Iterator[Any]:
     """The rows of a .json: an array when its first character is "[", else JSON lines, or documents
-    over several lines when its first line is not a whole one.
+    over several lines when its first line is not a whole one, or is the only one.
     """
     text = "".join(line for _, line in _open_lines(path))  # blank lines stay, for line numbers
     if text.lstrip().startswith("["):
@@ -204,7 +204,7 @@ def _read_json(path: str) -> Iterator[Any]:
         if isinstance(rows, RowError):
             raise DataError(f"{path}: {rows}; in a .jsonl file only the row would be dropped")
         return iter(rows)
-    if _is_document(text):
+    if len(text.split("\n", 1)[0].strip()) == len(text.strip()) or _is_document(text):
         return iter(_documents(text, path))
     return _read_lines(path)
 
@@ -260,7 +260,8 @@ def _rows_within(document: Any) -> list:
             return [document]
     lists = {name: value for name, value in document.items() if isinstance(value, list)}
     tables = [value for value in lists.values() if value and all(map(_is_object, value))]
-    if len(tables) == 1 and "chosen" not in document:
+    holds_messages = any({"role", "from"} & {*each} for table in tables for each in table)
+    if len(tables) == 1 and not holds_messages and "chosen" not in document:
         return tables[0]
     if len(lists) == len(document) and len({len(value) for value in lists.values()}) == 1:
         return [

@@ -30,7 +30,7 @@ from train.data import plausible, shapes
 from train.data.chat import Chat, tokenise_rows
 from train.data.dataset import Tokenised, sha256_of_text
 from train.data.encoders import ConversationEncoder, TextEncoder
-from train.data.errors import DataError, MissingColumn, RowError, one_line
+from train.data.errors import DataError, MissingColumn, RowError, listed, one_line
 from train.data.rows import (
     LABELLED_COLUMNS,
     PAIR_COLUMNS,
@@ -256,7 +256,10 @@ def check_rows(
                 if isinstance(error, MissingColumn):
                     missing.append(error.column)
         if absent := [name for name in renamed if name not in columns_found]:
-            raise columns_missing(source, absent[0], list(columns_found), list(renamed))
+            raise DataError(
+                f"{source}: no column {absent[0]!r}; found {listed(list(columns_found))}; it is named "
+                f"in --columns {renamed[absent[0]]}={absent[0]}"
+            )
         known = {renamed.get(name, name) for name in columns_found}
         absent = [column for column in missing if column not in known]
         if absent and len(rows) == rows_before:
@@ -284,6 +287,7 @@ def _suspicions(rows: list[Row]) -> tuple[plausible.Suspicion, ...]:
             ),
         )
         for what, odd_rows in found.items()
+        if len(odd_rows) >= plausible.SAID_FROM * len(rows)
     )
 
 

@@ -63,6 +63,8 @@ def _open_data(settings, run: Run, kind_of: Callable, keep_tail: bool = False):
     tokens.py.
     """
     ds_config.read_config(settings.ds_config)  # refused before the data are tokenised
+    if settings.adapted:
+        run.say(settings.adapted)
     sources, eval_sources = shared_flags.sources(settings)
     path = run.folder.model_path(settings.model)
     tokenizer = load_tokenizer(path, settings.trust_remote_code)
@@ -98,13 +100,17 @@ def _open_data(settings, run: Run, kind_of: Callable, keep_tail: bool = False):
     return tokenizer, data, held_out
 
 
-def check_same_tokens(tokenizer, path: str, datasets: list, flag: str, trust_remote_code: bool):
+def check_same_tokens(
+    tokenizer, path: str, datasets: list, flag: str, trust_remote_code: bool, say: Callable
+):
     """ValueError where the model at `path` reads other token ids than `tokenizer` of what is in use.
 
     Their log-probabilities would be of other texts, and no difference of them means anything. flag:
-    where the path comes from. A directory of weights alone says nothing of its tokens, and is taken.
+    where the path comes from. A directory of weights alone says nothing of its tokens: it is taken,
+    and that is said.
     """
     if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+        say(f"{flag} {path} has no tokenizer: whether its tokens are --model's cannot be checked")
         return
     other = load_tokenizer(path, trust_remote_code)
     try:
@@ -142,6 +148,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
             datasets,
             "--reference_model",
             settings.trust_remote_code,
+            run.say,
         )
     steps = total_steps(settings, run.device, len(data))
 
