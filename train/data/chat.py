@@ -170,8 +170,8 @@ class Chat:
     tokens of the assistant's header. `allow_template_changes`: keep an answer that the template
     cuts or changes, as it is rendered. `keep_tail`: an answer reaches to the end of what is
     rendered, so that the ids of prompt and answer are those of the finished conversation as
-    everybody feeds it to a model that judges it. Raises ValueError: no template or no end token; a template
-    that cannot be used, and why.
+    everybody feeds it to a model that judges it. Raises ValueError: no template or no end token; a
+    template that cannot be used, and why.
     """
 
     def __init__(
@@ -362,7 +362,8 @@ class Chat:
             remarks += self._left_out(messages, prompt)
             remarks += self._unused(request, rendered)
             if self.keep_tail and not all(whole.startswith(prompt) for whole in wholes):
-                prompt = self._before_answer(request)  # as it is rendered once it is answered
+                # as it is rendered once it is answered; `_said` has found that it can be
+                prompt, _ = self._around_answer(request.messages, request.template_args)
             return Rendered(request, prompt, tuple(texts), tuple(dict.fromkeys(remarks)))
         except RowError as error:
             return error

@@ -121,8 +121,9 @@ def collect(
 
     `columns`: names of columns as --columns has them (shapes.py). `cache_dir` stands for
     $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens. Several processes may
-    do this at once. `keep_tail`: answers reach to the end of what the template renders (chat.py). Raises DataError for the data, ValueError for the tokenizer, the lengths or the
-    kind, OSError for the cache folder.
+    do this at once. `keep_tail`: answers reach to the end of what the template renders (chat.py).
+    Raises DataError for the data, ValueError for the tokenizer, the lengths or the kind, OSError
+    for the cache folder.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} of data; expected one of {', '.join(KINDS)}")
