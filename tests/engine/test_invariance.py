@@ -114,7 +114,7 @@ def test_gradient_is_the_oracle_s(models, world, tmp_path):
 @pytest.mark.parametrize(
     "name, world",
     [
-        ("bradley_terry", 1),
+        pytest.param("bradley_terry", 1, marks=pytest.mark.slow),
         ("bradley_terry", 2),
         pytest.param("bradley_terry", 4, marks=pytest.mark.slow),
         pytest.param("squared", 1, marks=pytest.mark.slow),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from tests.launch.compare import (
     weights,
 )
 from tests.launch.test_resume import killed_and_continued
+from tests.launch.test_validate import larger
 from tests.launch.warm import Warm
 from train.data.packing import pack
 from train.data.steps import shuffled
@@ -72,6 +74,13 @@ def test_what_a_run_leaves(finished, few):
     )
     assert "arxiv:2203.02155" in card and "reference" not in card
     assert f"mean {run['scores']['mean']:.4g}, standard deviation" in card
+    lengths = [len(row["chosen"]) - len(row["rejected"]) for row in rows(few)]
+    assert set(run["baselines"]) == {"longer_wins", "bag_of_words"}
+    by_characters = sum((x > 0) + (x == 0) / 2 for x in lengths) / len(lengths)
+    assert abs(run["baselines"]["longer_wins"] - by_characters) < 0.1  # it goes by tokens
+    assert run["baselines"]["bag_of_words"] > 0.95  # these are the pairs that it was fitted on
+    for title, value in (("longer answer wins", "longer_wins"), ("bag of words", "bag_of_words")):
+        assert f"without a model: {title} |  | {run['baselines'][value]:.4g}" in card
 
 
 def test_the_model_is_read_by_transformers_alone(finished, few):
@@ -105,12 +114,16 @@ def test_the_model_is_read_by_transformers_alone(finished, few):
     assert run["scores"]["answers"] == 88 and run["scores"]["data"] == "held out"
 
 
-def test_the_loss_of_the_first_step(finished, warm, few, model_dir, tmp_path):
-    """By hand: the run's own head, drawn with its seed, on the first step's pairs alone."""
-    codes, text = warm.run(
-        flags(model_dir, few, tmp_path / "out", 0, "--max_steps", 1, "--log_every", 1, "--lr", 0)
-    )
-    assert codes == [0], text[-3000:]
+@pytest.mark.parametrize(
+    "stage, ranks", [pytest.param(0, 1, marks=pytest.mark.slow), pytest.param(3, 2)]
+)
+def test_the_loss_of_the_first_step(warm, few, model_dir, tmp_path, stage, ranks):
+    """By hand: the run's own head, drawn with its seed, on the first step's pairs alone; on shards
+    of two ranks as on one.
+    """
+    extra = ("--max_steps", 1, "--log_every", 1, "--lr", 0)
+    codes, text = warm.run(flags(model_dir, few, tmp_path / "out", stage, *extra), ranks)
+    assert codes == [0] * ranks, text[-3000:]
     lm, _ = load_score_model(tmp_path / "out/model")
     again, _ = load_score_model(model_dir, needs_head=False)
     assert torch.equal(lm.model.embed_tokens.weight, again.model.embed_tokens.weight)
@@ -198,20 +211,35 @@ def test_a_checkpoint_is_exported_without_the_run(finished, tmp_path):
 
 
 def test_training_goes_on_from_a_reward_model(finished, warm, few, tmp_path):
-    """Its head is kept, not drawn anew: with a rate of 0 all weights stay bit for bit."""
+    """Its head is kept, not drawn anew: with a rate of 0 all weights stay bit for bit. What its own
+    scores were like is not said of the new run's checkpoints.
+    """
     extra = ("--lr", 0, "--max_steps", 1)
     codes, text = warm.run(flags(finished / "model", few, tmp_path / "out", 0, *extra))
     assert codes == [0], text[-3000:]
     same_bits(weights(tmp_path / "out"), weights(finished))
+    checkpoint = tmp_path / "out/checkpoints/step-1/reward_model/config.json"
+    before, during, after = (
+        json.loads(path.read_text())
+        for path in (finished / "model/config.json", checkpoint, tmp_path / "out/model/config.json")
+    )
+    assert before["score_mean"] == after["score_mean"] and "score_mean" not in during
 
 
-def test_adapters(warm, model_dir, few, tmp_path):
-    """The base stands still, the head is trained as a whole; the export is merged, a checkpoint's
-    export is the same.
-    """
+@pytest.fixture(scope="module")
+def adapted(warm, model_dir, few, tmp_path_factory):
+    """A run of LoRA adapters."""
     pytest.importorskip("peft")
-    out = tmp_path / "out"
+    out = tmp_path_factory.mktemp("adapters") / "out"
     straight(warm, model_dir, few, out, 0, 1, "--lora_rank", 4)
+    return out
+
+
+def test_adapters(adapted, model_dir):
+    """The base stands still, the head is trained as a whole; the export is merged. peft itself puts
+    the adapter, head included, onto the base and finds the same scores.
+    """
+    out = adapted
     assert len(moments(out)) == 3 * (2 * 2 * 7 + 1)  # two layers' seven matrices, and the head
     found = weights(out)
     with safe_open(model_dir / "model.safetensors", "pt") as file:
@@ -222,11 +250,29 @@ def test_adapters(warm, model_dir, few, tmp_path):
     with safe_open(out / "model/adapter/adapter_model.safetensors", "pt") as file:
         head = file.get_tensor("base_model.model.score.weight")
     assert torch.equal(head, found["score.weight"])
-    exported(out / f"checkpoints/step-{STEPS}", tmp_path / "exported")
-    with safe_open(tmp_path / "exported/model.safetensors", "pt") as file:
-        same_bits({name: file.get_tensor(name) for name in file.keys()}, found)  # noqa: SIM118
     run = json.loads((out / "run.json").read_text())
     assert run["results"]["loss"] < run["evaluations"]["0"]["loss"]
+    import peft
+
+    def of(folder):
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, pad_token_id=0
+        )
+
+    theirs = peft.PeftModel.from_pretrained(of(model_dir), out / "model/adapter").eval()
+    ids = torch.tensor([[1, 40, 50, 60, 2, 70]])
+    with torch.no_grad():
+        merged = of(out / "model").eval()(ids).logits
+        assert theirs(ids).logits.item() == pytest.approx(merged.item(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_adapters_is_exported(adapted, tmp_path):
+    """As the run's own export is."""
+    exported(adapted / f"checkpoints/step-{STEPS}", tmp_path / "exported")
+    with safe_open(tmp_path / "exported/model.safetensors", "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    same_bits(found, weights(adapted))
 
 
 def test_single_answers_with_labels_and_scores(warm, model_dir, few, tmp_path):
@@ -265,6 +311,7 @@ def test_single_answers_with_labels_and_scores(warm, model_dir, few, tmp_path):
             "takes single answers with labels or scores, and the data has",
         ),
         ({"margin": "much"}, (), "margin is 'much', not a finite number"),
+        ({"margin": math.nan}, (), "margin is nan, not a finite number"),
         ({"rejected": "the same", "chosen": "the same"}, (), "chosen equals rejected"),
         ({}, ("--margin", "scores"), "no column 'score_chosen'"),
     ],
@@ -278,7 +325,9 @@ def test_bad_data_is_a_clear_line(warm, model_dir, few, tmp_path, change, extra,
 
 
 def test_models_that_cannot_be_rewarded_from(warm, model_dir, few, tmp_path):
-    """Two labels: said before anything is trained."""
+    """Two labels; a tokenizer with a token that the model lacks, in the data: said before anything
+    is trained.
+    """
     lm = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     lm.config.num_labels = 2
     two = transformers.AutoModelForSequenceClassification.from_config(lm.config)
@@ -286,6 +335,16 @@ def test_models_that_cannot_be_rewarded_from(warm, model_dir, few, tmp_path):
     transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "two")
     codes, text = warm.run(flags(tmp_path / "two", few, tmp_path / "out"))
     assert codes == [2] and "two is no reward model: it has 2 outputs, not 1" in text
+    other = larger(model_dir, tmp_path / "larger")
+    shutil.copy(model_dir / "model.safetensors", other)
+    far = rows(few, 4)
+    far[2]["rejected"] = "How <far> is it?"
+    path = tmp_path / "far.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in far))
+    codes, text = warm.run(flags(other, path, tmp_path / "out"))
+    assert codes == [2], text[-2000:]
+    assert "the data has token 1,024, '<far>', and the model's vocabulary is 1,024" in text
+    assert "Traceback" not in text
 
 
 def test_one_pair_is_enough_to_run(warm, model_dir, few, tmp_path):

@@ -119,6 +119,7 @@ def serve(script):
     import torch.utils.tensorboard  # noqa: F401
 
     # all that a launch script imports, which constants are set in before it runs
+    import sklearn.linear_model  # noqa: F401
     from train.methods import preference_report, reward, reward_report, setup  # noqa: F401
     from train.run import loop, session  # noqa: F401
 
