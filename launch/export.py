@@ -38,15 +38,21 @@ def main():
         weights = checkpoint_model.read_weights(args.checkpoint, manifest)
         if has_adapters:
             lm, state = checkpoint_model.base_of_adapters(
-                manifest, weights, args.model, args.trust_remote_code, args.allow_pickle
+                args.checkpoint,
+                manifest,
+                weights,
+                args.model,
+                args.trust_remote_code,
+                args.allow_pickle,
             )
         else:
             lm, state = checkpoint_model.whole_model(
-                args.checkpoint, weights, args.trust_remote_code
+                args.checkpoint, manifest, weights, args.trust_remote_code
             )
         count = checkpoint_model.write(
             unfinished,
             args.checkpoint,
+            manifest,
             lm,
             state,
             dtype=export.DTYPES[args.export_dtype],

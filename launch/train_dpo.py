@@ -48,18 +48,10 @@ class Settings(shared_flags.Preference):
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
     else whole on each rank.
     """
-    lora_rank: int = 0
-    """Rank of LoRA adapters, which are trained in place of the weights; 0: the weights are. Needs
-    peft.
-    """
-    lora_alpha: float = 16.0
-    """LoRA's scale: adapters count alpha / rank times."""
-    lora_targets: list[str] | None = None
-    """Layers that get adapters, by the end of their names. None: all linear ones but the head."""
 
     def __post_init__(self):
         super().__post_init__()
-        shared_flags.check_bounds(self, {"reference_every": 0, "lora_rank": 0})
+        shared_flags.check_bounds(self, {"reference_every": 0})
 
 
 def main():
@@ -86,7 +78,7 @@ def main():
             reference_every=settings.reference_every,
             reference_mixup=settings.reference_mixup,
         )
-        report = preference_report.Report(run, settings, objective, held_out)
+        report = preference_report.open_report(run, settings, objective, held_out)
         state = {  # all that survives a restart
             "policy": policy,
             "reference": reference,
@@ -110,7 +102,7 @@ def main():
             step.finish(update)  # the loop then shows it, evaluates and saves when due, or stops
 
         # OUTPUT/model, loaded again: how far its log-probs are from the trained model's
-        gap = setup.export_policy(settings, run, policy, report)
+        gap = setup.export_model(settings, run, policy, report)
         report.finish(gap)
 
 

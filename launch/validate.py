@@ -4,6 +4,7 @@
     python launch/validate.py --data a.jsonl b.parquet --eval_split 0.05 --output report.json
     python launch/validate.py --model DIR --data pairs.jsonl --show 3
     python launch/validate.py --model DIR --data pairs.jsonl --show 3 --json > rows.jsonl
+    python launch/validate.py --model DIR --data pairs.jsonl --trainer reward --margin scores
 
 Takes training's flags that concern data and does what a run does at its door, by the same
 functions: reads every row, renders and tokenises it, and compares the model's configuration with
@@ -25,21 +26,26 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # Flags are read before torch and transformers are imported, which takes seconds.
 from train import config
-from train.settings import Data, check_bounds, sources, token_options
+from train.settings import Data, Scored, check_bounds, sources, token_options
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
 
 @dataclasses.dataclass
-class Settings(Data):
+class Settings(Scored, Data):
     """Check a model and preference pairs for training; writes a JSON report to stdout."""
 
+    trainer: Literal["dpo", "reward"] = "dpo"
+    """Which script is to train on it: launch/train_dpo.py; or launch/train_reward.py, which reads
+    margins and scores too, and texts to the end of what the template renders.
+    """
     output: str | None = None
     """A file for the report, besides stdout."""
     show: int | None = None
@@ -97,7 +103,11 @@ def examine(settings, report):
     end_id = chat.Chat(tokenizer).end_id
     data_sources, eval_sources = sources(settings)
     # The held-out data are of the same kind.
-    kind = tokens.kind_of(data_sources, columns=settings.columns)
+    is_reward = settings.trainer == "reward"
+    if is_reward:
+        kind = tokens.kind_of_scores(data_sources, columns=settings.columns, margin=settings.margin)
+    else:
+        kind = tokens.kind_of(data_sources, columns=settings.columns)
     parts = {}
     for name, named in {"data": data_sources, "eval_data": eval_sources}.items():
         if named:
@@ -106,6 +116,7 @@ def examine(settings, report):
                 tokenizer,
                 **token_options(settings),
                 kind=kind,
+                keep_tail=is_reward,
             )
             report[name] = describe(parts[name], named)
             for note in parts[name].notes():
@@ -145,7 +156,7 @@ def print_rows(tokenizer, end_id, data, named, settings):
     """
     from train.data import show, sources
 
-    names = ("chosen", "rejected") if data.labels is None else ("completion",)
+    names = answers_of(data)
     cut = data.truncated.any(axis=1)
     usable = {data.place(i): i for i in range(len(data))}
     dropped = {(each.source, each.row): each for each in data.dropped}
@@ -165,11 +176,11 @@ def print_rows(tokenizer, end_id, data, named, settings):
 def describe(data, named) -> dict:
     """What the report says of one data set, a `Tokenised`, and the sources as the user named them."""
     count, dropped = len(data), len(data.dropped)
-    names = ("prompt", "chosen", "rejected") if data.labels is None else ("prompt", "completion")
+    names = ("prompt", *answers_of(data))
     prompts = len(set(data.prompts.tolist()))
     cut = dict(zip(names, data.truncated.sum(0).tolist(), strict=True))
     sizes = {name: quantiles(column) for name, column in zip(names, data.lengths.T, strict=True)}
-    return {
+    found = {
         "sources": named,
         "rows": count + dropped,
         "usable": count,
@@ -185,6 +196,14 @@ def describe(data, named) -> dict:
         "notes": data.notes(),
         "fingerprint": data.fingerprint,
     }
+    if data.targets is not None:
+        found["targets"] = quantiles(data.targets, float)
+    return found
+
+
+def answers_of(data) -> tuple[str, ...]:
+    """What a row calls its answers."""
+    return ("chosen", "rejected") if data.lengths.shape[1] == 3 else ("completion",)
 
 
 def fingerprint(data, i) -> bytes:
@@ -195,15 +214,18 @@ def fingerprint(data, i) -> bytes:
     ).digest()
 
 
-def quantiles(lengths) -> dict | None:
-    """Tokens at each share of the pairs; lengths that occur, none in between."""
+def quantiles(found, kind=int) -> dict | None:
+    """What stands at each share of the pairs, tokens say; values that occur, none in between. None
+    without any.
+    """
     import numpy as np  # not at the top: see there
 
-    if not len(lengths):
+    if not len(found):
         return None
-    values = np.quantile(lengths, QUANTILES, method="inverted_cdf")
-    tokens_at = {f"{share:g}": int(value) for share, value in zip(QUANTILES, values, strict=True)}
-    return tokens_at | {"mean": round(float(lengths.mean()), 1)}
+    values = np.quantile(found, QUANTILES, method="inverted_cdf")
+    value_at = {f"{share:g}": kind(value) for share, value in zip(QUANTILES, values, strict=True)}
+    mean = float(found.mean())
+    return value_at | {"mean": round(mean, 1) if kind is int else mean}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = [[str(ROOT / f"train/data/builtin/{name}.jsonl")] for name in ("train", "held_out")]
 SCRIPTS = {
     name: runpy.run_path(str(ROOT / name))["Settings"]
-    for name in ("launch/validate.py", "launch/train_dpo.py", "eval/evaluate.py")
+    for name in (
+        "launch/validate.py",
+        "launch/train_dpo.py",
+        "launch/train_reward.py",
+        "eval/evaluate.py",
+    )
 }
 
 
@@ -36,6 +41,7 @@ SCRIPTS = {
         ("launch/train_dpo.py", "save_minutes", 0, 0.5, -1, "is at least 0, not -1"),
         ("launch/train_dpo.py", "epochs", 1e-3, 3, 0, "is a finite number above 0, not 0"),
         ("launch/train_dpo.py", "lora_rank", 0, 8, -1, "is at least 0, not -1"),
+        ("launch/train_reward.py", "batch_size", 1, 64, 0, "is at least 1, not 0"),
         ("launch/train_dpo.py", "beta", 1e-3, 5, 0, "is a finite number above 0, not 0"),
         ("launch/train_dpo.py", "lr", 0, 1, float("nan"), "is at least 0, not nan"),
         (

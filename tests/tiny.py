@@ -94,6 +94,19 @@ def make_model(family="llama", dtype=torch.float32, seed=0, **overrides):
     return lm.to(dtype).eval()
 
 
+def make_score_model(family="llama", dtype=torch.float32, seed=0, **overrides):
+    """The same body with one number for a head, as transformers has it, in its own class."""
+    body = make_model(family, torch.float32, seed, **overrides)
+    body.config.num_labels = 1
+    lm = transformers.AutoModelForSequenceClassification.from_config(
+        body.config, dtype=torch.float32
+    )
+    lm.load_state_dict(body.state_dict(), strict=False)
+    torch.manual_seed(seed + 100)
+    torch.nn.init.normal_(lm.score.weight, std=0.3)
+    return lm.to(dtype).eval()
+
+
 def save_model(folder, family="llama", seed=0, **overrides):
     """Save a tiny model and the tokenizer in `folder` as a user's model directory; returns the
     folder's path.

@@ -203,8 +203,16 @@ class Training(Data):
     """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's
     weights_only holds.
     """
+    lora_rank: int = 0
+    """Rank of LoRA adapters, which are trained in place of the weights; 0: the weights are. Needs
+    peft.
+    """
+    lora_alpha: float = 16.0
+    """LoRA's scale: adapters count alpha / rank times."""
+    lora_targets: list[str] | None = None
+    """Layers that get adapters, by the end of their names. None: all linear ones but the head."""
     seed: int = flag(0, card=(10, "seed of the data's order"))
-    """Seed of the data's order, and of LoRA's adapters."""
+    """Seed of the data's order, of LoRA's adapters and of a score model's head."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -221,6 +229,7 @@ class Training(Data):
             "max_skipped": 0,
             "weight_decay": 0,
             "grad_clip": 0,
+            "lora_rank": 0,
         }
         check_bounds(self, at_least, shares=("warmup_ratio",), positive=("epochs",))
 
@@ -247,6 +256,34 @@ class Preference(Training):
     def __post_init__(self):
         super().__post_init__()
         check_bounds(self, {}, positive=("beta",))
+
+
+@dataclasses.dataclass
+class Scored:
+    """What a reward model reads of its data, besides."""
+
+    margin: Literal["column", "scores", "none"] = flag("column", card=(2, "margin"))
+    """Of a reward model's pairs: by how much chosen must be better. column: the column margin, where
+    a row has one; scores: the difference of score_chosen and score_rejected; none: not asked for.
+    """
+
+
+@dataclasses.dataclass
+class Reward(Scored, Training):
+    """What the training of a reward model minimises, besides."""
+
+    output: str = flag("runs/reward", may_change=True)
+    """Folder for the model, TensorBoard, logs and run.json."""
+    loss: str = flag("bradley_terry", card=(1, "loss"))
+    """The loss, a row of train/losses/reward.py's LOSSES: bradley_terry for pairs, logistic and
+    squared for answers that have labels or scores.
+    """
+    loss_args: dict = flag({}, card=(3, "parameters of the loss"))
+    """The loss's own parameters, say '{label_smoothing: 0.1, centering: 0.01}'."""
+    lr: float = flag(1e-5, card=(4, "learning rate (AdamW)"))
+    """Peak learning rate. 1e-5 is for all weights of a model of 135M parameters over fp32 masters:
+    twice DPO's, since a new head has to be learnt. 7B takes 3e-6 to 9e-6, LoRA about 1e-4.
+    """
 
 
 def check_bounds(settings, at_least: dict, shares=(), positive=()):

@@ -154,7 +154,7 @@ def test_plain_text(letters, tmp_path):
         == tokenised.fingerprint
     )
     with pytest.raises(
-        ValueError, match="kind 'pairs' of data; expected one of pair, labelled, text"
+        ValueError, match="kind 'pairs' of data; expected one of pair, labelled, margin, "
     ):
         prepare([path], letters, kind="pairs", **LENGTHS)
     with pytest.raises(ValueError, match="max_prompt_length must be None"):

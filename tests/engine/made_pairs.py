@@ -33,3 +33,11 @@ def made_pairs(count=11, seed=0):
         return tuple(int(i) for i in random.integers(3, 1000, random.integers(1, most + 1)))
 
     return MadePairs([Group(ids(30), (ids(40), ids(40)), row=i) for i in range(count)])
+
+
+def with_targets(pairs, singles=False):
+    """The same pairs with margins from -0.5 on, or their chosen answers alone with these as scores."""
+    groups = [group._replace(target=i / 4 - 0.5) for i, group in enumerate(pairs.groups)]
+    if singles:
+        groups = [group._replace(responses=group.responses[:1]) for group in groups]
+    return MadePairs(groups)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from tests.engine.made_pairs import BETA, BUDGETS, CLIP, made_pairs
+from tests.engine.made_pairs import BETA, BUDGETS, CLIP, made_pairs, with_targets
 
 WORKER = Path(__file__).parent / "gradient_worker.py"
 
@@ -51,12 +51,24 @@ def models(tmp_path_factory):
     return folder / "policy", oracle(*made)
 
 
-@pytest.mark.parametrize(
-    "world", [pytest.param(1), pytest.param(2), pytest.param(4, marks=pytest.mark.slow)]
-)
-def test_gradient_is_the_oracle_s(models, world, tmp_path):
-    path, expected = models
-    out = tmp_path / "gradients.pt"
+def score_oracle(name, model):
+    """The same of transformers' class for sequence classification: its logit at the last token."""
+    data, losses = with_targets(made_pairs(), singles=name == "squared"), []
+    for group in data.groups:
+        scores = []
+        for response in group.responses:
+            ids = torch.tensor([*group.prompt, *response])
+            scores.append(model(input_ids=ids[None], use_cache=False).logits[0, 0])
+        if name == "squared":
+            losses.append((scores[0] - group.target) ** 2)
+        else:
+            losses.append(torch.log1p(torch.exp(-(scores[0] - scores[1] - group.target))))
+    torch.stack(losses).mean().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def check(name, path, expected, world, out):
+    """Every stage and budget gives the expected gradient, clipped."""
     subprocess.run(
         [
             sys.executable,
@@ -69,6 +81,7 @@ def test_gradient_is_the_oracle_s(models, world, tmp_path):
             "--rdzv_endpoint",
             "127.0.0.1:0",
             str(WORKER),
+            name,
             str(path),
             str(out),
         ],
@@ -88,3 +101,29 @@ def test_gradient_is_the_oracle_s(models, world, tmp_path):
             gap = (gradient.double() - clipped).norm() / clipped.norm()
             assert gap < 1e-5, (world, stage, budget, name, float(gap))
         assert norms[f"{stage},{budget}"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "world", [pytest.param(1), pytest.param(2), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_gradient_is_the_oracle_s(models, world, tmp_path):
+    path, expected = models
+    check("dpo", path, expected, world, tmp_path / "gradients.pt")
+
+
+@pytest.mark.parametrize(
+    "name, world",
+    [
+        pytest.param("bradley_terry", 1, marks=pytest.mark.slow),
+        ("bradley_terry", 2),
+        pytest.param("bradley_terry", 4, marks=pytest.mark.slow),
+        pytest.param("squared", 1, marks=pytest.mark.slow),
+        ("squared", 2),
+    ],
+)
+def test_gradient_of_scores_is_the_oracle_s(name, world, tmp_path):
+    """With margins, and of single answers with targets."""
+    lm = tiny.make_score_model("llama", initializer_range=0.05, pad_token_id=None)
+    lm.save_pretrained(tmp_path / "score")
+    expected = score_oracle(name, lm.double())
+    check(name, tmp_path / "score", expected, world, tmp_path / "gradients.pt")

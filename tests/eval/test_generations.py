@@ -273,34 +273,35 @@ def _judged(judge, messages, text, ended):
     rendered = judge.tokenizer.apply_chat_template(
         [*messages, {"role": "assistant", "content": text}], tokenize=False
     )
-    ids = judge.tokenizer(rendered.removesuffix("\n"), add_special_tokens=False)["input_ids"]
-    ids = ids if ended else ids[:-1]
+    ids = judge.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    ids = ids if ended else ids[:-2]  # the end token and the newline
     with torch.no_grad():
         hidden = judge.model.model(torch.tensor([ids])).last_hidden_state  # (1, tokens, width)
         return float(hidden[0, -1] @ judge.model.score.weight[0])
 
 
-def test_reward_is_read_off_the_end_token(judge_dir):
+def test_reward_is_read_off_the_last_token(judge_dir):
     judge = RewardModel(judge_dir, CPU)
     texts, ended = ["Fine, thanks.", "Fine, th", "", "Long " * 30], [True, False, True, True]
     found = judge.score([ASK] * 4, texts, ended)
     for i in (0, 1, 3):
         assert found[i] == pytest.approx(_judged(judge, ASK, texts[i], ended[i]), abs=1e-5)
     assert np.isfinite(found[2]) and len(set(found.tolist())) == 4
-    assert judge.description == {"name": judge_dir.name, "reads": "<|im_end|>"}
+    newline = judge.tokenizer.tokenize("\n")[0]  # the template writes one behind <|im_end|>
+    assert judge.description == {"name": judge_dir.name, "reads": newline}
     assert judge.score([ASK], texts[3:], ended[3:])[0] == found[3]
     finished = judge.ids(ASK, "Fine", True)
-    assert finished[-1] == 2 and judge.ids(ASK, "Fine", False) == finished[:-1]
-    assert judge.ids(ASK, " ", True)[-1] == 2
-    # SmolLM's own case: the class passes over the end token, and the report says so
-    judge.model.config.pad_token_id = 2
-    assert judge.description["reads"] != "<|im_end|>"
+    assert finished[-2] == 2 and judge.ids(ASK, "Fine", False) == finished[:-2]
+    assert judge.ids(ASK, " ", True)[-2:] == finished[-2:]
+    # where texts end in the pad token the class passes over it, and the report says so
+    judge.model.config.pad_token_id = finished[-1]
+    assert judge.description["reads"] == "<|im_end|>"
 
 
 def test_a_conversation_too_long_for_the_reward_model_is_refused(judge_dir):
     judge = RewardModel(judge_dir, CPU)
     asked = [Prompt(0, (1,), ASK), Prompt(1, (1,), [{"role": "user", "content": "word " * 60}])]
-    longest = len(judge.ids(asked[1].messages, "", True)) - 1  # without the end token
+    longest = len(judge.ids(asked[1].messages, "", True)) - 1  # the end token is a new one
     judge.check(asked, 512 - longest)
     problem = f"a prompt of {longest} tokens and {513 - longest} new ones exceed the 512"
     with pytest.raises(ValueError, match=problem):

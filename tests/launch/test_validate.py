@@ -250,12 +250,63 @@ def test_settings_are_training_s():
     """Flags of the same name mean and default to the same."""
     settings = [
         runpy.run_path(str(ROOT / script))["Settings"]
-        for script in ("launch/validate.py", "launch/train_dpo.py")
+        for script in ("launch/validate.py", "launch/train_dpo.py", "launch/train_reward.py")
     ]
-    ours, theirs = (
+    ours, dpo, reward = (
         {f.name: (f.type, f.default) for f in dataclasses.fields(each)} for each in settings
     )
-    assert {name for name in ours if ours[name] != theirs.get(name)} == {"output", "show", "json"}
+    own = {"output", "show", "json", "trainer"}
+    assert {name for name in ours if ours[name] != reward.get(name)} == own
+    assert {name for name in ours if ours[name] != dpo.get(name)} == own | {"margin"}
+
+
+def test_data_for_a_reward_model(model_dir, tmp_path):
+    """Margins, from a column and from scores; single answers with scores; a bad margin by name. The
+    texts are those of launch/train_reward.py, the template's tail included.
+    """
+    scored = [
+        {**ROW, "prompt": f"Say {i}", "score_chosen": 5 + i, "score_rejected": 4, "margin": i}
+        for i in range(4)
+    ]
+    pairs = write(tmp_path / "pairs.jsonl", *scored)
+    single = write(
+        tmp_path / "single.jsonl",
+        {"prompt": "Hi", "completion": "Hey", "score": 0.25},
+        {"prompt": "Ho", "completion": "Hey", "score": -3},
+    )
+    bad = write(tmp_path / "bad.jsonl", *scored[:2], {**ROW, "margin": "much"})
+    nan = write(tmp_path / "nan.jsonl", {**ROW, "margin": float("nan")})
+    fixed = ["--model", model_dir, "--max_length", 512, "--trainer", "reward"]
+    column, scores, answers, *refusals, plain = several(
+        "launch/validate.py",
+        [
+            [*fixed, "--data", pairs],
+            [*fixed, "--data", pairs, "--margin", "scores"],
+            [*fixed, "--data", single],
+            [*fixed, "--data", bad],
+            [*fixed, "--data", nan],
+            [*fixed, "--data", write(tmp_path / "none.jsonl", ROW), "--margin", "scores"],
+            [*fixed[:-2], "--data", pairs],
+        ],
+        tmp_path / "cache",
+    )
+    for (code, out, err), least, most, mean in (
+        (column, 0, 3, 1.5),
+        (scores, 1, 4, 2.5),
+        (answers, -3, 0.25, -1.375),
+    ):
+        assert code == "0", err[-2000:]
+        found = json.loads(out)["data"]["targets"]
+        assert (found["0"], found["1"], found["mean"]) == (least, most, mean)
+    assert set(json.loads(answers[1])["data"]["truncated"]) == {"pairs", "prompt", "completion"}
+    lines = [the_line(err) for _, _, err in refusals]
+    assert [code for code, _, _ in refusals] == ["4"] * 3
+    assert "1 of 3 rows" in lines[0] and "margin is 'much', not a finite number" in lines[0]
+    assert "margin is nan, not a finite number" in lines[1]
+    assert "no column 'score_chosen'" in lines[2]
+    tokens = [json.loads(out)["data"]["tokens"]["chosen"]["1"] for _, out, _ in (column, plain)]
+    assert tokens[0] == tokens[1] + 1  # the newline behind <|im_end|>
+    assert "targets" not in json.loads(plain[1])["data"]
 
 
 def test_what_is_no_longer_refused(model_dir, tmp_path):

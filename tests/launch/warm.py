@@ -116,10 +116,12 @@ def serve(script):
     sys.path.insert(0, str(ROOT))
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
 
     # all that a launch script imports, which constants are set in before it runs
-    from train.methods import preference_report, setup  # noqa: F401
+    import sklearn.linear_model  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    from train.methods import preference_report, reward, reward_report, setup  # noqa: F401
     from train.run import loop, session  # noqa: F401
 
     for line in sys.stdin:

@@ -13,7 +13,7 @@ from wide import Wide
 
 from train.data.packing import Group, pack
 from train.models import attention
-from train.models.backbone import Backbone, disable_dropout, refuse_unsupported
+from train.models.backbone import Backbone, disable_dropout
 from train.models.flops import FlopCounter
 from train.models.pretrained import load_causal_lm
 
@@ -268,4 +268,4 @@ def test_head_is_needed():
     lm = tiny.make_model()
     lm.get_output_embeddings = lambda: None
     with pytest.raises(ValueError, match="no output head"):
-        refuse_unsupported(lm)
+        Backbone(lm)

@@ -168,8 +168,10 @@ class Chat:
 
     `end` is the text of the end-of-turn token, `end_id` its id, `header_length` the number of
     tokens of the assistant's header. `allow_template_changes`: keep an answer that the template
-    cuts or changes, as it is rendered. Raises ValueError: no template or no end token; a template
-    that cannot be used, and why.
+    cuts or changes, as it is rendered. `keep_tail`: an answer reaches to the end of what is
+    rendered, so that the ids of prompt and answer are those of the finished conversation as
+    everybody feeds it to a model that judges it. Raises ValueError: no template or no end token; a
+    template that cannot be used, and why.
     """
 
     def __init__(
@@ -177,8 +179,10 @@ class Chat:
         tokenizer: PreTrainedTokenizerBase,
         allow_control_tokens: bool = False,
         allow_template_changes: bool = False,
+        keep_tail: bool = False,
     ):
         self.tokenizer = tokenizer
+        self.keep_tail = False  # until the template is known
         self.allow_template_changes = allow_template_changes
         self.control = ControlTokens(tokenizer, allow_control_tokens)
         name = tokenizer.name_or_path or "this model"
@@ -194,6 +198,7 @@ class Chat:
                 f"the tokenizer of {name} has no eos_token: set 'eos_token' in its tokenizer_config.json"
             )
         self._probe(name)
+        self.keep_tail = keep_tail
 
     def _probe(self, name: str) -> None:
         """Find what the template puts around an answer. The end token is the first control token
@@ -353,9 +358,12 @@ class Chat:
                             "keeps it, --allow_template_changes to train what it renders)"
                         )
                     remarks.append("the chat template leaves out or changes part of an answer")
-                texts.append(prompt + said + kept_tail)
+                texts.append(whole if self.keep_tail else prompt + said + kept_tail)
             remarks += self._left_out(messages, prompt)
             remarks += self._unused(request, rendered)
+            if self.keep_tail and not all(whole.startswith(prompt) for whole in wholes):
+                # as it is rendered once it is answered; `_said` has found that it can be
+                prompt, _ = self._around_answer(request.messages, request.template_args)
             return Rendered(request, prompt, tuple(texts), tuple(dict.fromkeys(remarks)))
         except RowError as error:
             return error
@@ -475,9 +483,14 @@ class Chat:
 
     def split(self, rendered: Rendered, ids: Sequence[list[int]]) -> tuple[list, list[list]]:
         """(prompt (P,), responses (R_i,) each) from the ids of `rendered.all_texts`, each response
-        to and including its end token. Raises RowError.
+        to and including its end token, or with `keep_tail` to the end of the text. Raises RowError.
         """
         prompt, *wholes = ids
+        if self.keep_tail:
+            # Nobody writes these answers: where a token runs across the border, it is the answer's.
+            prompt = os.path.commonprefix([prompt, *wholes])
+            if any(whole == prompt for whole in wholes):
+                raise RowError("no tokens: the tokenizer makes nothing of a response")
         count = len(prompt)
         responses = [
             whole[count:] if whole[:count] == prompt else self._across(rendered, i, prompt, whole)
@@ -516,6 +529,13 @@ class Chat:
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
         return self._ids(Request(messages, (answer,), template_args or {}))[1][0]
+
+    def whole_ids(self, messages: list, answer: str | dict) -> list[int]:
+        """Token ids of a prompt and its answer. Raises RowError."""
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
+        prompt, [response] = self._ids(Request(messages, (answer,), {}))
+        return prompt + response
 
     def _ids(self, request: Request) -> tuple[list, list[list]]:
         [rendered] = self.render([request])

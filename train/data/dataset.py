@@ -25,6 +25,7 @@ class Tokenised:
     dropped: list  # of Dropped, of all sources, also in a view
     fingerprint: str  # sha256 of what went in, as hex; a view's covers the selection
     labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
+    targets: np.ndarray | None = None  # (N,) float64, what a score model is to learn
     starts: tuple = ()  # (source, number of its first row over all sources), in order
     remarks: tuple = ()  # (how rows were read or rendered, number of rows), worth saying once
     suspicions: tuple[Suspicion, ...] = ()  # rows that nobody can have meant, by sort
@@ -43,7 +44,8 @@ class Tokenised:
             responses.append(ids[offset : offset + length])
             offset += length
         label = None if self.labels is None else bool(self.labels[i])
-        return Group(ids[:prompt], tuple(responses), int(self.rows[i]), label)
+        target = None if self.targets is None else float(self.targets[i])
+        return Group(ids[:prompt], tuple(responses), int(self.rows[i]), label, target)
 
     def place(self, i: int) -> tuple[str, int]:
         """(source as the user named it, number of the row within it) of group i."""
@@ -72,7 +74,7 @@ class Tokenised:
         """A view of the groups `indices`, in that order. Raises IndexError."""
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
-        per_group = ("offsets", "lengths", "truncated", "rows", "prompts", "labels")
+        per_group = ("offsets", "lengths", "truncated", "rows", "prompts", "labels", "targets")
         columns = {name: getattr(self, name) for name in per_group}
         selected = {name: column[index] for name, column in columns.items() if column is not None}
         return dataclasses.replace(self, fingerprint=digest, **selected)

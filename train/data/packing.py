@@ -35,6 +35,8 @@ class Group(NamedTuple):
     row: int = -1
     # Of a single response that was judged on its own: whether it is desirable.
     label: bool | None = None
+    # What a score model is to learn: by how much chosen is better, or a single answer's score.
+    target: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -60,6 +62,7 @@ class PackedBatch(NamedTuple):
     target: torch.Tensor  # (T,) int64 token ids
     lengths: torch.Tensor  # (N,) int64, scored tokens of each response
     labels: torch.Tensor | None  # (G,) bool where responses were judged one by one
+    targets: torch.Tensor | None  # (G,) float64 where the data has numbers to learn
     # N names of what was scored: a hash of the prompt's and the response's ids.
     digests: tuple[bytes, ...]
     group_rows: tuple[int, ...]  # G numbers of data rows
@@ -143,6 +146,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
         target=_int64(target),
         lengths=_int64(lengths),
         labels=_labels(groups),
+        targets=_targets(groups),
         digests=tuple(digests),
         group_rows=() if is_empty else tuple(group.row for group in groups),
         shape=tuple((len(group.prompt), *map(len, group.responses)) for group in groups),
@@ -158,6 +162,13 @@ def _labels(groups: Sequence[Group]) -> torch.Tensor | None:
     if groups[0].label is None:
         return None
     return torch.tensor([group.label for group in groups], dtype=torch.bool)
+
+
+def _targets(groups: Sequence[Group]) -> torch.Tensor | None:
+    """(G,) float64 of the groups' targets; None where they have none."""
+    if groups[0].target is None:
+        return None
+    return torch.tensor([group.target for group in groups], dtype=torch.float64)
 
 
 def digest(prompt: Sequence[int], response: Sequence[int]) -> bytes:

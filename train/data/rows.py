@@ -8,6 +8,7 @@ A message keeps every key it has (tool_calls, reasoning_content, name, ...), for
 to use; a content that is a list of text parts is joined, a content that is null is empty.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +83,35 @@ class Labelled(NamedTuple):
         return (self.completion,)
 
 
+class Compared(NamedTuple):
+    """A pair, and by how much chosen is better."""
+
+    messages: list[dict]
+    chosen: dict
+    rejected: dict
+    template_args: dict
+    remarks: Sequence[str]
+    target: float
+
+    @property
+    def answers(self) -> tuple[dict, ...]:
+        return self.chosen, self.rejected
+
+
+class Rated(NamedTuple):
+    """A prompt and an answer that has a score."""
+
+    messages: list[dict]
+    completion: dict
+    template_args: dict
+    remarks: Sequence[str]
+    target: float
+
+    @property
+    def answers(self) -> tuple[dict, ...]:
+        return (self.completion,)
+
+
 def columns_missing(source: str, column: str, found: list, columns: Sequence[str]) -> DataError:
     """The error for a source without `column`: what it has instead, and what to do about it."""
     missing = [name for name in columns if name not in found]
@@ -126,6 +156,40 @@ def check_pair(row: Any) -> Pair:
     return Pair(messages, chosen, rejected, _template_args(row), remarks)
 
 
+def check_margin(row: Any) -> Compared:
+    """A pair whose target is its column `margin`; 0 where that is not there or null. Raises RowError."""
+    pair = check_pair(row)
+    margin = row.get("margin")
+    return Compared(*pair, 0.0 if margin is None else _number(margin, "margin"))
+
+
+def check_score_margin(row: Any) -> Compared:
+    """A pair whose target is score_chosen - score_rejected. Raises RowError."""
+    pair = check_pair(row)
+    for columns in shapes.SCORE_PAIRS:
+        if all(row.get(column) is not None for column in columns):
+            chosen, rejected = (_number(row[column], column) for column in columns)
+            return Compared(*pair, _number(chosen - rejected, " - ".join(columns)))
+    raise MissingColumn(shapes.SCORE_PAIRS[0][0])
+
+
+def check_scored(row: Any) -> Rated:
+    """An answer that was judged on its own, as check_labelled reads it, with a number for a target:
+    the column `score`, or else `label` (true and false are 1 and 0). Raises RowError.
+    """
+    _check_object(row)
+    column = "label" if row.get("score") is None else "score"
+    if row.get(column) is None:
+        raise MissingColumn("label")
+    label = row[column].strip().lower() if isinstance(row[column], str) else row[column]
+    if isinstance(label, (bool, str)) and label in LABELS:
+        label = float(LABELS[label])
+    target = _number(label, column)
+    row, remarks = shapes.canonical({name: row[name] for name in row if name != column})
+    messages, completion = _judged(row)
+    return Rated(messages, completion, _template_args(row), remarks, target)
+
+
 def check_labelled(row: Any) -> Labelled:
     """The judged answer of one row.
 
@@ -140,6 +204,14 @@ def check_labelled(row: Any) -> Labelled:
     label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
     if not isinstance(label, (bool, int, float, str)) or label not in LABELS:
         raise RowError(f"label is {_type(label)} other than true and false")
+    messages, completion = _judged(row)
+    return Labelled(messages, completion, LABELS[label], _template_args(row), remarks)
+
+
+def _judged(row: dict) -> tuple[list[dict], dict]:
+    """The prompt and the answer of a row that has one answer. Raises RowError."""
+    if "completion" not in row:
+        raise MissingColumn("completion")
     conversation, completion = _response(row["completion"], "completion")
     prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
     if prompt is None and conversation is None:
@@ -149,7 +221,7 @@ def check_labelled(row: Any) -> Labelled:
             raise RowError("prompt differs from the conversation in completion")
     messages = _with_system(conversation or prompt, row)
     _check_turns(messages)
-    return Labelled(messages, completion, LABELS[label], _template_args(row), remarks)
+    return messages, completion
 
 
 def check_text(row: Any) -> str:
@@ -200,6 +272,18 @@ def _string(value: Any, name: str) -> str:
             f"{name} is not valid Unicode: {value[error.start]!r} at character {error.start}"
         ) from None
     return value
+
+
+def _number(value: Any, name: str) -> float:
+    """A finite number, a CSV's text included."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = repr(value)[:40] if isinstance(value, (str, int, float)) else _type(value)
+        raise RowError(f"{name} is {shown}, not a finite number")
+    return number
 
 
 def _content(value: Any, name: str, is_optional: bool) -> str:

@@ -33,7 +33,8 @@ def record(tokenizer: PreTrainedTokenizerBase, data: Tokenised, i: int, end_id: 
     cut             for each of the three whether it was cut
     dropped         null
 
-    An answer with a label has completion in place of chosen and rejected, and its label.
+    An answer with a label has completion in place of chosen and rejected, and its label. What a
+    reward model is to learn, a margin or a score, is in target.
     """
     group = data.group(i)
     names = NAMES[len(group.responses)]
@@ -42,6 +43,8 @@ def record(tokenizer: PreTrainedTokenizerBase, data: Tokenised, i: int, end_id: 
     found = {"source": source, "row": row, "dropped": None}
     if group.label is not None:
         found["label"] = group.label
+    if group.target is not None:
+        found["target"] = group.target
     found |= {name: _decode(tokenizer, ids) for name, ids in parts.items()}
     found |= {f"{name}_ids": list(ids) for name, ids in parts.items()}
     found["tokens"] = {
@@ -54,7 +57,7 @@ def record(tokenizer: PreTrainedTokenizerBase, data: Tokenised, i: int, end_id: 
         for name in names
     }
     found["end"] = {
-        name: len(parts[name]) - 1 if parts[name][-1] == end_id and not cut else None
+        name: _last_place(parts[name], end_id) if not cut else None
         for name, cut in zip(names, data.truncated[i, 1:].tolist(), strict=True)
     }
     found["cut"] = dict(zip(parts, data.truncated[i].tolist(), strict=True))
@@ -93,7 +96,8 @@ def as_text(found: dict, colour: bool = False) -> str:
         reason = paint(f"dropped: {_printable(found['dropped'])}", COLOURS["rejected"])
         return f"{head}  {reason}\n  {shown}\n"
     cut = [name for name, is_cut in found["cut"].items() if is_cut]
-    lines = [head + (f"  label {found['label']}" if "label" in found else "")]
+    judged = [f"  {name} {found[name]}" for name in ("label", "target") if name in found]
+    lines = [head + "".join(judged)]
     if cut:
         lines[0] += "  " + paint(f"cut: {', '.join(cut)}", COLOURS["rejected"])
     last = [_printable(token) for token in found["tokens"]["prompt"][-3:]]
@@ -112,7 +116,11 @@ def as_text(found: dict, colour: bool = False) -> str:
         if end is not None:
             spelt[end] = paint(spelt[end], COLOURS["end"])
         lines.append(f"    tokens  {'|'.join(['...', *last])}{BORDER}{'|'.join(spelt)}")
-        place = "none, the response is cut" if end is None else f"the last, {ids[end]}"
+        if end is None:
+            place = "none, the response is cut"
+        else:
+            which = "the last" if end == len(ids) - 1 else f"number {end + 1}"
+            place = f"{which}, {ids[end]}"
         count = "all" if all(scored) else f"{sum(scored)}"
         lines.append(f"    scored  {count} of {len(ids)}; end token: {place}")
     return "\n".join(lines) + "\n"
@@ -126,6 +134,11 @@ def as_markdown(
     # Indented by four, a block is code whatever is in it; a fence could be closed from within.
     blocks = ["\n".join("    " + line for line in text.splitlines()) for text in texts]
     return "\n\n---\n\n".join(blocks)
+
+
+def _last_place(ids, end_id: int) -> int | None:
+    """Where the last end token stands; a template's tail may follow it. None where there is none."""
+    return max((place for place, token in enumerate(ids) if token == end_id), default=None)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids) -> str:

@@ -37,7 +37,10 @@ from train.data.rows import (
     TEXT_COLUMNS,
     Dropped,
     check_labelled,
+    check_margin,
     check_pair,
+    check_score_margin,
+    check_scored,
     check_text,
     columns_missing,
     turns_of,
@@ -66,12 +69,16 @@ class Kind(NamedTuple):
     columns: tuple  # those named to a user who has none of them
     k: int  # responses a group
     is_conversation: bool  # a prompt and answers; else plain text
-    is_labelled: bool = False  # each answer is judged on its own
+    is_labelled: bool = False  # each answer has a label of its own
+    has_target: bool = False  # a number for a score model to learn
 
 
 KINDS = {
     "pair": Kind(check_pair, PAIR_COLUMNS, 2, True),
     "labelled": Kind(check_labelled, LABELLED_COLUMNS, 1, True, True),
+    "margin": Kind(check_margin, PAIR_COLUMNS, 2, True, has_target=True),
+    "score_margin": Kind(check_score_margin, PAIR_COLUMNS, 2, True, has_target=True),
+    "scored": Kind(check_scored, LABELLED_COLUMNS, 1, True, has_target=True),
     "text": Kind(check_text, TEXT_COLUMNS, 1, False),
 }
 
@@ -107,19 +114,21 @@ def collect(
     cache_dir: str | os.PathLike | None = None,
     split: str = "train",
     kind: str = "pair",
+    keep_tail: bool = False,
 ) -> Tokenised:
     """Read, check and tokenise `sources`, or find them done in the cache, however many rows are
     dropped.
 
     `columns`: names of columns as --columns has them (shapes.py). `cache_dir` stands for
     $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens. Several processes may
-    do this at once. Raises DataError for the data, ValueError for the tokenizer, the lengths or the
-    kind, OSError for the cache folder.
+    do this at once. `keep_tail`: answers reach to the end of what the template renders (chat.py).
+    Raises DataError for the data, ValueError for the tokenizer, the lengths or the kind, OSError
+    for the cache folder.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} of data; expected one of {', '.join(KINDS)}")
     if KINDS[kind].is_conversation:
-        chat = Chat(tokenizer, allow_control_tokens, allow_template_changes)
+        chat = Chat(tokenizer, allow_control_tokens, allow_template_changes, keep_tail)
         encoder = ConversationEncoder(chat, max_length, max_prompt_length, truncate_prompt)
     else:
         if max_prompt_length is not None:
@@ -127,6 +136,7 @@ def collect(
         encoder = TextEncoder(tokenizer, max_length, allow_control_tokens)
     rows, refused = check_rows(sources, KINDS[kind].check, KINDS[kind].columns, split, columns)
     settings = [
+        *(("tail",) if keep_tail else ()),
         *(FORMAT, kind, max_length, max_prompt_length, truncate_prompt),
         *(allow_control_tokens, allow_template_changes, _identity(tokenizer)),
     ]
@@ -174,6 +184,24 @@ def kind_of(
     names = row if isinstance(row, dict) else {}
     is_labelled = "completion" in names and "label" in names and "chosen" not in names
     return "labelled" if is_labelled else "pair"
+
+
+def kind_of_scores(
+    sources: Sequence[str],
+    split: str = "train",
+    columns: Sequence[str] | None = None,
+    margin: str = "column",
+) -> str:
+    """What a score model reads of the data, by its first row: "scored" where that has an answer with
+    a label or a score, and no pair; else "margin", "score_margin" or "pair" as `margin` has it,
+    "column", "scores" or "none". Raises DataError.
+    """
+    _, _, row = next(read_rows(sources, split))
+    row = shapes.rename(row, shapes.parse_columns(columns))
+    names = row if isinstance(row, dict) else {}
+    if "completion" in names and {"label", "score"} & {*names} and "chosen" not in names:
+        return "scored"
+    return {"column": "margin", "scores": "score_margin", "none": "pair"}[margin]
 
 
 def refuse_too_many(tokenised: Tokenised, max_dropped: float, max_implausible: float = 0.5) -> None:
@@ -279,7 +307,7 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, dict
     transformers: the time of 25,000 pairs.
     """
     flat, lengths, truncated = [], [], []
-    numbers, prompts, labels, dropped = [], [], [], []
+    numbers, prompts, labels, targets, dropped = [], [], [], [], []
     remarks = Counter()
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
@@ -303,6 +331,8 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, dict
             numbers.append(row.number)
             if kind.is_labelled:
                 labels.append(row.item.label)
+            if kind.has_target:
+                targets.append(row.item.target)
             prompts.append(_prompt_hash(row.item))
     sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)  # (N, 1 + k) tokens
     totals = sizes.sum(axis=1, dtype=np.int64)  # (N,) tokens
@@ -316,6 +346,8 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, dict
     }
     if kind.is_labelled:
         arrays["labels"] = np.array(labels, dtype=bool)
+    if kind.has_target:
+        arrays["targets"] = np.array(targets, dtype=np.float64)
     return arrays, {"dropped": dropped, "remarks": dict(remarks)}
 
 

@@ -6,7 +6,7 @@ from train.data.packing import pack
 from train.engine import memory
 from train.models.backbone import plain_forward
 
-# nats, mean a token: packed against one sequence at a time
+# packed against one sequence at a time, in the module's own measure of distance
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 
 
@@ -22,21 +22,24 @@ class CheckFailed(ValueError):
 def check_start(policy, reference, data, device, precision: str, same_weights: bool) -> list:
     """Check the first groups of `data`; returns them as packed batches. Every rank calls this.
 
+    policy: a TrainedModel, or what is called like one; reference: None where there is none.
+
     CheckFailed unless packed and shared prompts equal one padded sequence a response through
     transformers' own attention, and, where the reference has the policy's weights, the two agree bit
     for bit: margins start at 0.
     """
     batch = pack([data.group(i) for i in range(min(2, len(data)))]).to(device)
-    packed = policy(batch)  # (T,) nats
+    packed = policy(batch)  # (T,) nats, or (N,) scores
+    module = policy.module
     if not torch.isfinite(packed).all():
-        raise CheckFailed("start check: the model's log-probabilities are not finite")
-    with plain_forward(policy.module):
-        alone = policy(batch)  # (T,) nats
-    difference = float((packed - alone).abs().mean())
+        raise CheckFailed(f"start check: the model's {module.gives} are not finite")
+    with plain_forward(module):
+        alone = policy(batch)  # (T,) nats, or (N,) scores
+    difference = module.distance(packed, alone)
     if not difference <= TOLERANCE[precision]:
         raise CheckFailed(
-            f"start check: packed rows differ from one sequence at a time by {difference:.2g} nats a "
-            f"token (at most {TOLERANCE[precision]:g}): this model needs --layout padded"
+            f"start check: packed rows differ from one sequence at a time by {difference:.2g} "
+            f"{module.unit} (at most {TOLERANCE[precision]:g}): this model needs --layout padded"
         )
     if same_weights:
         _compare_with_reference(packed, reference, batch, precision)

@@ -10,7 +10,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train.engine.ds_config import autocast_dtype, weight_dtype, zero_stage
-from train.models import pretrained
+from train.models import heads, pretrained
 from train.models.backbone import Backbone
 
 
@@ -52,11 +52,53 @@ def load_backbone(
         lm = pretrained.load_causal_lm(
             path, weight_dtype(policy_stage, precision), trust_remote_code, allow_pickle
         )
+    _settle(lm, config, device, change)
+    return Backbone(lm, layout, autocast=autocast_dtype(policy_stage, precision))
+
+
+def load_score_model(
+    path,
+    config: dict,
+    precision: str,
+    policy_stage: int,
+    device: torch.device,
+    *,
+    layout: str = "packed",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    change: Callable | None = None,
+    seed: int = 0,
+) -> heads.ScoreModel:
+    """A ScoreModel as `load_backbone` makes a Backbone. seed: draws the head of a model that has
+    none, a causal language model. Every rank calls this.
+    """
+    with sharded_load(config):
+        lm, has_head = pretrained.load_score_model(
+            path,
+            weight_dtype(policy_stage, precision),
+            trust_remote_code,
+            allow_pickle,
+            needs_head=False,
+        )
+    if not has_head:
+        weight = getattr(lm, heads.HEAD).weight
+        sharded = hasattr(weight, "ds_id")
+        with (
+            deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+            if sharded
+            else contextlib.nullcontext()
+        ):
+            heads.draw_head(weight, seed)
+    _settle(lm, config, device, change)
+    return heads.ScoreModel(lm, layout, autocast_dtype(policy_stage, precision))
+
+
+def _settle(lm, config: dict, device: torch.device, change: Callable | None):
+    """Let `change` change `lm`, and put it where it computes."""
     if change:
         change(lm)
     if zero_stage(config) < 3:
         lm.to(device)
-    return Backbone(lm, layout, autocast=autocast_dtype(policy_stage, precision))
 
 
 def frozen_forward(module, config: dict) -> Callable:

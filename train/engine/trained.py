@@ -78,9 +78,11 @@ class TrainedModel:
         """The module inside the engine."""
         return self.engine.module
 
-    def __call__(self, batch, log_p2=False):
-        """What the module's forward gives. Every rank calls this for each of its batches."""
-        return self.engine(batch, log_p2)
+    def __call__(self, batch, **options):
+        """What the module's forward gives, under the same options. Every rank calls this for each
+        of its batches.
+        """
+        return self.engine(batch, **options)
 
     def backward(self, loss: torch.Tensor):
         """Add the gradient of `loss`, this batch's part of the step's loss.
@@ -183,6 +185,7 @@ class TrainedModel:
     def save_outline(self, folder: Path):
         """Write what makes a model directory of the tensors: configurations and the tokenizer."""
         lm = self.module.lm
+        lm.config.architectures = [type(lm).__name__]  # by which an export knows what to make
         lm.config.save_pretrained(folder)
         if lm.can_generate() and lm.generation_config is not None:
             lm.generation_config.save_pretrained(folder)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from train.losses.preference import Labelled, Pairs
+from train.losses.reward import ScoredAnswers, ScoredPairs
 
 
 class Metric(NamedTuple):
@@ -47,6 +48,17 @@ METRICS: tuple[Metric, ...] = (
     # Likelihood displacement (Razin et al. 2024, arXiv 2410.08847). Only a run with a reference has
     # it, and it stands among the measures of health.
     Metric("chosen_fell", "chosen became less likely", logged=False),
+)
+# Of reward models, in the order of the closing table: of pairs, then of answers judged one by one.
+REWARD_METRICS: tuple[Metric, ...] = (
+    Metric("loss", "loss", in_table=True),
+    Metric("rewards/accuracies", "reward accuracy", in_table=True),
+    Metric("rewards/margins", "reward margin", in_table=True),
+    Metric("rewards/chosen", "score of chosen", in_table=True),
+    Metric("rewards/rejected", "score of rejected", in_table=True),
+    Metric("rewards/correlation", "correlation with target", in_table=True),
+    Metric("rewards/mean", "mean score"),
+    Metric("rewards/std", "deviation of scores"),
 )
 LABELS: dict[str, str] = {metric.name: metric.label for metric in METRICS}
 
@@ -162,3 +174,100 @@ def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, floa
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return (middle - half) / scale, (middle + half) / scale
+
+
+# The sums that `score_means` makes REWARD_METRICS of, after the number of examples; of pairs the
+# first six, of judged answers all but those of chosen and rejected.
+SCORE_SUMS = (
+    "loss",
+    "wins",
+    "chosen",
+    "rejected",
+    "scores",
+    "squares",
+    "targets",
+    "target_squares",
+    "products",
+    "labelled",
+)
+
+
+def score_sums(examples: ScoredPairs | ScoredAnswers, losses: torch.Tensor) -> torch.Tensor:
+    """The number of examples and the sums of SCORE_SUMS over them, (1 + len(SCORE_SUMS),) fp64.
+
+    A pair is right where chosen has the higher score, a judged answer, where targets are the labels
+    0 and 1, where its score's sign is its label's. A tie counts one half.
+    """
+    with torch.no_grad():
+        of_examples = _answer_columns if isinstance(examples, ScoredAnswers) else _score_columns
+        columns = of_examples(*(x.double() for x in examples)) | {"loss": losses.double()}
+        ones = torch.ones_like(columns["loss"])
+        in_order = [ones, *(columns.get(name, 0 * ones) for name in SCORE_SUMS)]
+        return torch.stack(in_order).sum(1)
+
+
+def _score_columns(chosen, rejected, margin):
+    """SCORE_SUMS of each pair by name, (B,) each, without the loss."""
+    return {
+        "wins": wins(chosen - rejected),
+        "chosen": chosen,
+        "rejected": rejected,
+        "scores": chosen + rejected,
+        "squares": chosen**2 + rejected**2,
+    }
+
+
+def _answer_columns(scores, targets):
+    """The same of answers that are judged one by one."""
+    labelled = (targets == 0) | (targets == 1)
+    return {
+        "wins": wins(torch.where(targets == 1, scores, -scores)) * labelled,
+        "scores": scores,
+        "squares": scores**2,
+        "targets": targets,
+        "target_squares": targets**2,
+        "products": scores * targets,
+        "labelled": labelled.double(),
+    }
+
+
+def score_means(sums: torch.Tensor, of_pairs: bool) -> dict[str, float]:
+    """REWARD_METRICS by name, from summed `score_sums`: those that pairs have, or those that judged
+    answers have. NaN without an example. The accuracy of answers is there where all have labels.
+
+    The correlation is Pearson's between scores and targets, NaN where either are all the same.
+    """
+    count, *values = sums.tolist()
+    total = dict(zip(SCORE_SUMS, values, strict=True))
+    num_scores = 2 * count if of_pairs else count
+    mean = _ratio(total["scores"], num_scores)
+    variance = _variance(total["squares"], mean, num_scores)
+    found = {
+        "loss": _ratio(total["loss"], count),
+        "rewards/mean": mean,
+        "rewards/std": math.sqrt(variance) if count else math.nan,
+    }
+    if of_pairs:
+        chosen, rejected = _ratio(total["chosen"], count), _ratio(total["rejected"], count)
+        return found | {
+            "rewards/accuracies": _ratio(total["wins"], count),
+            "rewards/margins": chosen - rejected,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+        }
+    target = _ratio(total["targets"], count)
+    target_variance = _variance(total["target_squares"], target, count)
+    covariance = _ratio(total["products"], count) - mean * target
+    found["rewards/correlation"] = _ratio(covariance, math.sqrt(variance * target_variance))
+    if total["labelled"] == count:
+        found["rewards/accuracies"] = _ratio(total["wins"], count)
+    return found
+
+
+def _variance(squares: float, mean: float, count: float) -> float:
+    """The variance of `count` numbers from the sum of their squares; 0 where it is no more than what
+    the difference of two sums in fp64 leaves of equal numbers.
+    """
+    mean_square = _ratio(squares, count)
+    variance = mean_square - mean**2
+    return 0.0 if variance < 1e-12 * mean_square else variance

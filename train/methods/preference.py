@@ -136,7 +136,7 @@ class Objective:
 
         def score_examples(batch):
             ref_logps = reference(batch)  # (T,) nats
-            logps = self.policy(batch, self.loss.shared.use_weighting)
+            logps = self.policy(batch, log_p2=self.loss.shared.use_weighting)
             scored = score_batch(logps, ref_logps, batch, self.loss)
             counts = sweep.responses_per_group(batch)
             if not counts:

@@ -1,261 +1,64 @@
-"""What preference training tells its user: bar, TensorBoard, run.json, the closing table."""
+"""What preference training measures, for its report (run/report.py)."""
 
 import math
+from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from train.engine import dist
 from train.losses import metrics
 from train.losses.preference import Labelled
 from train.methods.preference import HeldOut
-from train.models.flops import FlopCounter
-from train.run import card
-from train.run.meter import Meter, peak_flops
-from train.run.tensorboard import Board
-
-LOGGED = tuple(metric.name for metric in metrics.METRICS if metric.logged)
-IN_TABLE = tuple(metric for metric in metrics.METRICS if metric.in_table)
+from train.run.report import Measures, Report
 
 
-class Report:
-    """The numbers of one run, collected and shown. A part of its checkpoints (run/checkpoint.py)."""
+def open_report(run, settings, objective, held_out) -> Report:
+    """The report of a run of preference training.
 
-    def __init__(self, run, settings, objective, held_out):
-        """objective: a methods.preference.Objective. held_out: a Tokenised, or None."""
-        self.run, self.settings, self.objective = run, settings, objective
-        self.policy, self.reference = objective.policy, objective.reference
-        self.held_out = HeldOut(objective, held_out) if held_out else None
-        self.flops = FlopCounter(self.policy.module)
-        dtype = torch.bfloat16 if run.plan.precision == "bf16" else torch.float32
-        peak = peak_flops(run.device, dtype)
-        self.meter = Meter(1 + len(metrics.PAIR_SUMS), run.device, peak)
-        self.board = None  # from `start` on
-        self.evaluated = {}  # step -> what the held-out data said after it
-        self.evaluated_at = -1  # the last step after which `evaluate` ran
-        self.last = {}  # the last reading of training's measures
-        self.moved = None  # share of bf16 weights that differ from the start's
-        self._histogram_names = ()
-        self._events = None  # where TensorBoard's files of an interrupted run are to be cut
+    objective: a methods.preference.Objective. held_out: a Tokenised, or None.
+    """
+    policy, reference, beta = objective.policy, objective.reference, settings.beta
+    measures = Measures(
+        metrics=metrics.METRICS,
+        columns=1 + len(metrics.PAIR_SUMS),
+        sums=partial(metrics.preference_sums, beta=beta),
+        means=partial(means, has_reference=settings.reference != "none"),
+        distributions=partial(distributions, beta=beta),
+        intervals=partial(intervals, beta=beta),
+        bar={
+            "loss": ("loss", ".4f"),
+            "margin": ("rewards/margins", ".3f"),
+            "acc": ("rewards/accuracies", ".2f"),
+        },
+        closing=closing,
+    )
 
-    def start(self):
-        """Open TensorBoard and the bar: the run's folder is its own, and where it begins is known."""
-        plan = self.run.plan
-        with self.meter.pause():  # TensorBoard takes seconds to import
-            self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
-        if not plan.begun:
-            self.board.text("data/first_rows", self.run.sample)
-        if self._events is not None:
-            self.board.cut(self._events)
-            self.run.note(evaluations=self.evaluated)
-
-    def add(self, batch, examples, losses):
-        """Take in a batch. No value leaves the device here."""
-        sums = metrics.preference_sums(examples, losses, self.settings.beta).to(self.run.device)
-        values = distributions(examples, self.settings.beta)
-        self._histogram_names = tuple(values)
-        kept = torch.stack(list(values.values()), 1).detach()
-        # the policy forward and backward, the reference forward
-        work = (3 + self.reference.forwards) * self.flops.forward(batch)
-        tokens = batch.input_ids.shape[0] if batch.num_responses else 0
-        self.meter.add(sums, tokens, work, kept)
-
-    def step(self, step, update):
-        """Show a finished step; every `log_every` steps read the sums. Every rank calls this."""
-        number = step.number + 1
-        if number % self.settings.log_every == 0 or number == self.run.plan.steps:
-            sums, perf = self.meter.read()
-            mean = metrics.means(sums)
-            self.last = {
-                "loss": mean["loss"],
-                "margin": mean["rewards/margins"],
-                "accuracy": mean["rewards/accuracies"],
-            } | perf
-            self.board.scalars({name: mean[name] for name in LOGGED}, number, "train/")
-            progress = {
-                "train/grad_norm": update.grad_norm,
-                "train/learning_rate": update.lr,
-                "train/epoch": step.epoch,
-                "health/skipped_steps": self.policy.skipped,
-            }
-            fell = self._chosen_fell(mean, "health/")
-            self.board.scalars(progress | fell | perf, number)
-            self.run.folder.log.info("step %d %s", number, {**mean, **perf, **update._asdict()})
-        shown = {}
-        if self.last:
-            shown = {
-                "loss": f"{self.last['loss']:.4f}",
-                "margin": f"{self.last['margin']:.3f}",
-                "acc": f"{self.last['accuracy']:.2f}",
-                "pairs/s": f"{self.last['perf/pairs_per_second']:.2f}",
-                "tok/s": f"{self.last['perf/tokens_per_second']:.0f}",
-            }
-        self.board.advance(shown)
-
-    def evaluate(self, number: int):
-        """Score the held-out pairs after `number` steps, and look at the run's health; once.
-
-        Every rank calls this.
-        """
-        if number <= self.evaluated_at:
-            return
-        with self.meter.pause():
-            self._training_histograms(number)
-            self._bf16_weights_moved(number)
-            if self.held_out is not None:
-                self._score_held_out(number)
-            self.evaluated_at = number
-
-    def _score_held_out(self, number):
-        def watch(batches):
-            return tqdm(
-                batches,
-                total=self.held_out.num_batches(),
-                desc=f"evaluate at step {number}",
-                unit="batch",
-                leave=False,
-                disable=not dist.is_main(),
-                dynamic_ncols=True,
-            )
-
-        examples, losses = self.held_out.evaluate(watch)
-        beta = self.settings.beta
-        mean = metrics.means(metrics.preference_sums(examples, losses, beta))
-        self.board.scalars({name: mean[name] for name in LOGGED}, number, "val/")
-        self.board.scalars(self._chosen_fell(mean, "val/"), number)
-        for name, values in distributions(examples, beta).items():
-            self.board.histogram(f"val/histogram/{name}", values, number)
-        counted = {"pairs": len(losses)} | intervals(mean, examples, beta)
-        self.evaluated[number] = mean | counted
-        self.run.note(evaluations=self.evaluated)
-
-    def _chosen_fell(self, mean, prefix) -> dict:
-        """The share of chosen answers that became less likely than under the reference, if any."""
-        if self.settings.reference == "none":
-            mean.pop("chosen_fell")
-            return {}
-        return {f"{prefix}chosen_fell": mean["chosen_fell"]}
-
-    def _training_histograms(self, number):
-        values = self.meter.values()  # (examples since the last time, columns)
-        if values.numel():
-            for column, name in enumerate(self._histogram_names):
-                self.board.histogram(f"train/histogram/{name}", values[:, column], number)
-
-    def _bf16_weights_moved(self, number):
-        """Log it where the reference still is the policy as it started."""
-        if not self.run.plan.same_weights or self.reference.version:
-            return
-        if self.reference.module is None:
-            return
-        moved = share_moved(self.policy.module, self.reference.module)
-        if moved is not None:
-            self.board.scalars({"health/bf16_weights_moved": moved}, number)
-            self.moved = moved
-
-    # What the run around it needs.
-
-    def pause(self):
-        """A context in which the clock of `perf/*` stands still."""
-        return self.meter.pause()
-
-    def sync(self):
-        """Fsync what TensorBoard was given."""
-        self.board.sync()
-
-    def close(self):
-        """End the bar and TensorBoard's file."""
-        if self.board is not None:
-            self.board.close()
-
-    def state_dict(self) -> dict:
-        """What a resumed run needs to report on, for JSON."""
-        return {
-            "evaluated_at": self.evaluated_at,
-            "evaluated": dict(self.evaluated),
-            "last": self.last,
-            "moved": self.moved,
-            "meter": self.meter.state_dict(),
-            "events": self.board.position(),
-        }
-
-    def load_state_dict(self, state: dict):
-        """Continue from `state_dict`; before `start`."""
-        self.evaluated_at, self.moved = state["evaluated_at"], state["moved"]
-        self.last = with_nan(state["last"])
-        self.evaluated = {
-            int(number): with_nan(values) for number, values in state["evaluated"].items()
-        }
-        self.meter.load_state_dict(state["meter"])
-        self._events = state["events"]
-
-    def rank_tensors(self):
-        """What makes this rank's tensors of measures that are not shown yet."""
-        return self.meter.rank_tensors()
-
-    def load_rank_tensors(self, of_ranks):
-        """Continue from `rank_tensors` of several ranks, or of none."""
-        self.meter.load_rank_tensors(of_ranks)
-
-    def forget_evaluations(self):
-        """Drop evaluations of before: the run began from another one's checkpoint."""
-        self.evaluated_at, self.evaluated = -1, {}
-
-    # The end.
-
-    def card(self):
-        """What writes the model card, from what run.json says by now."""
-        folder = self.run.folder
-        return card.from_run(folder.record, seconds=folder.seconds(), perf=self._perf())
-
-    def _perf(self) -> dict[str, float]:
-        """The last reading of `perf/*`."""
-        return {name: value for name, value in self.last.items() if name.startswith("perf/")}
-
-    def finish(self, gap: float):
-        """Write the results; print what changed, where it lies and what to do next.
-
-        gap: of the exported model, see run/export.py.
-        """
-        folder = self.run.folder
-        first = self.evaluated.get(min(self.evaluated, default=0), {})
-        last = self.evaluated.get(max(self.evaluated, default=0), {})
-        results = {metric.name: last[metric.name] for metric in IN_TABLE if metric.name in last}
-        results = results or {"train_loss": self.last["loss"]}
-        final = {f"final/{name}": value for name, value in results.items()}
-        self.board.hparams(folder.record["flags"], final, self.run.plan.steps)
-        self.board.close()
-        folder.finish(
-            results=results,
-            skipped_steps=self.policy.skipped,
-            bf16_weights_moved=self.moved,
-            export_gap_nats_per_token=gap,
-            perf=self._perf(),
-        )
-        model = folder.path / "model"
-        base = folder.record["model"]
-        lines = [
-            *(table(first, last) if last else ()),
-            "",
-            f"model        {model}  (reloaded: {gap:.1g} nats a token from the trained one)",
-            f"run          {folder.path / 'run.json'}, logs/, tensorboard/",
-            "",
-            "next",
-            f"  deepspeed eval/evaluate.py --model {model} --reference {base} "
-            f"--output {folder.path}/eval",
-            f"  tensorboard --logdir {folder.path}",
+    def next_commands():
+        folder = run.folder
+        return [
+            f"deepspeed eval/evaluate.py --model {folder.path / 'model'} "
+            f"--reference {folder.record['model']} --output {folder.path}/eval"
         ]
-        for line in lines:
-            self.run.say(line)
+
+    return Report(
+        run,
+        settings,
+        policy,
+        measures,
+        HeldOut(objective, held_out) if held_out else None,
+        # the policy forward and backward, the reference forward
+        passes=3 + reference.forwards,
+        health=partial(bf16_weights_moved, run, policy, reference),
+        next_commands=next_commands,
+    )
 
 
-def with_nan(value):
-    """The same value with NaN where JSON had to write null."""
-    if isinstance(value, dict):
-        return {key: with_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [with_nan(item) for item in value]
-    return math.nan if value is None else value
+def means(sums: torch.Tensor, has_reference: bool) -> dict[str, float]:
+    """METRICS by name; those that compare with a reference only where there is one."""
+    mean = metrics.means(sums)
+    if not has_reference:
+        del mean["chosen_fell"]
+    return mean
 
 
 def distributions(examples, beta: float) -> dict[str, torch.Tensor]:
@@ -291,17 +94,18 @@ def intervals(mean: dict, examples, beta: float) -> dict[str, list[float]]:
     }
 
 
-def table(first: dict, last: dict) -> list[str]:
-    """What the held-out pairs say, before and after, as lines of text."""
-    lines = ["", f"{last['pairs']} held-out pairs      before      after   95 % interval"]
-    for metric in IN_TABLE:
-        before, after = first[metric.name], last[metric.name]
-        interval = last.get(f"{metric.name}_interval")
-        shown = f"   [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-        lines.append(f"{metric.title:<22} {before:>9.4f}  {after:>9.4f}{shown}")
-    if "chosen_fell" in last:
-        lines.append(f"{'chosen not less likely':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}")
-    return lines
+def closing(last: dict) -> list[str]:
+    """Below the closing table: how many chosen answers did not become less likely."""
+    if "chosen_fell" not in last:
+        return []
+    return [f"{'chosen not less likely':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}"]
+
+
+def bf16_weights_moved(run, policy, reference) -> dict[str, float | None]:
+    """`share_moved`, where the reference still is the policy as it started."""
+    if not run.plan.same_weights or reference.version or reference.module is None:
+        return {"bf16_weights_moved": None}
+    return {"bf16_weights_moved": share_moved(policy.module, reference.module)}
 
 
 @torch.no_grad()

@@ -5,16 +5,17 @@ with a tokenizer and a chat template of its own, which need not be the policy's.
 therefore passed as messages and text, not as the policy's token ids.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers
 
 from train.data.chat import Chat
 from train.engine import dist
-from train.models.pretrained import load_tokenizer
+from train.models.pretrained import load_score_model, load_tokenizer
 from train.run import card
 
 
@@ -30,9 +31,9 @@ class RewardModel:
     """A directory that AutoModelForSequenceClassification loads, with one output, and its own
     tokenizer and template.
 
-    The class reads its score off the rightmost token that is not pad. `description` names that
-    token: where a model's pad is its end token, it is the one before the end token, and was so when
-    the model was trained with the class.
+    A finished answer is scored as everybody renders it, the template's tail behind the end token
+    included; one that was cut has neither. The class reads its score off the rightmost token that
+    is not pad. `description` names that token.
     """
 
     def __init__(
@@ -43,32 +44,46 @@ class RewardModel:
         trust_remote_code: bool = False,
     ):
         """ValueError: not loadable, no head in it, more than one output, no chat template."""
-        try:
-            self.model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-                path,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load a reward model from {path}: {error}") from error
-        # transformers draws a head that is not in the files at random
-        if missing := sorted(loading["missing_keys"]):
-            raise ValueError(f"{path} is no reward model: it has no {', '.join(missing)}")
-        outputs = self.model.config.num_labels
-        if outputs != 1:
-            raise ValueError(f"{path} is no reward model: it has {outputs} outputs, not 1")
+        self.model, _ = load_score_model(path, torch.float32, trust_remote_code)
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         # A model's own text is judged as the template renders it, whatever is in it.
-        self.chat = Chat(self.tokenizer, allow_control_tokens=True, allow_template_changes=True)
+        self.chat = Chat(
+            self.tokenizer,
+            allow_control_tokens=True,
+            allow_template_changes=True,
+            keep_tail=True,
+        )
+        # what the template writes behind an answer: the end token, and a tail
+        ids = self.chat.whole_ids([{"role": "user", "content": "question"}], "answer")
+        self.ending = []
+        if self.chat.end_id in ids:
+            self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
         self.model.to(device).eval()
         self.autocast, self.path = autocast, path
+        self._check_pooling()
+
+    def _check_pooling(self):
+        """Warn where a finished answer's score is not read off its last token.
+
+        A causal model's hidden states do not depend on what follows them: where another token is
+        read, the score is the same without the last. A model that sees both ways passes, rightly.
+        """
+        ids = self.ids([{"role": "user", "content": "question"}], "answer", ended=True)
+        if math.isclose(self._score(ids), self._score(ids[:-1]), rel_tol=1e-5, abs_tol=1e-6):
+            logging.getLogger("zeropref").warning(
+                "--reward_model %s reads its scores off %r, not off the last token of a finished "
+                "answer, %r: its pad token, id %s, is what the chat template ends with",
+                self.path,
+                self.description["reads"],
+                self.tokenizer.convert_ids_to_tokens(ids[-1]),
+                self.model.config.get_text_config().pad_token_id,
+            )
 
     def check(self, prompts: Sequence[Prompt], max_new_tokens: int):
         """ValueError where a conversation may outrun the model's positions."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
+        longest += max(len(self.ending) - 1, 0)  # the end token is a new one, the tail is not
         if positions and longest + max_new_tokens > positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} "
@@ -87,18 +102,14 @@ class RewardModel:
         }
 
     def ids(self, messages, text: str, ended: bool) -> list[int]:
-        """The conversation's token ids as training makes them; an answer that was cut gets no end
-        token.
+        """The conversation's token ids as everybody renders it; an answer that was cut gets neither
+        end token nor tail.
         """
-        prompt = self.chat.prompt_ids(messages)
-        if not text.strip():  # Chat refuses an empty response, but the end token can be read
-            return [*prompt, self.chat.end_id]
-        response = self.chat.response_ids(messages, text)
-        if not ended and len(response) > 1:
-            response = response[:-1]
-        return prompt + response
+        if not text.strip():  # Chat refuses an empty response, but its end can be read
+            return [*self.chat.prompt_ids(messages), *self.ending]
+        ids = self.chat.whole_ids(messages, text)
+        return ids if ended else ids[: len(ids) - len(self.ending)]
 
-    @torch.no_grad()
     def score(
         self, conversations: Sequence[list], texts: Sequence[str], ended: Sequence[bool]
     ) -> np.ndarray:
@@ -109,12 +120,17 @@ class RewardModel:
         conversation is scored at a time, so that no score depends on its neighbours; the ranks deal
         them out.
         """
-        device = self.model.device
         mine = []  # (number of the answer, score)
         for i in range(dist.rank(), len(texts), dist.world_size()):
-            ids = torch.tensor([self.ids(conversations[i], texts[i], ended[i])], device=device)
-            with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-                logits = self.model(input_ids=ids, use_cache=False).logits  # (1, 1)
-            mine.append((i, float(logits[0, 0])))
+            mine.append((i, self._score(self.ids(conversations[i], texts[i], ended[i]))))
         everyone = sorted(pair for part in dist.all_gather(mine) for pair in part)
         return np.array([score for _, score in everyone])
+
+    @torch.no_grad()
+    def _score(self, ids: list[int]) -> float:
+        """The score of one text."""
+        device = self.model.device
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            batch = torch.tensor([ids], device=device)
+            logits = self.model(input_ids=batch, use_cache=False).logits  # (1, 1)
+        return float(logits[0, 0])

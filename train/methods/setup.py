@@ -1,19 +1,22 @@
-"""What a trainer starts from, out of its flags: data, policy and reference, checked.
+"""What a trainer starts from, out of its flags: data and models, checked.
 
 losses, data, models and engine take values; this file translates flags into them.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from train import settings as shared_flags
-from train.data import chat, dataset, same_tokens, show, tokens
+from train.data import chat, dataset, padding, same_tokens, show, tokens
 from train.data.steps import num_steps
 from train.engine import checks, dist, ds_config, loading, memory
 from train.engine.trained import TrainedModel
 from train.losses.composition import LOSSES
+from train.losses.reward import Loss
+from train.methods import reward
 from train.methods.reference import AdaptersOff, Cached, Live, NoReference, Reference
 from train.models import lora
 from train.models.pretrained import load_tokenizer
@@ -22,6 +25,7 @@ from train.run.folder import describe, hardware, versions
 from train.run.session import Plan, Run
 
 ROOT = Path(__file__).resolve().parents[2]
+SCALE = ("score_mean", "score_std")  # in the configuration of a model that gives scores
 CPU_STEPS = 6  # of the default run on a CPU: about 4 minutes on two cores
 
 
@@ -29,6 +33,34 @@ def open_data(settings, run: Run, takes_labelled: bool):
     """The tokenizer, the training groups and the held-out groups (None where there are none).
 
     takes_labelled: the loss takes single answers with labels. Every rank calls this.
+    """
+    tokenizer, data, held_out = _open_data(settings, run, tokens.kind_of)
+    if data.labels is not None and not takes_labelled:
+        *others, last = [name for name, row in LOSSES.items() if row.of_labelled]
+        raise ValueError(
+            f"--loss {settings.loss} compares pairs, and the data has single answers with labels: "
+            f"{', '.join(others)} and {last} take those"
+        )
+    return tokenizer, data, held_out
+
+
+def open_scored_data(settings, run: Run, loss: Loss):
+    """What `open_data` gives, for a reward model: texts to the end of what the template renders, with
+    margins or targets. Every rank calls this.
+    """
+    kind_of = partial(tokens.kind_of_scores, margin=settings.margin)
+    tokenizer, data, held_out = _open_data(settings, run, kind_of, keep_tail=True)
+    reward.check_targets(loss, "the data", data)
+    if held_out is not None:
+        reward.check_targets(loss, "--eval_data", held_out)
+    if note := reward.describe_targets(data):
+        run.say(note)
+    return tokenizer, data, held_out
+
+
+def _open_data(settings, run: Run, kind_of: Callable, keep_tail: bool = False):
+    """The tokenizer, the training groups and the held-out groups. kind_of: sources -> a kind of
+    tokens.py.
     """
     ds_config.read_config(settings.ds_config)  # refused before the data are tokenised
     if settings.adapted:
@@ -45,16 +77,11 @@ def open_data(settings, run: Run, takes_labelled: bool):
             max_dropped=settings.max_dropped,
             max_implausible=settings.max_implausible,
             # the held-out data are of the same kind
-            kind=tokens.kind_of(sources, columns=settings.columns),
+            kind=kind_of(sources, columns=settings.columns),
+            keep_tail=keep_tail,
         )
         data = prepare(sources)
         held_out = prepare(eval_sources) if eval_sources else None
-    if data.labels is not None and not takes_labelled:
-        *others, last = [name for name, row in LOSSES.items() if row.of_labelled]
-        raise ValueError(
-            f"--loss {settings.loss} compares pairs, and the data has single answers with labels: "
-            f"{', '.join(others)} and {last} take those"
-        )
     for name, each in (("data", data), ("eval_data", held_out)):
         for note in each.notes() if each else ():
             run.say(f"{name}: {note}")
@@ -166,6 +193,46 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
     return policy, reference
 
 
+def open_reward_model(settings, run: Run, tokenizer, data, held_out) -> TrainedModel:
+    """A ScoreModel under DeepSpeed, checked on the first groups; settles the plan.
+
+    Tokenizer and configuration get a pad token that no text ends in. Every rank calls this.
+    """
+    datasets = [each for each in (data, held_out) if each is not None]
+    mode = resolve_mode(settings, run.device)
+    path = run.folder.model_path(settings.model)
+    steps = total_steps(settings, run.device, len(data))
+    module = load(
+        settings,
+        run.device,
+        mode,
+        path,
+        mode.config,
+        change=_adapters(settings),
+        loader=partial(loading.load_score_model, seed=settings.seed),
+    )
+    config = module.lm.config
+    chat.check_fit(config, tokenizer, settings.max_length, datasets)
+    pad = padding.use(tokenizer, config, datasets)
+    run.say(f"padding: token {pad}, {tokenizer.pad_token!r}, which no text ends in")
+    for name in SCALE:  # of the model that training goes on from
+        if hasattr(config, name):
+            delattr(config, name)
+    model = wrap_for_training(settings, mode, module, tokenizer, steps)
+    run.set_plan(
+        Plan(mode.precision, batch_tokens(settings, run.device, mode, module), steps),
+        task="reward",
+        model=path,
+        deepspeed=mode.config,
+        hardware=hardware(run.device),
+        versions=versions(),
+    )
+    run.first_batches = checks.check_start(
+        model, None, data, run.device, mode.precision, same_weights=False
+    )
+    return model
+
+
 def resolve_mode(settings, device) -> Mode:
     """What --precision and --ds_config come to on this device."""
     precision = ds_config.resolve_precision(settings.precision, device)
@@ -181,9 +248,19 @@ def total_steps(settings, device, num_groups: int) -> int:
     return num_steps(num_groups, settings.batch_size, settings.epochs, most)
 
 
-def load(settings, device, mode: Mode, path: str, config: dict, change=None):
-    """A Backbone in the run's mode, sharded as `config` says. Every rank calls this."""
-    return loading.load_backbone(
+def load(
+    settings,
+    device,
+    mode: Mode,
+    path: str,
+    config: dict,
+    change=None,
+    loader=loading.load_backbone,
+):
+    """A Backbone, or what else `loader` makes, in the run's mode, sharded as `config` says. Every rank
+    calls this.
+    """
+    return loader(
         path,
         config,
         mode.precision,
@@ -226,7 +303,7 @@ def _live_reference(settings, run, mode, path, config) -> Live:
 
 
 def _adapters(settings):
-    """What puts LoRA adapters into a causal LM; None without --lora_rank."""
+    """What puts LoRA adapters into a model; None without --lora_rank."""
     if not settings.lora_rank:
         return None
     return partial(
@@ -251,14 +328,27 @@ def _reference_config(settings, policy_config: dict) -> dict:
     return config
 
 
-def export_policy(settings, run: Run, policy: TrainedModel, report) -> float:
-    """Write OUTPUT/model with its card; how far it is from the policy, nats a token.
+def note_scale(run: Run, model: TrainedModel, scale: reward.Scale):
+    """Write what scores are like into run.json and the model's configuration, as score_mean and
+    score_std (null where one answer has none); transformers keeps what it does not know.
+    """
+    run.note(scores=scale._asdict())
+    for name, value in zip(SCALE, (scale.mean, scale.std), strict=True):
+        setattr(model.module.lm.config, name, value if math.isfinite(value) else None)
+    run.say(
+        f"scores: {scale.mean:.4f} with a deviation of {scale.std:.4f} over {scale.answers} answers "
+        f"({scale.data})"
+    )
+
+
+def export_model(settings, run: Run, model: TrainedModel, report) -> float:
+    """Write OUTPUT/model with its card; how far what it gives is from what the model gives.
 
     Every rank calls this.
     """
     return export.model_directory(
-        policy.module,
-        policy.tokenizer,
+        model.module,
+        model.tokenizer,
         run.folder.path / "model",
         run.first_batches,
         export_dtype=settings.export_dtype,

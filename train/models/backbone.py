@@ -8,12 +8,14 @@ vocabulary, H hidden size.
 """
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from train.models import attention, layers
 from train.models.lm_head import LOGITS_BYTES, token_logps
+from train.models.pretrained import load_causal_lm
 
 LAYOUTS = ("packed", "padded")
 
@@ -33,24 +35,23 @@ UNSUPPORTED = {
 STATEFUL = ("linear_attention", "mamba", "recurrent", "conv", "chunked_attention")
 
 
-class Backbone(nn.Module):
-    """Wraps a causal LM of transformers.
+class PackedModel(nn.Module):
+    """Wraps a model of transformers, whose body it runs over packed batches: what models with a
+    vocabulary's head (Backbone) and with a scalar's (heads.ScoreModel) share.
 
-    `layout`: "packed" (shared prompts, no padding) or "padded" (plain). `logits_bytes`: see
-    `token_logps`. `autocast`: a dtype that the forward pass computes in over the module's own
-    weights, or None.
+    `layout`: "packed" (shared prompts, no padding) or "padded" (plain). `autocast`: a dtype that
+    the forward pass computes in over the module's own weights, or None.
 
     Raises ValueError where the model cannot be trained packed, with the reason and the flag that
     helps.
     """
 
-    def __init__(self, lm, layout="packed", logits_bytes=LOGITS_BYTES, autocast=None):
+    def __init__(self, lm, layout="packed", autocast=None):
         super().__init__()
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
         self.lm = lm
         self.layout = layout
-        self.logits_bytes = logits_bytes
         self.autocast = autocast
         disable_dropout(lm)
         layers.swap(lm)
@@ -69,6 +70,81 @@ class Backbone(nn.Module):
         self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.lm.train()  # transformers recomputes in training mode only; dropout is 0 either way
 
+    def forward(self, batch, **options):
+        """What the layout's `packed` or `padded` makes of the batch, under autocast if there is one."""
+        compute = self.packed if self.layout == "packed" else self.padded
+        if self.autocast is None:
+            return compute(batch, **options)
+        with torch.autocast(batch.input_ids.device.type, self.autocast):
+            return compute(batch, **options)
+
+    def packed_hidden(self, batch):
+        """(L, H): the final hidden states of a packed batch."""
+        return self.body(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            segments=attention.Segments(batch),
+        ).last_hidden_state[0]
+
+
+class Padded(NamedTuple):
+    """A batch as one padded sequence a response: what packing is measured against."""
+
+    input_ids: torch.Tensor  # (N, P), padded on the right
+    mask: torch.Tensor  # (N, P) 1 where there is a token
+    scored: torch.Tensor  # (N, P) bool: the tokens whose log-probability counts
+
+    @classmethod
+    def of(cls, batch):
+        """The batch's responses, each with its prompt. Of the empty batch its dummy tokens, of which
+        none is scored, since they are run too.
+        """
+        sequences = list(batch.sequences()) or [(batch.input_ids, len(batch.input_ids))]
+        longest = max(len(ids) for ids, _ in sequences)
+        input_ids = batch.input_ids.new_zeros(len(sequences), longest)
+        mask = torch.zeros_like(input_ids)
+        scored = torch.zeros_like(input_ids, dtype=torch.bool)
+        for i, (ids, first_scored) in enumerate(sequences):
+            input_ids[i, : len(ids)] = ids
+            mask[i, : len(ids)] = 1
+            scored[i, first_scored : len(ids)] = True
+        return cls(input_ids, mask, scored)
+
+
+class Backbone(PackedModel):
+    """A causal LM as one module: see PackedModel. `logits_bytes`: see `token_logps`."""
+
+    gives = "log-probabilities"
+    unit = "nats a token"
+    gap_name = "export_gap_nats_per_token"  # of `distance` between it and its export, in run.json
+
+    def __init__(self, lm, layout="packed", logits_bytes=LOGITS_BYTES, autocast=None):
+        if lm.get_output_embeddings() is None:
+            raise ValueError(f"{type(lm).__name__} has no output head: not a causal language model")
+        super().__init__(lm, layout, autocast)
+        self.logits_bytes = logits_bytes
+
+    @property
+    def head(self):
+        """The layer behind the body, and with `head_rows` what it costs."""
+        return self.lm.get_output_embeddings()
+
+    def head_rows(self, batch) -> int:
+        """Tokens that the head is computed for."""
+        return batch.target.shape[0]
+
+    @staticmethod
+    def distance(logps, other) -> float:
+        """How far two (T,) of log-probabilities are from each other, in `unit`."""
+        return float((logps - other).abs().mean())
+
+    def load_again(self, folder, trust_remote_code, device) -> "Backbone":
+        """The model in `folder`, in the weights' type and computed in the same way."""
+        dtype = next(self.parameters()).dtype
+        lm = load_causal_lm(folder, dtype, trust_remote_code).to(device)
+        return Backbone(lm, self.layout, self.logits_bytes, self.autocast)
+
     def forward(self, batch, log_p2=False):
         """Log-probabilities of the batch's scored tokens, (T,) nats in fp32 (fp64 for fp64
         weights).
@@ -76,42 +152,23 @@ class Backbone(nn.Module):
         With `log_p2` a second (T,) beside them, without gradient: log sum_v p_v^2 of each token's
         distribution.
         """
-        compute = self._packed if self.layout == "packed" else self._padded
-        if self.autocast is None:
-            return compute(batch, log_p2)
-        with torch.autocast(batch.input_ids.device.type, self.autocast):
-            return compute(batch, log_p2)
+        return super().forward(batch, log_p2=log_p2)
 
-    def _packed(self, batch, log_p2):
-        hidden = self.body(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            use_cache=False,
-            segments=attention.Segments(batch),
-        ).last_hidden_state[0]  # (L, H)
-        head = self.lm.get_output_embeddings()
+    def packed(self, batch, log_p2):
+        """`forward` without padding."""
+        hidden = self.packed_hidden(batch)  # (L, H)
         return token_logps(
             hidden.index_select(0, batch.hidden_index),  # (T, H): prompts never reach the head
-            head.weight,  # (V, H)
+            self.head.weight,  # (V, H)
             batch.target,  # (T,)
-            bias=getattr(head, "bias", None),  # (V,)
+            bias=getattr(self.head, "bias", None),  # (V,)
             logits_bytes=self.logits_bytes,
             log_p2=log_p2,
         )
 
-    def _padded(self, batch, log_p2):
-        """One padded sequence a response, all logits: what the other layout is measured against."""
-        sequences = list(batch.sequences())
-        if not sequences:  # the empty batch: its dummy tokens run too, and none is scored
-            sequences = [(batch.input_ids, len(batch.input_ids))]
-        longest = max(len(ids) for ids, _ in sequences)
-        input_ids = batch.input_ids.new_zeros(len(sequences), longest)  # (N, P)
-        mask = torch.zeros_like(input_ids)  # (N, P)
-        scored = torch.zeros_like(input_ids, dtype=torch.bool)  # (N, P)
-        for i, (ids, first_scored) in enumerate(sequences):
-            input_ids[i, : len(ids)] = ids
-            mask[i, : len(ids)] = 1
-            scored[i, first_scored : len(ids)] = True
+    def padded(self, batch, log_p2):
+        """`forward` with one padded sequence a response, all logits."""
+        input_ids, mask, scored = Padded.of(batch)
         logits = self.lm(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
         wide = torch.promote_types(logits.dtype, torch.float32)
         # position i predicts token i + 1
@@ -124,20 +181,20 @@ class Backbone(nn.Module):
 
 
 @contextlib.contextmanager
-def plain_forward(backbone):
-    """Inside, the same weights the plain way: transformers' own layers, one padded sequence a
-    response. For checks.
+def plain_forward(model):
+    """Inside, the same weights of a PackedModel the plain way: transformers' own layers, one padded
+    sequence a response. For checks.
     """
-    lm = backbone.lm
-    layout = backbone.layout
+    lm = model.lm
+    layout = model.layout
     attention_name = lm.config._attn_implementation
-    backbone.layout = "padded"
+    model.layout = "padded"
     layers.swap_back(lm)
     lm.set_attn_implementation(own_attention(lm))
     try:
-        yield backbone
+        yield model
     finally:
-        backbone.layout = layout
+        model.layout = layout
         layers.swap(lm)
         lm.set_attn_implementation(attention_name)
 
@@ -170,8 +227,6 @@ def refuse_unsupported(lm):
         raise ValueError(
             f"{kind} has {reason}, which packed batches do not support: pass --layout padded"
         )
-    if lm.get_output_embeddings() is None:
-        raise ValueError(f"{kind} has no output head: not a causal language model")
 
 
 def _unsupported(lm):

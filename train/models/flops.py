@@ -11,19 +11,20 @@ from transformers.pytorch_utils import Conv1D
 
 
 class FlopCounter:
-    """Counts batches of one Backbone; the constants are read off its modules once."""
+    """Counts batches of one PackedModel; the constants are read off its modules once."""
 
-    def __init__(self, backbone):
-        lm = backbone.lm
+    def __init__(self, model):
+        lm = model.lm
         config = lm.config.get_text_config()
-        head = lm.get_output_embeddings()
+        head = model.head
+        self.head_rows = model.head_rows
         matrices = [
             module.weight
             for module in lm.modules()
             if isinstance(module, nn.Linear | Conv1D) and module is not head
         ]
         self.body_weights = sum(_numel(weight) for weight in matrices)
-        self.head_weights = _numel(head.weight)  # V * H
+        self.head_weights = _numel(head.weight)  # V * H, or H of a score's
         num_heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         self.attention_width = num_heads * head_size
@@ -31,11 +32,11 @@ class FlopCounter:
 
     def forward(self, batch) -> int:
         """Operations of one forward pass over `batch`, with the mask's share of attention and the
-        scored tokens' head.
+        head of the tokens that it is computed for.
         """
         # a weight costs a multiplication and an addition a token
         body = 2 * self.body_weights * batch.input_ids.shape[0]
-        head = 2 * self.head_weights * batch.target.shape[0]
+        head = 2 * self.head_weights * self.head_rows(batch)
         # as do a query and a key, for each of the heads' dimensions: once in the product of queries
         # and keys, once in that with the values
         pairs = {window: _visible_pairs(batch.shape, window) for window in set(self.windows)}

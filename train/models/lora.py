@@ -9,11 +9,14 @@ import contextlib
 
 import torch
 
+from train.models.heads import HEAD
+
 ADAPTER_NAME = "default"  # peft's name for the one adapter there is
 
 
 def add(lm, rank: int, alpha: float, targets: list[str] | None, seed: int = 0):
-    """Freeze `lm` and put adapters of `rank` beside its linear layers, scaled by alpha / rank.
+    """Freeze `lm` and put adapters of `rank` beside its linear layers, scaled by alpha / rank. A
+    score's head, which has nothing to begin from, is trained as a whole.
 
     B begins at 0; `seed` draws A, and leaves torch's generator as it was.
 
@@ -25,7 +28,8 @@ def add(lm, rank: int, alpha: float, targets: list[str] | None, seed: int = 0):
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("--lora_rank needs peft: pip install -e '.[lora]'") from error
-    head = lm.get_output_embeddings()
+    of_scores = lm.get_output_embeddings() is None
+    head = getattr(lm, HEAD) if of_scores else lm.get_output_embeddings()
     linear = {
         name
         for name, module in lm.named_modules()
@@ -49,7 +53,7 @@ def add(lm, rank: int, alpha: float, targets: list[str] | None, seed: int = 0):
         lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=targets or endings,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if of_scores else "CAUSAL_LM",
     )
     lm.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
@@ -57,6 +61,10 @@ def add(lm, rank: int, alpha: float, targets: list[str] | None, seed: int = 0):
         inject_adapter_in_model(config, lm, adapter_name=ADAPTER_NAME)
     for name, p in lm.named_parameters():
         p.requires_grad_("lora_" in name)
+    if of_scores:
+        head.requires_grad_(True)
+        # for whoever reads the file: injected by name above, it would be wrapped
+        config.modules_to_save = [HEAD]
     lm.lora_config = config
 
 
@@ -98,9 +106,11 @@ def merged_state_dict(lm, state: dict) -> dict:
 
 
 def adapter_state_dict(state: dict) -> dict:
-    """The adapters out of a state dict, under the names that peft gives them in a file."""
+    """The adapters out of a state dict, and a score's head, under the names that peft gives them in
+    a file.
+    """
     return {
         f"base_model.model.{name.replace(f'.{ADAPTER_NAME}.', '.')}": value.contiguous()
         for name, value in state.items()
-        if ".lora_" in name
+        if ".lora_" in name or name == f"{HEAD}.weight"
     }

@@ -1,4 +1,4 @@
-"""Causal language models and tokenizers from directories and the hub.
+"""Causal language models, score models and tokenizers from directories and the hub.
 
 What cannot be loaded is a ValueError in one line that names the path, which comes from the user's
 flags. By default nothing that is loaded runs its author's code: no modules out of the directory
@@ -8,6 +8,7 @@ flags. By default nothing that is loaded runs its author's code: no modules out 
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -17,6 +18,17 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 IS_ADAPTER = "it holds an adapter: merge that into its base first (peft's merge_and_unload)"
 NO_PICKLES = "a pickle can run its author's code; convert it to safetensors, or pass --allow_pickle if you trust it"
+
+
+class Kind(NamedTuple):
+    """A sort of model."""
+
+    auto_class: type  # of transformers
+    title: str  # in messages
+
+
+CAUSAL = Kind(transformers.AutoModelForCausalLM, "a causal language model")
+SCORE = Kind(transformers.AutoModelForSequenceClassification, "a reward model")
 
 
 def load_tokenizer(path, trust_remote_code=False):
@@ -34,6 +46,47 @@ def load_causal_lm(path, dtype=torch.float32, trust_remote_code=False, allow_pic
     Raises ValueError that names the path where the model is not there, is damaged, or lacks
     weights, which transformers would draw at random.
     """
+    lm, missing = _load(CAUSAL, path, dtype, trust_remote_code, allow_pickle)
+    _refuse_missing(path, missing)
+    return lm
+
+
+def load_score_model(
+    path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False, needs_head=True
+):
+    """(a model for sequence classification with one label, whether its head was in the files); as
+    `load_causal_lm` does it.
+
+    Without `needs_head` a causal language model will do: its body is the same, and its head, which
+    transformers has drawn, is for the caller to fill. Raises ValueError besides for a model with
+    another number of labels.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files raise a dozen types
+        raise ValueError(f"cannot load {SCORE.title} from {path}: {_one_line(error)}") from error
+    if gives_scores(config) and config.num_labels != 1:
+        raise ValueError(f"{path} is no reward model: it has {config.num_labels} outputs, not 1")
+    lm, missing = _load(SCORE, path, dtype, trust_remote_code, allow_pickle, num_labels=1)
+    has_head = "score.weight" not in missing
+    if needs_head and not has_head:
+        raise ValueError(f"{path} is no reward model: it has no score.weight")
+    _refuse_missing(path, [name for name in missing if name != "score.weight"])
+    return lm, has_head
+
+
+def gives_scores(config) -> bool:
+    """Whether a model of `config` is for sequence classification, by what it says of itself."""
+    return any("SequenceClassification" in name for name in config.architectures or ())
+
+
+def auto_class(config) -> type:
+    """The class of transformers that makes a model of `config`."""
+    return (SCORE if gives_scores(config) else CAUSAL).auto_class
+
+
+def _load(kind, path, dtype, trust_remote_code, allow_pickle, **options):
+    """(a model of a Kind, the names of the weights that were not in its files). Raises ValueError."""
     # Without this, transformers asks a service to convert a repository that has pickles only, in
     # the user's name.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -43,12 +96,13 @@ def load_causal_lm(path, dtype=torch.float32, trust_remote_code=False, allow_pic
             raise ValueError(IS_ADAPTER)
         if not allow_pickle:
             _refuse_pickles(path)
-        lm, report = transformers.AutoModelForCausalLM.from_pretrained(
+        lm, report = kind.auto_class.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **options,
         )
         # an adapter that comes from the hub
         if getattr(lm, "_hf_peft_config_loaded", False):
@@ -58,12 +112,16 @@ def load_causal_lm(path, dtype=torch.float32, trust_remote_code=False, allow_pic
         is_pickle = not allow_pickle and "use_safetensors" in str(error)
         advice = f"; {NO_PICKLES}" if is_pickle else ""
         raise ValueError(
-            f"cannot load a causal language model from {path}: {_one_line(error)}{advice}"
+            f"cannot load {kind.title} from {path}: {_one_line(error)}{advice}"
         ) from error
-    if missing := sorted(report["missing_keys"]):
+    return lm, sorted(report["missing_keys"])
+
+
+def _refuse_missing(path, missing):
+    """Raise ValueError where weights are missing."""
+    if missing:
         names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise ValueError(f"{path} has no weights for {names}")
-    return lm
 
 
 def _one_line(error):

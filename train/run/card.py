@@ -16,15 +16,16 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from train.data.sources import READERS, suffix_of
 from train.files import write_text
-from train.losses.composition import LOSSES
-from train.losses.metrics import LABELS, METRICS
+from train.losses import composition, reward
+from train.losses.metrics import LABELS, METRICS, REWARD_METRICS, Metric
 from train.models import builtin
-from train.settings import Preference, card_titles
+from train.settings import Preference, Reward, card_titles
 
 README = "README.md"
 FIGURES = "figures"
@@ -32,7 +33,6 @@ MARKS = ("<!-- evaluation: begin -->", "<!-- evaluation: end -->")
 # org/name; a path that exists goes before it, as where data are read (train/data/sources.py)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCE = "apache-2.0"  # of the built-in model and of the built-in pairs, which are English
-TASK = {"task_type": "text-generation", "task_name": "Preference alignment"}
 # Training's metrics for the model-index: name in METRICS, name there.
 TRAINED = (
     ("rewards/accuracies", "reward_accuracy"),
@@ -79,7 +79,8 @@ MEASURES = (
         ("generations", "sampled", "win_rate"),
     ),
 )
-HYPERPARAMETERS = card_titles(Preference)
+# What one gets right without a model, as run.json has it, and its title.
+BASELINES = {"longer_wins": "longer answer wins", "bag_of_words": "bag of words"}
 LOAD = """## How to load
 
 ```python
@@ -93,6 +94,68 @@ answer = model.generate(**inputs, max_new_tokens=128, do_sample=True)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
+
+LOAD_REWARD = """## How to load
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained(".")  # this directory, or its name once it is on a hub
+tokenizer = AutoTokenizer.from_pretrained(".")
+messages = [{"role": "user", "content": "How was your day?"}, {"role": "assistant", "content": "Fine, thanks!"}]
+text = tokenizer.apply_chat_template(messages, tokenize=False)
+inputs = tokenizer([text], add_special_tokens=False, padding=True, return_tensors="pt")
+print(model(**inputs).logits[:, 0])  # higher is better; differences count, the zero does not
+```
+"""
+
+
+class Task(NamedTuple):
+    """What cards of one sort of training have in common."""
+
+    pipeline: str  # the hub's name of what the model does
+    title: str  # in the model-index
+    tag: str
+    trained_on: str
+    metrics: tuple[Metric, ...]
+    losses: dict  # whose rows have a `paper`
+    usual_loss: str  # the method's name takes the place of this loss's
+    method: str
+    titles: dict[str, str]  # of flags
+    load: str
+
+
+TASKS = {
+    "preference": Task(
+        pipeline="text-generation",
+        title="Preference alignment",
+        tag="preference-optimization",
+        trained_on="preference pairs",
+        metrics=METRICS,
+        losses=composition.LOSSES,
+        usual_loss="sigmoid",
+        method="dpo",
+        titles=card_titles(Preference),
+        load=LOAD,
+    ),
+    "reward": Task(
+        pipeline="text-classification",
+        title="Reward modelling",
+        tag="reward-model",
+        trained_on="judged answers",
+        metrics=REWARD_METRICS,
+        losses=reward.LOSSES,
+        usual_loss="bradley_terry",
+        method="reward",
+        titles=card_titles(Reward),
+        load=LOAD_REWARD,
+    ),
+}
+
+
+def task_of(record: dict) -> Task:
+    """The sort of training that run.json is of."""
+    return TASKS[record.get("task", "preference")]
 
 
 def from_run(record: dict, **later) -> Callable[[Path], None]:
@@ -203,19 +266,21 @@ def base_of(record: dict) -> tuple[str, bool]:
     return (builtin.REPOSITORY, True) if model is None else (shown(model), is_hub(model))
 
 
-def _method(flags: dict) -> tuple[str, str | None]:
+def _method(record: dict) -> tuple[str, str | None]:
     """(short name, arXiv id of the paper) of the run's loss, of the first one in a weighted sum."""
-    loss = flags.get("loss") or "preference"
+    task = task_of(record)
+    loss = record["flags"].get("loss") or "preference"
     first = re.split("[:,]", loss)[0].strip()
-    paper = LOSSES[first].paper if first in LOSSES else None
-    return "dpo" if loss == "sigmoid" else loss, paper
+    paper = task.losses[first].paper if first in task.losses else None
+    return task.method if loss == task.usual_loss else loss, paper
 
 
 def _metadata(record: dict) -> ModelCardData:
     """The card's YAML head, with the model-index of training's own evaluation."""
     flags = record["flags"]
+    task = task_of(record)
     base, on_hub = base_of(record)
-    method, paper = _method(flags)
+    method, paper = _method(record)
     datasets = [re.split("[:@]", source)[0] for source in flags.get("data") or () if is_hub(source)]
     dataset = shown_sources(record.get("eval_data"))
     last = _evaluations(record)[-1]
@@ -227,14 +292,14 @@ def _metadata(record: dict) -> ModelCardData:
                 "n": last.get("pairs"),
                 "interval": last.get(f"{metric}_interval"),
             }
-            results.append(_result(name, LABELS[metric], measure, dataset))
+            results.append(_result(name, LABELS[metric], measure, dataset, task))
     builtin_only = flags.get("model") is None and flags.get("data") is None
-    tags = ["zeropref", "deepspeed", "preference-optimization", method]
+    tags = ["zeropref", "deepspeed", task.tag, method]
     return ModelCardData(
         license=LICENCE if builtin_only else None,
         language="en" if builtin_only else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task.pipeline,
         tags=tags + [f"arxiv:{paper}"] if paper else tags,
         model_name=f"{base.rpartition('/')[2]}-{method}",
         base_model=base if on_hub else None,
@@ -244,7 +309,9 @@ def _metadata(record: dict) -> ModelCardData:
     )
 
 
-def _result(name: str, title: str, measure: dict, dataset: str) -> EvalResult:
+def _result(
+    name: str, title: str, measure: dict, dataset: str, task: Task = TASKS["preference"]
+) -> EvalResult:
     """An entry of the model-index. An interval that is no number is left out: JSON has no NaN."""
     interval = measure.get("interval")
     args = {}
@@ -253,7 +320,8 @@ def _result(name: str, title: str, measure: dict, dataset: str) -> EvalResult:
     if interval is not None and not _broken(interval):
         args["interval_95"] = interval
     return EvalResult(
-        **TASK,
+        task_type=task.pipeline,
+        task_name=task.title,
         dataset_type=dataset,
         dataset_name=dataset,
         metric_type=name,
@@ -305,21 +373,24 @@ def _body(record: dict) -> str:
     """The card of a training run, with a place for an evaluation."""
     flags = record["flags"]
     base, on_hub = base_of(record)
-    method, paper = _method(flags)
+    method, paper = _method(record)
     link = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`"
     cited = f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
     other_reference = flags.get("reference_model")
     reference = f"`{shown(other_reference)}`" if other_reference else "the model as training began"
     origin = _origin(record)
+    task = task_of(record)
+    compared = "" if task.pipeline != "text-generation" else f" The reference was {reference}."
     parts = [
         f"# {base.rpartition('/')[2]}-{method}\n",
-        f"{link}, trained on preference pairs with the `{flags.get('loss')}` loss{cited} by zeropref on "
-        f"DeepSpeed. The reference was {reference}. Beyond what is written below nothing was tested; "
+        f"{link}, trained on {task.trained_on} with the `{flags.get('loss')}` loss{cited} by zeropref on "
+        f"DeepSpeed.{compared} Beyond what is written below nothing was tested; "
         "what the base model's card says of its uses, limits and licence holds here too.\n",
         f"The weights that training began with: {origin}.\n" if origin else "",
         _results(record),
+        _scores(record),
         f"{MARKS[0]}\n{MARKS[1]}\n",
-        LOAD,
+        task.load,
         "## Training\n",
         _data_table(record),
         _hyperparameters(record),
@@ -345,16 +416,35 @@ def _results(record: dict) -> str:
     evaluations = _evaluations(record)
     first, last = evaluations[0], evaluations[-1]
     rows = []
-    for metric in METRICS:
+    for metric in task_of(record).metrics:
         name = metric.name
         if metric.in_table and name in first and name in last:
             interval = _interval(last.get(f"{name}_interval"))
             rows.append((metric.title, _number(first[name]), _number(last[name]), interval))
     if not rows:
         return ""
+    baselines = record.get("baselines") or {}
+    rows += [
+        (f"without a model: {title}", "", _number(baselines[name]), "")
+        for name, title in BASELINES.items()
+        if name in baselines
+    ]
+    noun = "pairs" if "rewards/margins" in last else "answers"
     dataset = shown_sources(record.get("eval_data"))
     table = _table(("", "before", "after", "95 % interval"), rows)
-    return f"## Results of training\n\n{last.get('pairs')} held-out pairs of {dataset}:\n\n{table}"
+    return f"## Results of training\n\n{last.get('pairs')} held-out {noun} of {dataset}:\n\n{table}"
+
+
+def _scores(record: dict) -> str:
+    """What a reward model's scores are like."""
+    scale = record.get("scores")
+    if not scale:
+        return ""
+    return (
+        f"Scores of {scale['answers']} {scale['data']} answers: mean {_number(scale['mean'])}, standard "
+        f"deviation {_number(scale['std'])}. They are in config.json as `score_mean` and `score_std`; the "
+        "model's scores are as they are, not divided by them.\n"
+    )
 
 
 def _data_table(record: dict) -> str:
@@ -376,7 +466,7 @@ def _hyperparameters(record: dict) -> str:
     flags = record["flags"]
     rows = [
         (title, _number(flags[name]))
-        for name, title in HYPERPARAMETERS.items()
+        for name, title in task_of(record).titles.items()
         if flags.get(name) not in (None, {})
     ]
     rows += [(name, record[name]) for name in ("steps", "precision") if name in record]

@@ -30,7 +30,7 @@ adapters alone); NAME is a name in the causal LM, model...:
                               policy/PARAMETER/weight, policy/PARAMETER/exp_avg and exp_avg_sq (AdamW's
                               moments, from the first update on), reference/PARAMETER/weight (where the
                               reference moves); another model that is trained has the same under its
-                              own name, say value/
+                              own name: reward_model/, value/
     rank-RRRRR.safetensors    rng/torch, rng/others (Python's and numpy's), rng/cuda;
                               report/meter/sums, report/meter/kept/N (measures not yet shown);
                               on rank 0 policy/buffer/NAME and policy/frozen/NAME (what training
@@ -38,7 +38,7 @@ adapters alone); NAME is a name in the causal LM, model...:
     policy/                   config.json, generation_config.json, the tokenizer's files
     parts in manifest.json    policy: updates, skipped, schedule, stage; reference: {};
                               running_mean: mean, count (of BCO's rewards); report: evaluated_at,
-                              evaluated, last, moved, meter, events
+                              evaluated, last, health, meter, events
 
 Beside them OUTPUT/checkpoints/latest holds the name of the newest.
 

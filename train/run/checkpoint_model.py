@@ -16,11 +16,11 @@ from train.models import builtin, lora, pretrained
 from train.run import checkpoint_files, export
 from train.run.checkpoint import rank_file
 
-PART = "policy"  # the trained model's name among the parts of a checkpoint
+PARTS = ("policy", "reward_model")  # the trained model's name among the parts of a checkpoint
 
 
 class Weights(NamedTuple):
-    """What a checkpoint holds of the model, by names in the causal LM."""
+    """What a checkpoint holds of the model, by names in transformers' class."""
 
     trained: dict[str, torch.Tensor]  # whole, fp32
     buffers: dict[str, torch.Tensor]  # whole, as they are
@@ -30,7 +30,8 @@ class Weights(NamedTuple):
 def read_weights(checkpoint: Path, manifest: dict) -> Weights:
     """All that there is of the model's weights, whichever ranks wrote it."""
     read = checkpoint_files.Reader(checkpoint, manifest)
-    prefix, suffix = f"{PART}/lm.", f"/{sharded_state.WEIGHT}"  # a Backbone's `lm` is the causal LM
+    part = trained_part(manifest)
+    prefix, suffix = f"{part}/lm.", f"/{sharded_state.WEIGHT}"  # `lm` is transformers' class
     trained = {
         key.removeprefix(prefix).removesuffix(suffix): read(key)
         for key in read.shapes()
@@ -39,21 +40,30 @@ def read_weights(checkpoint: Path, manifest: dict) -> Weights:
     untrained = load_file(checkpoint / rank_file(0))  # the same on all ranks: the first wrote it
     return Weights(
         trained=trained,
-        buffers=checkpoint_files.under(f"{PART}/buffer/", untrained),
-        frozen=checkpoint_files.under(f"{PART}/frozen/", untrained),
+        buffers=checkpoint_files.under(f"{part}/buffer/", untrained),
+        frozen=checkpoint_files.under(f"{part}/frozen/", untrained),
     )
 
 
-def whole_model(checkpoint: Path, weights: Weights, trust_remote_code: bool):
-    """(the causal LM of a run that trained all its weights, its state dict).
+def trained_part(manifest: dict) -> str:
+    """The trained model's name among the parts of a checkpoint."""
+    return next(name for name in PARTS if name in manifest["parts"])
+
+
+def _config(checkpoint: Path, manifest: dict, trust_remote_code: bool):
+    return transformers.AutoConfig.from_pretrained(
+        checkpoint / trained_part(manifest), trust_remote_code=trust_remote_code
+    )
+
+
+def whole_model(checkpoint: Path, manifest: dict, weights: Weights, trust_remote_code: bool):
+    """(the model of a run that trained all its weights, its state dict).
 
     Damaged where a weight is missing.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        checkpoint / PART, trust_remote_code=trust_remote_code
-    )
+    config = _config(checkpoint, manifest, trust_remote_code)
     with torch.device("meta"):  # weights of its own would only be drawn to be replaced
-        lm = transformers.AutoModelForCausalLM.from_config(
+        lm = pretrained.auto_class(config).from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     lm.load_state_dict(weights.trained, strict=False, assign=True)
@@ -64,6 +74,7 @@ def whole_model(checkpoint: Path, weights: Weights, trust_remote_code: bool):
 
 
 def base_of_adapters(
+    checkpoint: Path,
     manifest: dict,
     weights: Weights,
     model: str | None,
@@ -75,12 +86,18 @@ def base_of_adapters(
     model: where the base is, None for where the run had it. ValueError where it cannot be loaded, or
     is another than the run's base.
     """
-    flags, stage = manifest["flags"], manifest["parts"][PART]["stage"]
+    flags, stage = manifest["flags"], manifest["parts"][trained_part(manifest)]["stage"]
     # in the type in which the run held it, which may have rounded it
     dtype = ds_config.weight_dtype(stage, manifest["precision"])
     try:
         path = model or flags["model"] or builtin.fetch(say=print)
-        lm = pretrained.load_causal_lm(path, dtype, trust_remote_code, allow_pickle)
+        config = _config(checkpoint, manifest, trust_remote_code)
+        if pretrained.gives_scores(config):  # the head is among what the run has trained
+            lm, _ = pretrained.load_score_model(
+                path, dtype, trust_remote_code, allow_pickle, needs_head=False
+            )
+        else:
+            lm = pretrained.load_causal_lm(path, dtype, trust_remote_code, allow_pickle)
     except (ValueError, builtin.ModelUnavailable) as error:
         raise ValueError(f"{error}; --model names the model that the run started from") from error
     lm = lm.float()
@@ -110,6 +127,7 @@ def _fit(lm, weights: Weights) -> bool:
 def write(
     folder: Path,
     checkpoint: Path,
+    manifest: dict,
     lm,
     state: dict,
     dtype: torch.dtype | None,
@@ -121,10 +139,12 @@ def write(
     was written.
     """
     written = export.write_weights(folder, lm, state, dtype)
-    for path in sorted((checkpoint / PART).iterdir()):  # the tokenizer, the settings for generation
+    for path in sorted(
+        (checkpoint / trained_part(manifest)).iterdir()
+    ):  # the tokenizer, the settings for generation
         if path.name != "config.json":  # write_weights has made it, with the type of the weights
             (folder / path.name).write_bytes(path.read_bytes())
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded = pretrained.auto_class(lm.config).from_pretrained(
         folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
     )
     again, parameters = loaded.state_dict(), dict(loaded.named_parameters())

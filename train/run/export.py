@@ -1,7 +1,7 @@
 """The result: a model directory that transformers loads, written beside its place, checked, and
 renamed into it.
 
-Shapes: T scored tokens of all batches that are compared.
+Shapes: T scored tokens, N responses of all batches that are compared.
 """
 
 import json
@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from train.engine import dist, sharded_state
 from train.files import replace_directory, write_json
-from train.models import backbone as models
-from train.models import lora, pretrained
+from train.models import lora
 from train.models.matmul import release_memory
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # nats, mean a token
+# in the module's own measure of distance: nats a token, or of the mean size of a score
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -32,15 +32,16 @@ def model_directory(
     write_card=None,
     trust_remote_code: bool = False,
 ) -> float:
-    """Write `module` (a Backbone) and the tokenizer to `folder` as safetensors. Every rank calls this.
+    """Write `module` (a Backbone or a ScoreModel) and the tokenizer to `folder` as safetensors. Every
+    rank calls this.
 
-    The directory is loaded again before it takes its name, and its log-probabilities on `batches`
-    (packed, on this device) compared with the module's. write_card: called with the folder. Returns
-    the mean difference, nats a token. RuntimeError where that is too large.
+    The directory is loaded again before it takes its name, and what it gives for `batches` (packed,
+    on this device) compared with what the module gives. write_card: called with the folder. Returns
+    how far apart they are, in `module.unit`. RuntimeError where that is too large.
     """
     release_memory(module)  # a second model comes into memory below
     with torch.no_grad():
-        trained = torch.cat([module(batch).cpu() for batch in batches])  # (T,) nats
+        trained = torch.cat([module(batch).cpu() for batch in batches])  # (T,) nats or (N,)
     state = sharded_state.gather_state_dict(module.lm, DTYPES[export_dtype])
     problem = gap = None
     if dist.is_main():
@@ -55,7 +56,7 @@ def model_directory(
             gap = _reload(unfinished, module, batches, trained, trust_remote_code)
             if not gap <= TOLERANCE[torch.bfloat16 if narrow else torch.float32]:
                 raise RuntimeError(
-                    f"loaded again, its log-probabilities are {gap:.2g} nats a token from the "
+                    f"loaded again, its {module.gives} are {gap:.2g} {module.unit} from the "
                     "trained model's"
                 )
             replace_directory(unfinished, folder)
@@ -89,7 +90,8 @@ def write_weights(folder: Path, lm, state: dict, dtype: torch.dtype | None = Non
         state = lora.merged_state_dict(lm, state)
         with torch.device("meta"):  # the same architecture without adapters in it
             plain_lm = type(lm)(lm.config)
-        plain_lm.generation_config = lm.generation_config
+        if lm.can_generate():
+            plain_lm.generation_config = lm.generation_config
     parameters = dict(plain_lm.named_parameters())
     state = {
         name: value.to(dtype) if dtype and name in parameters else value
@@ -112,13 +114,11 @@ def write_weights(folder: Path, lm, state: dict, dtype: torch.dtype | None = Non
 
 
 def _reload(folder, module, batches, trained, trust_remote_code) -> float:
-    """Mean absolute difference, nats a token, of the directory's log-probabilities and `trained`."""
-    parameter = next(module.parameters())
+    """How far what the directory gives is from `trained`, in `module.unit`."""
     # a model that was sharded may not fit on one device a second time
-    sharded = hasattr(parameter, "ds_id")
+    sharded = hasattr(next(module.parameters()), "ds_id")
     device = torch.device("cpu") if sharded else batches[0].input_ids.device
-    lm = pretrained.load_causal_lm(folder, parameter.dtype, trust_remote_code).to(device)
-    loaded = models.Backbone(lm, module.layout, module.logits_bytes, module.autocast)
+    loaded = module.load_again(folder, trust_remote_code, device)
     with torch.no_grad():
-        logps = torch.cat([loaded(batch.to(device)).cpu() for batch in batches])
-    return float((logps - trained).abs().mean())
+        found = torch.cat([loaded(batch.to(device)).cpu() for batch in batches])
+    return module.distance(found, trained)

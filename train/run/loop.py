@@ -20,7 +20,7 @@ from train.run.session import NotFinite
 
 
 class Report(Protocol):
-    """What the loop asks of a run's report; methods/preference_report.py is one."""
+    """What the loop asks of a run's report; run/report.py is one."""
 
     def start(self):
         """Open TensorBoard and the bar: the folder is taken, and run.plan says where it begins."""

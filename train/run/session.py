@@ -33,7 +33,7 @@ class Plan(NamedTuple):
     precision: str  # "bf16" or "fp32"
     batch_tokens: int  # the budget of a packed batch
     steps: int  # optimiser steps of the whole run
-    same_weights: bool  # the reference is the policy as it starts
+    same_weights: bool = False  # there is a reference, and it is the policy as it starts
     begun: int = 0  # steps that an interrupted run has done already
 
 

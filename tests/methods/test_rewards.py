@@ -1,0 +1,48 @@
+"""Reward models that others have made: off which token a score is read."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+
+from train.methods.rewards import RewardModel
+
+
+def saved(folder, **overrides):
+    tiny.make_score_model("qwen2", **overrides).save_pretrained(folder)
+    tiny.save_tokenizer(folder)
+    return folder
+
+
+def test_a_model_that_reads_its_last_token_is_taken_in_silence(tmp_path, caplog):
+    """SmolLM's case: the pad is the end token, and the texts end in a newline."""
+    with caplog.at_level(logging.WARNING, "zeropref"):
+        judge = RewardModel(saved(tmp_path, pad_token_id=2), torch.device("cpu"))
+    assert judge.ids([{"role": "user", "content": "a"}], "b", ended=True)[-2] == 2
+    assert not caplog.records
+
+
+def test_a_model_that_reads_another_token_is_named(tmp_path, caplog):
+    """Its pad is the newline that the template ends with."""
+    newline = tiny.save_tokenizer(tmp_path / "tokenizer")("\n")["input_ids"]
+    assert len(newline) == 1
+    with caplog.at_level(logging.WARNING, "zeropref"):
+        RewardModel(saved(tmp_path / "model", pad_token_id=newline[0]), torch.device("cpu"))
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "reads its scores off '<|im_end|>', not off the last token" in warning
+    assert f"its pad token, id {newline[0]}, is what the chat template ends with" in warning
+
+
+def test_two_outputs_and_no_tokenizer(tmp_path):
+    import transformers
+
+    lm = tiny.make_score_model("qwen2")
+    lm.config.num_labels = 2
+    two = transformers.AutoModelForSequenceClassification.from_config(lm.config)
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="two is no reward model: it has 2 outputs, not 1"):
+        RewardModel(tmp_path / "two", torch.device("cpu"))
+    lm = tiny.make_score_model("qwen2").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="tokenizer"):
+        RewardModel(tmp_path / "bare", torch.device("cpu"))

@@ -1,0 +1,294 @@
+"""What a run tells its user: bar, TensorBoard, run.json, the closing table.
+
+Which numbers those are is the trainer's business (Measures); a Report sums them up, shows them, and
+is a part of the run's checkpoints.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from tqdm import tqdm
+
+from train.engine import dist
+from train.losses.metrics import Metric
+from train.models.flops import FlopCounter
+from train.run import card
+from train.run.meter import Meter, peak_flops
+from train.run.tensorboard import Board
+
+
+class Measures(NamedTuple):
+    """What a trainer measures of its examples."""
+
+    metrics: tuple[Metric, ...]  # in the order of the closing table
+    columns: int  # of sums
+    sums: Callable  # (examples, losses (B,)) -> (columns,) fp64, the number of examples first
+    means: Callable  # summed sums -> {metric: mean}
+    distributions: Callable  # examples -> {name: (B,)}, for histograms
+    intervals: Callable  # (means, examples) -> {METRIC_interval: [low, high]}, 95 %
+    bar: dict[str, tuple[str, str]]  # what the bar shows: label -> (metric, format)
+    noun: str = "pairs"  # what examples are called
+    # the last evaluation -> lines below the closing table
+    closing: Callable[[dict], list[str]] | None = None
+
+
+class HeldOut(Protocol):
+    """Held-out data, scored again and again."""
+
+    def num_batches(self) -> int:
+        """This rank's batches of one pass. Every rank calls this."""
+
+    def evaluate(self, watch: Callable) -> tuple:
+        """(examples, losses (B,)) of everything, once. Every rank calls this."""
+
+
+class Report:
+    """The numbers of one run, collected and shown. A part of its checkpoints (run/checkpoint.py)."""
+
+    def __init__(
+        self,
+        run,
+        settings,
+        model,
+        measures: Measures,
+        held_out: HeldOut | None,
+        *,
+        passes: int = 3,
+        health: Callable[[], dict] = dict,
+        next_commands: Callable[[], list[str]] = list,
+    ):
+        """model: the TrainedModel. passes: forward passes that a batch's work is worth, a backward
+        pass counting two. health: what else is looked at when the run is evaluated, {name: value,
+        or None where it cannot be said}. next_commands: what the user may do when the run is done.
+        """
+        self.run, self.settings, self.model, self.measures = run, settings, model, measures
+        self.held_out = held_out
+        self.passes, self.look_at_health, self.next_commands = passes, health, next_commands
+        self.flops = FlopCounter(model.module)
+        dtype = torch.bfloat16 if run.plan.precision == "bf16" else torch.float32
+        self.meter = Meter(measures.columns, run.device, peak_flops(run.device, dtype))
+        self.board = None  # from `start` on
+        self.evaluated = {}  # step -> what the held-out data said after it
+        self.evaluated_at = -1  # the last step after which `evaluate` ran
+        self.last = {}  # the last reading of training's measures
+        self.health = {}  # the last look at it
+        self._histogram_names = ()
+        self._events = None  # where TensorBoard's files of an interrupted run are to be cut
+
+    def start(self):
+        """Open TensorBoard and the bar: the run's folder is its own, and where it begins is known."""
+        plan = self.run.plan
+        with self.meter.pause():  # TensorBoard takes seconds to import
+            self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
+        if not plan.begun:
+            self.board.text("data/first_rows", self.run.sample)
+        if self._events is not None:
+            self.board.cut(self._events)
+            self.run.note(evaluations=self.evaluated)
+
+    def add(self, batch, examples, losses):
+        """Take in a batch. No value leaves the device here."""
+        sums = self.measures.sums(examples, losses).to(self.run.device)
+        values = self.measures.distributions(examples)
+        self._histogram_names = tuple(values)
+        kept = torch.stack(list(values.values()), 1).detach()
+        work = self.passes * self.flops.forward(batch)
+        tokens = batch.input_ids.shape[0] if batch.num_responses else 0
+        self.meter.add(sums, tokens, work, kept)
+
+    def step(self, step, update):
+        """Show a finished step; every `log_every` steps read the sums. Every rank calls this."""
+        number = step.number + 1
+        if number % self.settings.log_every == 0 or number == self.run.plan.steps:
+            sums, perf = self.meter.read()
+            mean = self.measures.means(sums)
+            bar = {label: mean[name] for label, (name, _) in self.measures.bar.items()}
+            self.last = bar | perf
+            self._scalars(mean, number, "train/", "health/")
+            progress = {
+                "train/grad_norm": update.grad_norm,
+                "train/learning_rate": update.lr,
+                "train/epoch": step.epoch,
+                "health/skipped_steps": self.model.skipped,
+            }
+            self.board.scalars(progress | perf, number)
+            self.run.folder.log.info("step %d %s", number, {**mean, **perf, **update._asdict()})
+        shown = {}
+        if self.last:
+            shown = {
+                label: format(self.last[label], form)
+                for label, (_, form) in self.measures.bar.items()
+            }
+            shown["pairs/s"] = f"{self.last['perf/pairs_per_second']:.2f}"
+            shown["tok/s"] = f"{self.last['perf/tokens_per_second']:.0f}"
+        self.board.advance(shown)
+
+    def _scalars(self, mean: dict, number: int, prefix: str, health_prefix: str):
+        """Put the metrics that there are on the board, those of health under a prefix of their own."""
+        for metric in self.measures.metrics:
+            if metric.name in mean:
+                where = prefix if metric.logged else health_prefix
+                self.board.scalars({metric.name: mean[metric.name]}, number, where)
+
+    def evaluate(self, number: int):
+        """Score the held-out data after `number` steps, and look at the run's health; once.
+
+        Every rank calls this.
+        """
+        if number <= self.evaluated_at:
+            return
+        with self.meter.pause():
+            self._training_histograms(number)
+            seen = {k: v for k, v in self.look_at_health().items() if v is not None}
+            self.health |= seen
+            self.board.scalars(seen, number, "health/")
+            if self.held_out is not None:
+                self._score_held_out(number)
+            self.evaluated_at = number
+
+    def _score_held_out(self, number):
+        def watch(batches):
+            return tqdm(
+                batches,
+                total=self.held_out.num_batches(),
+                desc=f"evaluate at step {number}",
+                unit="batch",
+                leave=False,
+                disable=not dist.is_main(),
+                dynamic_ncols=True,
+            )
+
+        examples, losses = self.held_out.evaluate(watch)
+        mean = self.measures.means(self.measures.sums(examples, losses))
+        self._scalars(mean, number, "val/", "val/")
+        for name, values in self.measures.distributions(examples).items():
+            self.board.histogram(f"val/histogram/{name}", values, number)
+        counted = {"pairs": len(losses)} | self.measures.intervals(mean, examples)
+        self.evaluated[number] = mean | counted
+        self.run.note(evaluations=self.evaluated)
+
+    def _training_histograms(self, number):
+        values = self.meter.values()  # (examples since the last time, columns)
+        if values.numel():
+            for column, name in enumerate(self._histogram_names):
+                self.board.histogram(f"train/histogram/{name}", values[:, column], number)
+
+    # What the run around it needs.
+
+    def pause(self):
+        """A context in which the clock of `perf/*` stands still."""
+        return self.meter.pause()
+
+    def sync(self):
+        """Fsync what TensorBoard was given."""
+        self.board.sync()
+
+    def close(self):
+        """End the bar and TensorBoard's file."""
+        if self.board is not None:
+            self.board.close()
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to report on, for JSON."""
+        return {
+            "evaluated_at": self.evaluated_at,
+            "evaluated": dict(self.evaluated),
+            "last": self.last,
+            "health": dict(self.health),
+            "meter": self.meter.state_dict(),
+            "events": self.board.position(),
+        }
+
+    def load_state_dict(self, state: dict):
+        """Continue from `state_dict`; before `start`."""
+        self.evaluated_at, self.health = state["evaluated_at"], with_nan(state["health"])
+        self.last = with_nan(state["last"])
+        self.evaluated = {
+            int(number): with_nan(values) for number, values in state["evaluated"].items()
+        }
+        self.meter.load_state_dict(state["meter"])
+        self._events = state["events"]
+
+    def rank_tensors(self):
+        """What makes this rank's tensors of measures that are not shown yet."""
+        return self.meter.rank_tensors()
+
+    def load_rank_tensors(self, of_ranks):
+        """Continue from `rank_tensors` of several ranks, or of none."""
+        self.meter.load_rank_tensors(of_ranks)
+
+    def forget_evaluations(self):
+        """Drop evaluations of before: the run began from another one's checkpoint."""
+        self.evaluated_at, self.evaluated = -1, {}
+
+    # The end.
+
+    def card(self):
+        """What writes the model card, from what run.json says by now."""
+        folder = self.run.folder
+        return card.from_run(folder.record, seconds=folder.seconds(), perf=self._perf())
+
+    def _perf(self) -> dict[str, float]:
+        """The last reading of `perf/*`."""
+        return {name: value for name, value in self.last.items() if name.startswith("perf/")}
+
+    def finish(self, gap: float):
+        """Write the results; print what changed, where it lies and what to do next.
+
+        gap: of the exported model, see run/export.py.
+        """
+        folder = self.run.folder
+        first = self.evaluated.get(min(self.evaluated, default=0), {})
+        last = self.evaluated.get(max(self.evaluated, default=0), {})
+        in_table = [metric for metric in self.measures.metrics if metric.in_table]
+        results = {metric.name: last[metric.name] for metric in in_table if metric.name in last}
+        results = results or {"train_loss": self.last["loss"]}
+        final = {f"final/{name}": value for name, value in results.items()}
+        self.board.hparams(folder.record["flags"], final, self.run.plan.steps)
+        self.board.close()
+        module = self.model.module
+        folder.finish(
+            results=results,
+            skipped_steps=self.model.skipped,
+            perf=self._perf(),
+            **self.health,
+            **{module.gap_name: gap},
+        )
+        model = folder.path / "model"
+        lines = [
+            *(table(in_table, first, last, self.measures.noun) if last else ()),
+            *(self.measures.closing(last) if last and self.measures.closing else ()),
+            "",
+            f"model        {model}  (reloaded: {gap:.1g} {module.unit} from the trained one)",
+            f"run          {folder.path / 'run.json'}, logs/, tensorboard/",
+            "",
+            "next",
+            *(f"  {command}" for command in self.next_commands()),
+            f"  tensorboard --logdir {folder.path}",
+        ]
+        for line in lines:
+            self.run.say(line)
+
+
+def with_nan(value):
+    """The same value with NaN where JSON had to write null."""
+    if isinstance(value, dict):
+        return {key: with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
+def table(metrics: list[Metric], first: dict, last: dict, noun: str) -> list[str]:
+    """What the held-out data say, before and after, as lines of text."""
+    lines = ["", f"{last['pairs']} held-out {noun}".ljust(26) + "before      after   95 % interval"]
+    for metric in metrics:
+        if metric.name not in last:
+            continue
+        before, after = first[metric.name], last[metric.name]
+        interval = last.get(f"{metric.name}_interval")
+        shown = f"   [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        lines.append(f"{metric.title:<22} {before:>9.4f}  {after:>9.4f}{shown}")
+    return lines
