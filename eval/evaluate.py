@@ -178,9 +178,9 @@ def main():
         parts = []
         if language:
             judge = rewards[1] if rewards else None
-            parts.append(evaluate_language_model(settings, run, *language, judge, began))
+            parts.append(evaluate_language_model(settings, run, language, judge, began))
         if rewards:
-            parts.append(evaluate_reward_model(settings, run, *rewards, began))
+            parts.append(evaluate_reward_model(settings, run, rewards, began))
         if dist.is_main():
             output.write(settings, run.folder, parts)
         dist.barrier()
@@ -214,16 +214,17 @@ def open_all(settings: Settings, run):
     return language, rewards
 
 
-def evaluate_language_model(settings: Settings, run, opened, judged, loss, judge, began: float):
+def evaluate_language_model(settings: Settings, run, language, judge, began: float):
     """The part of the report on the language model: an output.Part on rank 0, else None. Every rank
     calls this.
 
-    opened: eval.inputs.Inputs. judged: eval.models.Models. loss: what composition.choose gives.
-    judge: eval.judges.Judge, or None. began: when the evaluation did, in seconds.
+    language: eval.inputs.Inputs, eval.models.Models and the loss. judge: eval.judges.Judge, or None.
+    began: when the evaluation did, in seconds.
     """
     from eval import generations, models, output, scores
     from train.engine import dist
 
+    opened, judged, loss = language
     if judged.sharded and settings.prompts:
         run.say(f"no generations: {models.SHARDED}")
     scorers = list(judged.by_name.values())
@@ -250,15 +251,16 @@ def evaluate_language_model(settings: Settings, run, opened, judged, loss, judge
     return output.measure(settings, opened, judged, results, loss)
 
 
-def evaluate_reward_model(settings: Settings, run, opened, judge, began: float):
+def evaluate_reward_model(settings: Settings, run, rewards, began: float):
     """The part of the report on the reward model: an output.Part on rank 0, else None. Every rank
     calls this.
 
-    opened: eval.reward_inputs.RewardInputs. judge: eval.judges.Judge.
+    rewards: eval.reward_inputs.RewardInputs and eval.judges.Judge.
     """
     from eval import judges, output
     from train.engine import dist
 
+    opened, judge = rewards
     scores = judges.score_all(judge, opened.data, run.device)
     if not dist.is_main():
         return None

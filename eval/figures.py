@@ -87,9 +87,9 @@ def rewards(chapter: dict, tables: dict) -> Figure:
     chosen, score = np.asarray(answers["chosen"]), np.asarray(answers["score"])
     _two_sides(axes[0], score[chosen], score[~chosen])
     axes[0].set(title="Scores", xlabel="score of an answer")
-    _margins(
-        axes[1], np.asarray(tables["rewards"]["margin"]), section["model"]["rewards/row_margins"]
-    )
+    estimates = section["model"]
+    mean = estimates.get("rewards/row_margins", estimates["rewards/margins"])
+    _margins(axes[1], np.asarray(tables["rewards"]["margin"]), mean)
     axes[1].set(title="Margin of a row", xlabel="least chosen score less greatest rejected one")
     _count_upwards(axes[1], "rows")
     _calibration(axes[2], section["calibration"])

@@ -1,7 +1,7 @@
 """The reward model under evaluation: loaded, checked, and the scores that it gives to all answers.
 
-One that training here made is computed as it was trained, packed, with shared prompts. Another
-one, or one under --layout padded, is computed by its own class, one right-padded sequence an answer
+One that training here made is computed as it was trained, packed, with shared prompts (in bf16
+always under autocast, over fp32 weights, at whatever ZeRO stage it was trained). Another one, or one under --layout padded, is computed by its own class, one right-padded sequence an answer
 with an attention mask: where it reads its score is its own affair, and checked once.
 
 Legend: N rows with k answers each, A answers in all.

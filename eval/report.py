@@ -391,7 +391,7 @@ def closing(report: dict, folder: Path, model_dirs: list[str]) -> list[str]:
 
 def _closing_reward_model(chapter: dict) -> list[str]:
     section = chapter["preferences"]
-    shown = ("rewards/accuracies", "rewards/row_margins", "rewards/chosen", "rewards/rejected")
+    shown = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
     rows = [(TITLES_OF_REWARDS[name], show(section["model"][name])) for name in shown]
     for name in ("longer_wins", "bag_of_words"):
         rows.append((f"{name.replace('_', ' ')}, no model", show(chapter["baselines"][name])))

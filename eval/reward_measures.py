@@ -109,7 +109,13 @@ def measure(opened, scores: AnswerScores) -> tuple[dict, dict]:
     differences = pairs.chosen - pairs.rejected  # (P,)
     several = len(first) > len(margins)
     estimates = estimates_of(answers, clusters, margins, correct)
-    estimates |= estimates_of_pairs(differences, pair_clusters, several)
+    estimates |= estimates_of_pairs(differences, pair_clusters)
+    if several:
+        won = preferences.wins(differences)
+        estimates |= {
+            "rewards/row_margins": intervals.ratio(margins, clusters),
+            "rewards/pair_accuracies": intervals.ratio(won, pair_clusters, proportion=True),
+        }
     of_baselines, words = baselines.measure(
         [answers.texts[i] for i in first],
         [answers.texts[i] for i in second],
@@ -187,24 +193,19 @@ def estimates_of(
     found = {
         "rewards/accuracies": intervals.ratio(correct, clusters, proportion=True),
         "rewards/accuracies_ties_lost": intervals.ratio(margins > 0, clusters, proportion=True),
-        "rewards/row_margins": intervals.ratio(margins, clusters),
     }
     for name, side in (("chosen", answers.chosen), ("rejected", ~answers.chosen)):
         found[f"rewards/{name}"] = intervals.ratio(answers.scores[side], of_answer[side])
     return found
 
 
-def estimates_of_pairs(differences: torch.Tensor, clusters: np.ndarray, several: bool) -> dict:
-    """Estimates over pairs, (P,) each; several: whether rows have more than two answers."""
+def estimates_of_pairs(differences: torch.Tensor, clusters: np.ndarray) -> dict:
+    """Estimates over pairs, (P,) each."""
     losses = -torch.nn.functional.logsigmoid(differences)
-    found = {
+    return {
         "rewards/margins": intervals.ratio(differences.numpy(), clusters),
         "loss": intervals.ratio(losses.numpy(), clusters),
     }
-    if several:
-        won = preferences.wins(differences)
-        found["rewards/pair_accuracies"] = intervals.ratio(won, clusters, proportion=True)
-    return found
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray, clusters: np.ndarray) -> dict:

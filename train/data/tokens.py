@@ -76,11 +76,11 @@ class Kind(NamedTuple):
 
 KINDS = {
     "pair": Kind(check_pair, PAIR_COLUMNS, 2, True),
-    "candidates": Kind(check_candidates, PAIR_COLUMNS, 2, True),
     "labelled": Kind(check_labelled, LABELLED_COLUMNS, 1, True, True),
     "margin": Kind(check_margin, PAIR_COLUMNS, 2, True, has_target=True),
     "score_margin": Kind(check_score_margin, PAIR_COLUMNS, 2, True, has_target=True),
     "scored": Kind(check_scored, LABELLED_COLUMNS, 1, True, has_target=True),
+    "candidates": Kind(check_candidates, PAIR_COLUMNS, 2, True),
     "text": Kind(check_text, TEXT_COLUMNS, 1, False),
 }
 
