@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from eval.scores import OUT_OF_MEMORY_ADVICE
+from train.config import Exit, fail
 from train.data.dataset import Tokenised
 from train.data.packing import pack
 from train.data.steps import plan_pass
@@ -238,6 +239,18 @@ def check_alike(scores: torch.Tensor, alone: torch.Tensor, precision: str, layou
         )
 
 
+def refuse_not_finite(results: list[np.ndarray], data: Tokenised):
+    """End the run where a score is NaN or infinite: such a row would count as lost, in silence."""
+    broken = [i for i, scores in enumerate(results) if not np.isfinite(scores).all()]
+    if broken:
+        source, number = data.place(broken[0])
+        fail(
+            f"{len(broken)} of {len(results)} rows have scores that are not finite; the first: "
+            f"{source} row {number}; try --precision fp32",
+            Exit.NONFINITE,
+        )
+
+
 @torch.no_grad()
 def score_all(judge: Judge, data: Tokenised, device: torch.device) -> AnswerScores:
     """Score every answer of `data` once. Every rank calls this.
@@ -269,6 +282,7 @@ def score_all(judge: Judge, data: Tokenised, device: torch.device) -> AnswerScor
         )
 
     results = sweep.score_groups(plan, range(len(data)), data, device, score_batch, watch)
+    refuse_not_finite(results, data)
     return AnswerScores(
         rows=data.rows,
         prompts=data.prompts,

@@ -2,6 +2,7 @@
 transformers alone.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import scipy.stats
 import tiny
 import torch
 
-from eval import benchmarks, judges, reward_inputs, reward_measures
+from eval import benchmarks, generations, judges, reward_inputs, reward_measures
 from eval.judges import AnswerScores, OwnClass
 from eval.reward_measures import Answers
 from train.data.packing import Group, pack
@@ -319,3 +320,14 @@ def test_batches_that_differ_from_single_sequences_are_refused():
         judges.check_alike(alike + 5e-4, alike, "fp32", "packed")
     with pytest.raises(judges.CheckFailed, match="not finite"):
         judges.check_alike(alike, alike * math.nan, "fp32", "padded")
+
+
+def test_scores_that_are_not_finite_end_the_run(capsys):
+    """They would count as lost."""
+    data = generations.as_data([(1, 2)] * 3, [(3,)] * 3, [0, 1, 2])
+    data = dataclasses.replace(data, starts=(("rows.jsonl", 0),))
+    judges.refuse_not_finite([np.array([0.5, 1.0])] * 3, data)
+    with pytest.raises(SystemExit) as ended:
+        judges.refuse_not_finite([np.ones(2), np.array([0.5, math.nan]), np.ones(2)], data)
+    assert ended.value.code == 5
+    assert "1 of 3 rows" in (said := capsys.readouterr().err) and "rows.jsonl row 1" in said
