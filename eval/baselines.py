@@ -26,13 +26,14 @@ def measure(
     """(the report's section, columns of the pairs' table).
 
     chosen, rejected: N texts each. clusters: (N,) number of each pair's prompt. correct: (N,) the
-    model's own wins, for the difference to the bag of words.
+    model's own wins, for the differences to both rules.
     """
     sizes = [(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
     longer = np.array([(a > b) + 0.5 * (a == b) for a, b in sizes])  # (N,)
     section = {
         "longer_wins": intervals.ratio(longer, clusters, proportion=True)
-        | {"what": "the answer of more characters"}
+        | {"what": "the answer of more characters"},
+        "model_minus_longer_wins": intervals.ratio(correct - longer, clusters),
     }
     log_odds = bag_of_words(chosen, rejected, clusters)
     if log_odds is None:

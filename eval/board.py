@@ -63,8 +63,30 @@ def scalars(report: dict) -> Iterator[tuple[str, float]]:
     """(tag, value) of every estimate of the report; TensorBoard groups by what precedes a slash.
 
     eval/: the model's preferences, by training's names. evaluation_reference/,
-    evaluation_baselines/ and so on: the rest, which it shows below.
+    evaluation_baselines/ and so on: the rest, which it shows below. A reward model that stands alone
+    has the same tags; beside a language model its are under evaluation_rewards/.
     """
+    if "preferences" in report:
+        yield from _of_language_model(report)
+    if "rewards" not in report:
+        return
+    chapter = report["rewards"]
+    section, alone = chapter["preferences"], "preferences" not in report
+    yield from _estimates("eval" if alone else "evaluation_rewards", section["model"])
+    prefix = "evaluation_" if alone else "evaluation_rewards/"
+    yield from _estimates(f"{prefix}calibration", section["calibration"])
+    yield from _estimates(f"{prefix}baselines", chapter["baselines"])
+    for name in ("length_correlation", "score_length_correlation"):
+        yield from _estimates(f"{prefix}{name}", {"rho": section[name]})
+    for row in chapter.get("by", ()):
+        yield from _estimates(f"{prefix}accuracy_by/{row['name']}", row)
+    if benchmark := chapter.get("benchmark"):
+        scores = benchmark["sections"] | {"score": benchmark["score"]}
+        yield from _estimates(f"{prefix}benchmark", scores)
+
+
+def _of_language_model(report: dict) -> Iterator[tuple[str, float]]:
+    """The estimates of a language model's chapters."""
     preferences = report["preferences"]
     yield from _estimates("eval", preferences["model"])
     for name in ("reference", "calibration"):
@@ -93,7 +115,7 @@ def curves(histograms: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.
     A value's chance is its rank over the number of values: the curve is the same, and TensorBoard's
     thresholds, which are spread evenly from 0 to 1, fall between the values wherever those lie.
     """
-    margin = np.asarray(histograms["margins"])
+    margin = np.asarray(histograms.get("margins", histograms.get("score_margins")))
     questions = {"chosen_or_rejected": _ranked(margin, -margin)}
     for name in ("reference", "model"):
         if f"{name}/logp_per_token_in" in histograms:

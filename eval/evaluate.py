@@ -1,23 +1,29 @@
 """What a model makes of preference pairs, of other text and of prompts; better or worse than its
-reference, or neither.
+reference, or neither. What a reward model makes of pairs, or of the best of several answers.
 
     # the built-in pairs and passages
     deepspeed eval/evaluate.py --model runs/dpo/model --reference DIR
     deepspeed eval/evaluate.py --model DIR --reference DIR --data pairs.jsonl --ood wikitext \
         --output runs/eval
     torchrun --nproc_per_node 2 eval/evaluate.py --model DIR --max_rows 200 --output runs/eval
+    # a reward model alone
+    deepspeed eval/evaluate.py --reward_model runs/reward/model --data rewardbench.parquet --by subset
 
 Scores every row exactly once, with training's own rows, packing and forward pass (eval/scores.py),
-and writes report.json, report.md, figures/, pairs.parquet, texts.parquet, generations.parquet and
-tensorboard/ to --output; a model directory that training wrote gets its card, README.md.
+and writes report.json, report.md, figures/, pairs.parquet, texts.parquet, generations.parquet,
+rewards.parquet, answers.parquet and tensorboard/ to --output; a model directory that training wrote
+gets its card, README.md.
 
 The chapters, in the order in which `main` comes to them: eval/inputs.py and eval/models.py (what is
 evaluated, and on what), eval/scores.py (the forward pass), eval/generations.py (what the models
 write), eval/output.py, which puts together eval/preferences.py, eval/baselines.py,
 eval/distribution.py and eval/verdict.py, and writes eval/report.py's page, eval/figures.py and
-eval/board.py. The statistics of samples are eval/measures.py's, their intervals eval/intervals.py's.
+eval/board.py. Those of a reward model are eval/reward_inputs.py, eval/judges.py (the model and its
+scores), eval/reward_measures.py and eval/benchmarks.py. The statistics of samples are
+eval/measures.py's, their intervals eval/intervals.py's.
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -33,10 +39,14 @@ from train import config, quiet, settings
 
 @dataclasses.dataclass
 class Settings:
-    """Evaluate a causal language model on preference pairs, on other text, and by what it writes."""
+    """Evaluate a causal language model on preference pairs, on other text, and by what it writes; or
+    a reward model on pairs.
+    """
 
     model: str | None = None
-    """The model: a directory or hub name. None: SmolLM2-135M-Instruct."""
+    """The model: a directory or hub name. None: SmolLM2-135M-Instruct, or where there is a
+    --reward_model, none.
+    """
     reference: str | None = None
     """The model to compare with, usually the one that training started from. None: margins are
     log-prob differences.
@@ -52,8 +62,13 @@ class Settings:
     eval/passages.jsonl.
     """
     reward_model: str | None = None
-    """A directory that AutoModelForSequenceClassification loads, which scores what the models
-    write.
+    """A directory or hub name that AutoModelForSequenceClassification loads with one label. It is
+    evaluated on --data, whose chosen or rejected may then be lists of answers; beside a --model it
+    scores what the models write, too.
+    """
+    by: str | None = None
+    """A column of strings that the reward model's rows are told apart by, say subset. RewardBench's
+    and RewardBench 2's subsets give their section scores.
     """
     output: str = settings.flag("runs/eval", may_change=True)
     """Folder for the report."""
@@ -137,54 +152,119 @@ class Settings:
         settings.check_bounds(
             self, at_least, shares=("max_dropped", "max_implausible"), positive=("beta",)
         )
-        if self.reward_model and not self.prompts:
-            raise ValueError(
-                "--reward_model scores what the models write, and with --prompts 0 they write nothing"
-            )
+        if self.by and not self.reward_model:
+            raise ValueError("--by tells a reward model's rows apart: pass --reward_model")
+        if self.reward_model and not self.model:
+            for name in ("reference", "ood", "ood_tokens", "beta", "loss", "loss_args"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name} is for language models, and --reward_model stands alone: pass "
+                        "--model, too"
+                    )
 
 
 def main():
     settings = config.parse(Settings)
     quiet.silence_libraries()  # before the libraries that it quiets
     # everything heavy comes in here, once the flags are known to be sound
-    from eval import generations, inputs, models, output, scores
-    from train.engine import dist, memory
-    from train.losses import composition
+    from eval import output
+    from train.engine import dist
     from train.run import session
 
     with session.start(settings, kind="evaluation", interruptible=False) as run:
         began = time.time()
+        language, rewards = open_all(settings, run)
+        run.folder.start()
+        parts = []
+        if language:
+            judge = rewards[1] if rewards else None
+            parts.append(evaluate_language_model(settings, run, language, judge, began))
+        if rewards:
+            parts.append(evaluate_reward_model(settings, run, rewards, began))
+        if dist.is_main():
+            output.write(settings, run.folder, parts)
+        dist.barrier()
+
+
+def open_all(settings: Settings, run):
+    """((inputs, models, loss) of the language model, (inputs, judge) of the reward model), None for
+    what is not asked for: what is wrong with them is said before anything is scored. Every rank calls
+    this.
+    """
+    from eval import inputs, judges, models, reward_inputs, scores
+    from train.engine import memory
+    from train.losses import composition
+
+    language = rewards = None
+    if settings.model or not settings.reward_model:
         opened = inputs.open_inputs(settings, run.folder)
         recipe = opened.recipe
         loss = composition.choose(recipe["loss"], recipe["beta"], recipe["loss_args"])
-        advice = f"({scores.OUT_OF_MEMORY_ADVICE})"
-        with memory.room_for("loading and checking the models", advice):
-            judged = models.open_models(settings, run.folder, opened, run.device)
-        run.folder.start()
-        if judged.sharded and settings.prompts:
-            run.say(f"no generations: {models.SHARDED}")
-        scorers = list(judged.by_name.values())
-        budget = judged.batch_tokens
-        of_pairs = scores.score_all(opened.pairs, scorers, budget, device=run.device, title="pairs")
-        of_texts = scores.score_all(opened.texts, scorers, budget, device=run.device, title="texts")
-        seconds = time.time() - began
-        if not settings.prompts:
-            generated = generations.skipped("--prompts is 0")
-        elif judged.sharded:
-            generated = generations.skipped(models.SHARDED)
-        else:
-            decoding = generations.Decoding(
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                seed=settings.seed,
-                batch_size=settings.batch_size,
-            )
+    if settings.reward_model:
+        to_judge = reward_inputs.open_inputs(settings, run.folder)
+    advice = f"({scores.OUT_OF_MEMORY_ADVICE})"
+    with memory.room_for("loading and checking the models", advice):
+        judge = None
+        if settings.reward_model:
+            judge = judges.open_judge(settings, to_judge, run.folder, run.device)
+            rewards = to_judge, judge
+        if settings.model or not settings.reward_model:
+            judged = models.open_models(settings, run.folder, opened, run.device, judge)
+            language = opened, judged, loss
+    return language, rewards
+
+
+def evaluate_language_model(settings: Settings, run, language, judge, began: float):
+    """The part of the report on the language model: an output.Part on rank 0, else None. Every rank
+    calls this.
+
+    language: eval.inputs.Inputs, eval.models.Models and the loss. judge: eval.judges.Judge, or None.
+    began: when the evaluation did, in seconds.
+    """
+    from eval import generations, models, output, scores
+    from train.engine import dist
+
+    opened, judged, loss = language
+    if judged.sharded and settings.prompts:
+        run.say(f"no generations: {models.SHARDED}")
+    scorers = list(judged.by_name.values())
+    budget = judged.batch_tokens
+    of_pairs = scores.score_all(opened.pairs, scorers, budget, device=run.device, title="pairs")
+    of_texts = scores.score_all(opened.texts, scorers, budget, device=run.device, title="texts")
+    seconds = time.time() - began
+    if not settings.prompts:
+        generated = generations.skipped("--prompts is 0")
+    elif judged.sharded:
+        generated = generations.skipped(models.SHARDED)
+    else:
+        decoding = generations.Decoding(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+        )
+        with judge.as_own_class() if judge else contextlib.nullcontext():
             generated = generations.compare(judged, opened.prompts, opened.tokenizer, decoding)
-        if dist.is_main():
-            results = output.Results(list(judged.by_name), of_pairs, of_texts, generated, seconds)
-            content, tables = output.measure(settings, opened, judged, results, loss)
-            output.write(settings, run.folder, opened, content, tables, results)
-        dist.barrier()
+    if not dist.is_main():
+        return None
+    results = output.Results(list(judged.by_name), of_pairs, of_texts, generated, seconds)
+    return output.measure(settings, opened, judged, results, loss)
+
+
+def evaluate_reward_model(settings: Settings, run, rewards, began: float):
+    """The part of the report on the reward model: an output.Part on rank 0, else None. Every rank
+    calls this.
+
+    rewards: eval.reward_inputs.RewardInputs and eval.judges.Judge.
+    """
+    from eval import judges, output
+    from train.engine import dist
+
+    opened, judge = rewards
+    scores = judges.score_all(judge, opened.data, run.device)
+    if not dist.is_main():
+        return None
+    return output.measure_rewards(settings, opened, judge, scores, time.time() - began)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The report's figures as PNG: an opaque white ground, so that they read the same on a light and on
 a dark page.
 
-`report` below is the content of report.json, `columns` the pairs' table by column.
+`report` below is the content of report.json, or of its chapter on the reward model, `columns` the
+pairs' table by column.
 """
 
 from pathlib import Path
@@ -25,10 +26,17 @@ BELOW_LEGEND = 0.8  # of the height of a panel whose legend stands at the top
 UNSEEN = 0.001  # share of a sample that may lie left of a panel: a few tokens would take half of it
 
 
-def draw(folder: Path, report: dict, columns: dict) -> list[Path]:
-    """Write preferences.png and distribution.png; returns their paths."""
+def draw(folder: Path, report: dict, tables: dict) -> list[Path]:
+    """Write preferences.png and distribution.png of a language model, rewards.png of a reward model,
+    as the report has chapters; returns their paths. tables: {table: {column: values}}.
+    """
     folder.mkdir(exist_ok=True)
-    figures = {"preferences": preferences(report, columns), "distribution": distribution(report)}
+    figures = {}
+    if "preferences" in report:
+        figures["preferences"] = preferences(report, tables["pairs"])
+        figures["distribution"] = distribution(report)
+    if "rewards" in report:
+        figures["rewards"] = rewards(report["rewards"], tables)
     paths = []
     for name, figure in figures.items():
         path = folder / f"{name}.png"
@@ -49,9 +57,15 @@ def preferences(report: dict, columns: dict) -> Figure:
     compared = "calibration" in section
     figure = Figure(figsize=(10, 7.2 if compared else 4), layout="constrained")
     axes = figure.subplots(2 if compared else 1, 2).flatten()
-    _margins(axes[0], section, columns)
+    estimates = section["model"]
+    name = "rewards/margins" if compared else "logps/margins"
+    _margins(axes[0], np.asarray(columns["margin"]), estimates[name])
+    axes[0].set(title="Margin of chosen over rejected", xlabel=section["margin"])
+    _count_upwards(axes[0], "pairs")
     if compared:
-        _rewards(axes[1], columns)
+        chosen, rejected = columns["chosen_reward"], columns["rejected_reward"]
+        _two_sides(axes[1], np.asarray(chosen), np.asarray(rejected))
+        axes[1].set(title="Rewards", xlabel="beta x log(model / reference)")
         _calibration(axes[2], section["calibration"])
     _by_length(axes[-1], section["by_length"], baselines)
     for panel in axes:
@@ -60,11 +74,50 @@ def preferences(report: dict, columns: dict) -> Figure:
     return figure
 
 
-def _margins(axes, section: dict, columns: dict):
-    margins = np.asarray(columns["margin"])
+def rewards(chapter: dict, tables: dict) -> Figure:
+    """Scores of chosen and rejected answers, margins, calibration, accuracy by length difference;
+    where rows are told apart, accuracy by that.
+    """
+    section, answers = chapter["preferences"], tables["answers"]
+    by = chapter.get("by", [])
+    figure = Figure(figsize=(10, 7.2 + (0.6 + 0.22 * len(by) if by else 0)), layout="constrained")
+    heights = [3.6, 3.6, 0.6 + 0.22 * len(by)] if by else [3.6, 3.6]
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    axes = [figure.add_subplot(grid[place // 2, place % 2]) for place in range(4)]
+    chosen, score = np.asarray(answers["chosen"]), np.asarray(answers["score"])
+    _two_sides(axes[0], score[chosen], score[~chosen])
+    axes[0].set(title="Scores", xlabel="score of an answer")
+    estimates = section["model"]
+    mean = estimates.get("rewards/row_margins", estimates["rewards/margins"])
+    _margins(axes[1], np.asarray(tables["rewards"]["margin"]), mean)
+    axes[1].set(title="Margin of a row", xlabel="least chosen score less greatest rejected one")
+    _count_upwards(axes[1], "rows")
+    _calibration(axes[2], section["calibration"])
+    _by_length(axes[3], section["by_length"], chapter["baselines"])
+    if by:
+        axes.append(figure.add_subplot(grid[2, :]))
+        _by_value(axes[4], by)
+    for panel in axes:
+        _tidy(panel)
+    figure.suptitle(f"{section['rows']} rows of {', '.join(chapter['data']['sources'])}")
+    return figure
+
+
+def _by_value(axes, rows: list[dict]):
+    for place, row in enumerate(rows):
+        low, high = row["interval"] or (row["value"], row["value"])
+        axes.barh(place, row["value"], color=BLUE, alpha=0.8)
+        axes.hlines(place, low, high, color="black", linewidth=1.5)
+    names = [f"{row['name']}, n={row['n']}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(title="Accuracy by subset", xlabel="accuracy", xlim=(0, 1.02))
+
+
+def _margins(axes, margins: np.ndarray, mean: dict):
+    """The histogram of margins and the estimate of their mean."""
     axes.hist(margins, bins=shared_edges(margins[None]), color=BLUE, alpha=0.8)
     axes.axvline(0, ymax=BELOW_LEGEND, color=GREY, linewidth=1)
-    mean = section["model"].get("rewards/margins", section["model"]["logps/margins"])
     axes.axvline(
         mean["value"],
         ymax=BELOW_LEGEND,
@@ -77,18 +130,15 @@ def _margins(axes, section: dict, columns: dict):
         axes.axvspan(
             low, high, ymax=BELOW_LEGEND, color=ORANGE, alpha=0.25, label="its 95 % interval"
         )
-    axes.set(title="Margin of chosen over rejected", xlabel=section["margin"])
-    _count_upwards(axes, "pairs")
 
 
-def _rewards(axes, columns: dict):
-    chosen, rejected = np.asarray(columns["chosen_reward"]), np.asarray(columns["rejected_reward"])
-    bins = shared_edges(np.stack([chosen, rejected]))
+def _two_sides(axes, chosen: np.ndarray, rejected: np.ndarray):
+    """Histograms of what chosen and rejected answers get, on the same bins."""
+    bins = shared_edges(chosen[None], rejected[None])
     for side, values, colour in (("chosen", chosen, BLUE), ("rejected", rejected, ORANGE)):
         label = f"{side}, mean {values.mean():.3g}"
         axes.hist(values, bins=bins, color=colour, alpha=0.55, label=label)
     axes.axvline(0, ymax=BELOW_LEGEND, color=GREY, linewidth=1)
-    axes.set(title="Rewards", xlabel="beta x log(model / reference)")
     _count_upwards(axes, "answers")
 
 

@@ -113,9 +113,9 @@ def open_inputs(settings, run) -> Inputs:
     )
 
 
-def training_record(model: str | None) -> tuple[dict, str | None]:
+def training_record(model: str | None, task: str = "preference") -> tuple[dict, str | None]:
     """What training wrote beside a model directory (MODEL/../run.json, as OUTPUT/model has it) or
-    in it, and where; ({}, None) where there is nothing.
+    in it, and where; ({}, None) where there is nothing. task: "preference" or "reward".
     """
     if not model or not Path(model).is_dir():
         return {}, None
@@ -128,23 +128,27 @@ def training_record(model: str | None) -> tuple[dict, str | None]:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        if isinstance(record, dict) and "beta" in (record.get("flags") or {}):
+        if not isinstance(record, dict) or not record.get("flags"):
+            continue
+        is_reward = record.get("task") == "reward"
+        if is_reward if task == "reward" else "beta" in record["flags"]:
             return record, f"{place.name}/run.json"
     return {}, None
 
 
-def recipe_of(settings, record: dict, where: str | None) -> dict:
-    """The values of INHERITED, each from a flag, else from training's record, else the default;
-    with the ZeRO stage of the training, and where the record is from.
+def recipe_of(settings, record: dict, where: str | None, inherited: dict | None = None) -> dict:
+    """The values of `inherited` (None: INHERITED), each from a flag, else from training's record,
+    else the default there; with the ZeRO stage of the training, and where the record is from.
     """
+    inherited = INHERITED if inherited is None else inherited
     trained_with = record.get("flags", {})
     if "precision" in record:
         trained_with = trained_with | {"precision": record["precision"]}  # what "auto" came to
     recipe = {}
     # in the order of evaluation's own flags
-    for name in (f.name for f in dataclasses.fields(settings) if f.name in INHERITED):
+    for name in (f.name for f in dataclasses.fields(settings) if f.name in inherited):
         flag = getattr(settings, name)
-        recipe[name] = trained_with.get(name, INHERITED[name]) if flag is None else flag
+        recipe[name] = trained_with.get(name, inherited[name]) if flag is None else flag
     stage = record.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
     return recipe | {"stage": stage, "from": where}
 
@@ -173,7 +177,7 @@ def trained(record: dict) -> dict | None:
     return {
         "from": card.base_of(record)[0],
         "loss": flags.get("loss"),
-        "beta": flags["beta"],
+        "beta": flags.get("beta"),
         "lr": flags.get("lr"),
         "steps": record.get("steps"),
         "batch_size": flags.get("batch_size"),
@@ -191,8 +195,9 @@ def read_pairs(
     columns: list[str] | None,
     max_dropped: float,
     most: int | None,
+    **options,
 ) -> Tokenised:
-    """The first `most` pairs, tokenised."""
+    """The first `most` pairs, tokenised. options: more of train.data.tokens.collect."""
     data = tokens.prepare(
         sources,
         tokenizer,
@@ -204,6 +209,7 @@ def read_pairs(
         max_implausible=recipe["max_implausible"],
         allow_control_tokens=recipe["allow_control_tokens"],
         allow_template_changes=recipe["allow_template_changes"],
+        **options,
     )
     return data.select(range(min(len(data), most or len(data))))
 

@@ -36,11 +36,11 @@ class Models(NamedTuple):
         return {"model": self.model, "reference": self.reference}
 
 
-def open_models(settings, run, opened, device: torch.device) -> Models:
-    """The frozen model and reference, checked on the first pairs, and the reward model. Every rank
-    calls this.
+def open_models(settings, run, opened, device: torch.device, judge=None) -> Models:
+    """The frozen model and reference, checked on the first pairs. Every rank calls this.
 
-    opened: eval.inputs.Inputs. ValueError where a model cannot be loaded or does not fit its task.
+    opened: eval.inputs.Inputs. judge: eval.judges.Judge, whose model scores what the models write.
+    ValueError where a model cannot be loaded or does not fit its task.
     """
     recipe = opened.recipe
     precision = ds_config.resolve_precision(recipe["precision"], device)
@@ -49,8 +49,6 @@ def open_models(settings, run, opened, device: torch.device) -> Models:
     config = ds_config.read_config(settings.ds_config) if settings.ds_config else {}
     config = ds_config.resolve_frozen(config, as_trained)
     sharded = ds_config.zero_stage(config) == 3
-    if sharded and settings.reward_model:
-        raise ValueError(f"--reward_model scores what the models write; {SHARDED}")
 
     def load(path) -> Live:
         backbone = loading.load_backbone(
@@ -75,14 +73,8 @@ def open_models(settings, run, opened, device: torch.device) -> Models:
     checks.check_start(
         model, reference or model, opened.pairs, device, precision, same_weights=same_weights
     )
-    reward_model = None
-    if settings.reward_model:
-        reward_model = RewardModel(
-            settings.reward_model,
-            device,
-            autocast=model.module.autocast,
-            trust_remote_code=settings.trust_remote_code,
-        )
+    reward_model = judge and judge.model
+    if reward_model:
         reward_model.check(opened.prompts, settings.max_new_tokens)
     if opened.prompts and not sharded:  # better now than after the scoring
         prompts = [prompt.ids for prompt in opened.prompts]

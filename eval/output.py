@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from eval import baselines, board, distribution, figures, preferences, report
+from eval import baselines, board, distribution, figures, preferences, report, reward_measures
 from eval.generations import MODES, Generated
 from eval.inputs import Inputs, shown_flags, trained
+from eval.judges import AnswerScores, Judge
 from eval.models import Models
+from eval.reward_inputs import RewardInputs
 from eval.scores import Scores
 from eval.verdict import verdict
 from train.files import write_json
@@ -31,10 +33,18 @@ class Results(NamedTuple):
     seconds: float  # wall-clock time of loading and scoring, for the report
 
 
-def measure(
-    settings, inputs: Inputs, models: Models, results: Results, loss_of
-) -> tuple[dict, dict]:
-    """(the content of report.json, {table: {column: values}}).
+class Part(NamedTuple):
+    """What the evaluation of one model comes to."""
+
+    inputs: Inputs | RewardInputs
+    content: dict  # of report.json
+    tables: dict  # {table: {column: values}}
+    histograms: dict  # values by tag
+    texts: dict  # Markdown by tag
+
+
+def measure(settings, inputs: Inputs, models: Models, results: Results, loss_of) -> Part:
+    """The part on the language model.
 
     loss_of: what train.losses.composition.choose gives for the recipe's loss.
     """
@@ -49,10 +59,7 @@ def measure(
     tables = {"pairs": pair_columns | more_columns, "texts": text_columns}
     if rows := results.generated.rows:
         tables["generations"] = {name: [row[name] for row in rows] for name in rows[0]}
-    described = {
-        name: {**facts, "sources": [card.shown(source) for source in facts["sources"]]}
-        for name, facts in inputs.described.items()
-    }
+    described = {name: as_shown(facts) for name, facts in inputs.described.items()}
     content = {
         "model": card.shown(settings.model or builtin.REPOSITORY),
         "reference": settings.reference and card.shown(settings.reference),
@@ -68,7 +75,54 @@ def measure(
         "generations": of_answers,
         "run": models.facts | {"flags": shown_flags(settings), "seconds_scoring": results.seconds},
     }
-    return plain(content), tables
+    histograms = board.histograms(tables["pairs"], results.pairs, results.texts, results.names)
+    # of shares of 0 and 1 a histogram says no more than their mean
+    histograms |= {
+        name: values
+        for name, values in results.generated.values.items()
+        if not name.endswith("ended")
+    }
+    texts = {}
+    if rows := results.generated.rows:
+        for mode in MODES:
+            lines = report.samples(rows[: settings.prompts], mode)
+            texts[f"generations/{mode}"] = "\n".join(lines)
+    return Part(inputs, plain(content), tables, histograms, texts)
+
+
+def measure_rewards(
+    settings, inputs: RewardInputs, judge: Judge, scores: AnswerScores, seconds: float
+) -> Part:
+    """The part on the reward model, under "rewards" in report.json."""
+    chapter, tables = reward_measures.measure(inputs, scores)
+    chapter = {
+        "model": card.shown(inputs.path),
+        "trained": trained(inputs.record),
+        "recipe": inputs.recipe,
+        "data": as_shown(inputs.described),
+        **chapter,
+    }
+    content = {
+        "rewards": chapter,
+        "run": {
+            "judge": judge.facts,
+            "flags": shown_flags(settings),
+            "seconds_scoring": seconds,
+        },
+    }
+    answers = tables["answers"]
+    chosen = np.asarray(answers["chosen"])
+    histograms = {
+        "scores_chosen": answers["score"][chosen],
+        "scores_rejected": answers["score"][~chosen],
+        "score_margins": tables["rewards"]["margin"],
+    }
+    return Part(inputs, plain(content), tables, histograms, {})
+
+
+def as_shown(described: dict) -> dict:
+    """What folder.describe says of a data set, its sources as a reader may see them."""
+    return described | {"sources": [card.shown(source) for source in described["sources"]]}
 
 
 def _unchanged(results: Results) -> bool:
@@ -88,31 +142,39 @@ def plain(thing):
     return None if isinstance(thing, float) and not math.isfinite(thing) else thing
 
 
-def write(settings, run, inputs: Inputs, content: dict, tables: dict, results: Results):
-    """Write everything in --output and the model's card, then say where it lies."""
-    folder, generated = run.path, results.generated
-    drawn = figures.draw(folder / "figures", content, tables["pairs"])
+def write(settings, run, parts: list[Part]):
+    """Write everything in --output and the models' cards, then say where it lies.
+
+    parts: of the language model, of the reward model, or of both.
+    """
+    folder = run.path
+    content, tables, histograms, texts = {}, {}, {}, {}
+    for part in parts:
+        # of two parts, both of which say how they were run
+        told = content.get("run", {}) | part.content["run"]
+        content |= part.content | {"run": told}
+        tables |= part.tables
+        histograms |= part.histograms
+        texts |= part.texts
+    drawn = figures.draw(folder / "figures", content, tables)
     write_json(folder / "report.json", content)
     (folder / "report.md").write_text(report.markdown(content, drawn), encoding="utf-8")
     for name, columns in tables.items():
         parquet(folder / f"{name}.parquet", columns)
-    histograms = board.histograms(tables["pairs"], results.pairs, results.texts, results.names)
-    # of shares of 0 and 1 a histogram says no more than their mean
-    histograms |= {
-        name: values for name, values in generated.values.items() if not name.endswith("ended")
-    }
-    texts = {"report": report.markdown(content, [])}  # figures stand among TensorBoard's images
-    if generated.rows:
-        for mode in MODES:
-            lines = report.samples(generated.rows[: settings.prompts], mode)
-            texts[f"generations/{mode}"] = "\n".join(lines)
-    shown = board.Shown(texts, histograms, drawn)
-    board.write(folder / "tensorboard", content, shown, step=inputs.record.get("steps", 0))
-    has_card = settings.card and inputs.recipe["from"] is not None  # training wrote that directory
-    if has_card:
-        card.update(Path(inputs.path), content, drawn, inputs.record)
-    run.finish(verdict=content["verdict"]["word"])
-    for line in report.closing(content, folder, inputs.path if has_card else None):
+    texts["report"] = report.markdown(content, [])  # figures stand among TensorBoard's images
+    step = parts[0].inputs.record.get("steps", 0)
+    board.write(folder / "tensorboard", content, board.Shown(texts, histograms, drawn), step=step)
+    of_models = []
+    for part in parts:
+        if not settings.card or part.inputs.recipe["from"] is None:
+            continue  # training did not write that directory
+        chapter = part.content.get("rewards", part.content)
+        own = [path for path in drawn if (path.stem == "rewards") == ("rewards" in part.content)]
+        card.update(Path(part.inputs.path), chapter, own, part.inputs.record)
+        of_models.append(part.inputs.path)
+    word = content.get("verdict", content.get("rewards", {}).get("verdict"))["word"]
+    run.finish(verdict=word)
+    for line in report.closing(content, folder, of_models):
         run.say(line)
 
 

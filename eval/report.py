@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from eval import reward_measures
 from eval.intervals import show
 from eval.verdict import WORDS
 from train.losses.metrics import LABELS
@@ -14,6 +15,16 @@ TITLES = LABELS | {
     "logps/margins": "log-prob difference, nats",
     "logps/accuracies": "chosen is the likelier",
     "logps/accuracies_per_token": "chosen is the likelier a token",
+}
+TITLES_OF_REWARDS = {
+    "rewards/accuracies": "accuracy",
+    "rewards/accuracies_ties_lost": "accuracy, ties lost",
+    "rewards/pair_accuracies": "accuracy of pairs",
+    "rewards/row_margins": "margin of a row",
+    "rewards/margins": "margin of a pair",
+    "rewards/chosen": "score of chosen",
+    "rewards/rejected": "score of rejected",
+    "loss": "Bradley-Terry loss of a pair",
 }
 TITLES_OF_ANSWERS = {
     "length": "length, tokens",
@@ -41,7 +52,18 @@ LONGEST = 600  # characters of an answer that are shown
 def markdown(report: dict, figures: list[Path]) -> str:
     """The report as a page; figures lie in the folder figures/ beside it."""
     drawn = {path.stem: [f"![{path.stem}](figures/{path.name})", ""] for path in figures}
-    lines = [
+    lines = []
+    if "preferences" in report:
+        lines += _language_model(report, drawn)
+    if "rewards" in report:
+        level = "##" if lines else "#"
+        lines += _reward_model(report["rewards"], report["run"]["judge"], drawn, level)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _language_model(report: dict, drawn: dict) -> list[str]:
+    """The chapters on a language model. drawn: lines by figure."""
+    return [
         *_head(report),
         "## Preferences",
         "",
@@ -55,7 +77,70 @@ def markdown(report: dict, figures: list[Path]) -> str:
         "",
         *_generations(report["generations"]),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+
+
+def _reward_model(chapter: dict, judge: dict, drawn: dict, level: str) -> list[str]:
+    """The chapter on a reward model. level: of its heading, in hashes."""
+    section, recipe, verdict = chapter["preferences"], chapter["recipe"], chapter["verdict"]
+    model, data = section["model"], chapter["data"]
+    methods = "; ".join(sorted({estimate["method"] for estimate in model.values()}))
+    source = f", as in {recipe['from']}" if recipe["from"] else ""
+    lines = [
+        f"{level} {chapter['model']}",
+        "",
+        f"As a reward model: **{reward_measures.WORDS[verdict['word']]}**.",
+        "",
+        *(f"* {reason}" for reason in verdict["reasons"]),
+        "",
+        *_training(chapter | {"reference": None}),
+        f"Evaluated with at most {recipe['max_length']} tokens, prompts at most "
+        f"{recipe['max_prompt_length'] or recipe['max_length']}{source}; computed "
+        f"{judge['computed']}, {judge['precision']}; the score is read at: {judge['reads']}. Brackets "
+        f"are 95 % intervals ({methods}).",
+        "",
+        f"{section['rows']} rows of {section['prompts']} prompts with {section['answers']} answers "
+        f"from {', '.join(data['sources'])} ({data['dropped']} rows dropped, {data['truncated']} "
+        "truncated).",
+        "",
+        *table(
+            ["measure", "value"],
+            [
+                [title, show(model[name])]
+                for name, title in TITLES_OF_REWARDS.items()
+                if name in model
+            ],
+        ),
+        *_benchmark(chapter.get("benchmark")),
+    ]
+    if by := chapter.get("by"):
+        rows = [
+            [row["name"], row["n"], show(row), f"{row['ties_lost']:.4g}", show(row["margin"])]
+            for row in by
+        ]
+        lines += table(["subset", "rows", "accuracy", "ties lost", "margin"], rows)
+    lines += ["Without any model:", "", *_baselines(chapter["baselines"])]
+    lines += _by_length(section)
+    lines += [
+        "Rank correlation of the score and the tokens of an answer: "
+        f"{show(section['score_length_correlation'])}.",
+        "",
+    ]
+    return lines + _calibration(section["calibration"]) + drawn.get("rewards", [])
+
+
+def _benchmark(benchmark: dict | None) -> list[str]:
+    """The sections of RewardBench or RewardBench 2."""
+    if benchmark is None:
+        return []
+    rows = [[name, each["n"], show(each)] for name, each in benchmark["sections"].items()]
+    if score := benchmark["score"]:
+        rows.append(["score", score["n"], show(score)])
+    lines = table([benchmark["name"], "rows", "score, as it defines it"], rows)
+    if missing := benchmark["missing"]:
+        lines += [f"No score of the whole; no rows of: {', '.join(missing)}.", ""]
+        if benchmark["score"]:
+            lines[-2] = f"No rows of: {', '.join(missing)}."
+    return lines
 
 
 def _head(report: dict) -> list[str]:
@@ -128,7 +213,14 @@ def _preferences(report: dict) -> list[str]:
             "",
         ]
     lines += ["Without any model:", "", *_baselines(report["baselines"])]
-    lines += [
+    lines += _by_length(section)
+    if "calibration" in section:
+        lines += _calibration(section["calibration"])
+    return lines
+
+
+def _by_length(section: dict) -> list[str]:
+    return [
         "Accuracy by the difference of chosen's and rejected's tokens, relative to the longer:",
         "",
         *table(
@@ -141,14 +233,13 @@ def _preferences(report: dict) -> list[str]:
         f"Rank correlation of margin and length difference: {show(section['length_correlation'])}.",
         "",
     ]
-    if "calibration" in section:
-        lines += _calibration(section["calibration"])
-    return lines
 
 
 def _baselines(section: dict) -> list[str]:
     rows = []
-    for name in ("longer_wins", "bag_of_words"):
+    for name in ("longer_wins", "longest_of_row_wins", "bag_of_words"):
+        if name not in section:
+            continue
         rule = section[name]
         rows.append([name.replace("_", " "), show(rule), rule.get("what", rule["method"])])
     return table(["rule", "accuracy", "how"], rows)
@@ -278,11 +369,43 @@ def _line(cells: list) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def closing(report: dict, folder: Path, model_dir: str | None) -> list[str]:
+def closing(report: dict, folder: Path, model_dirs: list[str]) -> list[str]:
     """What is printed at the end: the verdict, the figures that it rests on, where everything lies.
 
-    model_dir: the model directory whose card was written, if any.
+    model_dirs: the model directories whose cards were written.
     """
+    lines = []
+    if "preferences" in report:
+        lines += _closing_language_model(report)
+    if "rewards" in report:
+        lines += _closing_reward_model(report["rewards"])
+    lines += ["", f"report       {folder / 'report.md'}, report.json, figures/, *.parquet"]
+    logs = folder
+    for model_dir in model_dirs:
+        lines.append(f"model card   {Path(model_dir) / 'README.md'}")
+        run = Path(model_dir).resolve().parent
+        if folder.resolve().is_relative_to(run):  # training's curves beside the evaluation's
+            logs = run
+    return [*lines, "", f"  tensorboard --logdir {logs}"]
+
+
+def _closing_reward_model(chapter: dict) -> list[str]:
+    section = chapter["preferences"]
+    shown = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    rows = [(TITLES_OF_REWARDS[name], show(section["model"][name])) for name in shown]
+    for name in ("longer_wins", "bag_of_words"):
+        rows.append((f"{name.replace('_', ' ')}, no model", show(chapter["baselines"][name])))
+    rows.append(("score and length, rank", show(section["score_length_correlation"])))
+    if benchmark := chapter.get("benchmark"):
+        rows += [(f"{benchmark['name']}: {n}", show(s)) for n, s in benchmark["sections"].items()]
+        if benchmark["score"]:
+            rows.append((benchmark["name"], show(benchmark["score"])))
+    word = reward_measures.WORDS[chapter["verdict"]["word"]]
+    head = f"{section['rows']} rows of answers, reward model: {word}"
+    return ["", head, *(f"{title:<26} {value}" for title, value in rows)]
+
+
+def _closing_language_model(report: dict) -> list[str]:
     model, outside = report["preferences"]["model"], report["distribution"]["model"]["out"]
     names = ("rewards/accuracies", "rewards/margins", "chosen_fell")
     if names[0] not in model:  # there is no reference
@@ -295,17 +418,5 @@ def closing(report: dict, folder: Path, model_dir: str | None) -> list[str]:
         perplexity += f", x {show(change['out']['perplexity_ratio'], 5)}"
     rows.append(("perplexity of other text", perplexity))
     word = WORDS[report["verdict"]["word"]]
-    lines = [
-        "",
-        f"{report['preferences']['pairs']} pairs, {report['ood']['groups']} texts: {word}",
-        *(f"{title:<26} {value}" for title, value in rows),
-        "",
-        f"report       {folder / 'report.md'}, report.json, figures/, *.parquet",
-    ]
-    logs = folder
-    if model_dir:
-        lines.append(f"model card   {Path(model_dir) / 'README.md'}")
-        run = Path(model_dir).resolve().parent
-        if folder.resolve().is_relative_to(run):  # training's curves beside the evaluation's
-            logs = run
-    return [*lines, "", f"  tensorboard --logdir {logs}"]
+    head = f"{report['preferences']['pairs']} pairs, {report['ood']['groups']} texts: {word}"
+    return ["", head, *(f"{title:<26} {value}" for title, value in rows)]

@@ -109,7 +109,7 @@ def logs(tmp_path_factory):
         "run": {"precision": "fp32"},
         "verdict": verdict(preferred, trivial, apart, written, unchanged=False),
     }
-    drawn = figures.draw(folder / "figures", content, columns)
+    drawn = figures.draw(folder / "figures", content, {"pairs": columns})
     pages = {
         "report": report.markdown(content, []),
         "generations/greedy": "\n".join(report.samples([row], "greedy")),

@@ -599,3 +599,25 @@ def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
 
     cluster.until_job(evaluate, "COMPLETED", 0, 300)
     assert json.loads((out / "eval/report.json").read_text())["preferences"]
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_trained_and_then_evaluated(cluster, model_dir, tmp_path):
+    out = tmp_path / "run"
+    submitted = cluster(
+        SLURM / "pipeline.sh",
+        f"--output={tmp_path}/%j.log",
+        "launch/train_reward.py",
+        *["--model", model_dir, "--output", out, "--max_steps", 2, "--batch_size", 8],
+        *["--max_length", 200, "--max_prompt_length", 100],
+        "then",
+        f"--output={tmp_path}/%j.log",
+        "eval/evaluate.py",
+        *["--reward_model", out / "model", "--max_rows", 8, "--output", out / "eval"],
+    )
+    train, evaluate = re.findall(r"^job (\d+): ", submitted, re.MULTILINE)
+    assert cluster.job(evaluate)["JobState"] == "PENDING"
+    cluster.until_job(train, "COMPLETED", 0, 300)
+    cluster.until_job(evaluate, "COMPLETED", 0, 300)
+    chapter = json.loads((out / "eval/report.json").read_text())["rewards"]
+    assert chapter["preferences"]["rows"] == 8 and chapter["trained"]["steps"] == 2

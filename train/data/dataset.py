@@ -13,11 +13,14 @@ from train.data.plausible import Suspicion
 
 @dataclasses.dataclass(frozen=True)
 class Tokenised:
-    """N groups in flat storage, memory-mapped; `select` gives views that share it."""
+    """N groups of up to k responses in flat storage, memory-mapped; `select` gives views that share
+    it.
+    """
 
     ids: np.ndarray  # (T,) int32: prompt, response, response, prompt, ...
     offsets: np.ndarray  # (N,) int64 into ids: where each group's prompt begins
-    lengths: np.ndarray  # (N, 1 + k) int32 tokens of the prompt and of each response
+    # (N, 1 + k) int32 tokens of the prompt and of each response; 0 where a group has fewer than k
+    lengths: np.ndarray
     truncated: np.ndarray  # (N, 1 + k) bool: which of them were cut
     rows: np.ndarray  # (N,) int64 number of the row over all sources
     # (N,) int64 hash of the prompt's messages, or of a plain text; no template or truncation in it.
@@ -40,7 +43,7 @@ class Tokenised:
         ids = tuple(self.ids[start : start + prompt + sum(lengths)].tolist())
         responses = []
         offset = prompt
-        for length in lengths:
+        for length in filter(None, lengths):
             responses.append(ids[offset : offset + length])
             offset += length
         label = None if self.labels is None else bool(self.labels[i])

@@ -83,6 +83,16 @@ class Labelled(NamedTuple):
         return (self.completion,)
 
 
+class Candidates(NamedTuple):
+    """A prompt and the answers to choose from."""
+
+    messages: list[dict]
+    answers: tuple[dict, ...]  # messages of the assistant, the chosen ones first
+    num_chosen: int
+    template_args: dict
+    remarks: Sequence[str] = ()
+
+
 class Compared(NamedTuple):
     """A pair, and by how much chosen is better."""
 
@@ -154,6 +164,42 @@ def check_pair(row: Any) -> Pair:
     if chosen == rejected:
         raise RowError("chosen equals rejected")
     return Pair(messages, chosen, rejected, _template_args(row), remarks)
+
+
+def check_candidates(row: Any) -> Candidates:
+    """The answers of one row to choose from: those of a pair, or several, where `chosen` or
+    `rejected` is a list of answers (texts, or conversations), as in RewardBench 2. Raises RowError.
+    """
+    _check_object(row)
+    if not any(_is_several(row.get(column)) for column in ("chosen", "rejected")):
+        pair = check_pair(row)
+        return Candidates(pair.messages, pair.answers, 1, pair.template_args, pair.remarks)
+    several = {}
+    for column in ("chosen", "rejected"):
+        if column not in row:
+            raise MissingColumn(column)
+        several[column] = row[column] if _is_several(row[column]) else [row[column]]
+        if not several[column]:
+            raise RowError(f"{column} has no answer in it")
+    chosen, rejected = several["chosen"], several["rejected"]
+    pairs = [check_pair(row | {"chosen": c, "rejected": rejected[0]}) for c in chosen]
+    pairs += [check_pair(row | {"chosen": chosen[0], "rejected": r}) for r in rejected[1:]]
+    first = pairs[0]
+    if any(pair.messages != first.messages for pair in pairs):
+        raise RowError("prompts of the answers differ")
+    right = [pair.chosen for pair in pairs[: len(chosen)]]
+    wrong = [first.rejected, *(pair.rejected for pair in pairs[len(chosen) :])]
+    if any(answer in right for answer in wrong):
+        raise RowError("chosen equals rejected")
+    answers = (*right, *wrong)
+    return Candidates(first.messages, answers, len(right), first.template_args, first.remarks)
+
+
+def _is_several(value: Any) -> bool:
+    """Whether a column holds a list of answers: of texts or of conversations. A list of objects is
+    one conversation.
+    """
+    return isinstance(value, (list, tuple)) and all(isinstance(v, (str, list)) for v in value)
 
 
 def check_margin(row: Any) -> Compared:

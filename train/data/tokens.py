@@ -36,6 +36,7 @@ from train.data.rows import (
     PAIR_COLUMNS,
     TEXT_COLUMNS,
     Dropped,
+    check_candidates,
     check_labelled,
     check_margin,
     check_pair,
@@ -67,7 +68,7 @@ class Kind(NamedTuple):
 
     check: Callable[[Any], Any]  # row -> item; raises RowError
     columns: tuple  # those named to a user who has none of them
-    k: int  # responses a group
+    k: int  # responses a group; of candidates, the fewest
     is_conversation: bool  # a prompt and answers; else plain text
     is_labelled: bool = False  # each answer has a label of its own
     has_target: bool = False  # a number for a score model to learn
@@ -79,6 +80,7 @@ KINDS = {
     "margin": Kind(check_margin, PAIR_COLUMNS, 2, True, has_target=True),
     "score_margin": Kind(check_score_margin, PAIR_COLUMNS, 2, True, has_target=True),
     "scored": Kind(check_scored, LABELLED_COLUMNS, 1, True, has_target=True),
+    "candidates": Kind(check_candidates, PAIR_COLUMNS, 2, True),
     "text": Kind(check_text, TEXT_COLUMNS, 1, False),
 }
 
@@ -292,6 +294,14 @@ def _suspicions(rows: list[Row]) -> tuple[plausible.Suspicion, ...]:
     )
 
 
+def _filled(rows: list, width: int, dtype) -> np.ndarray:
+    """(N, width) of rows that may be shorter, with 0 at their ends."""
+    filled = np.zeros((len(rows), width), dtype)
+    for i, row in enumerate(rows):
+        filled[i, : len(row)] = row
+    return filled
+
+
 def _prompt_hash(item: Any) -> int:
     """What two rows with the same prompt have in common, for splitting: the turns, or a text."""
     prompt = item if isinstance(item, str) else turns_of(item.messages)
@@ -334,13 +344,14 @@ def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, dict
             if kind.has_target:
                 targets.append(row.item.target)
             prompts.append(_prompt_hash(row.item))
-    sizes = np.array(lengths, dtype=np.int32).reshape(-1, 1 + kind.k)  # (N, 1 + k) tokens
+    k = max((len(parts) - 1 for parts in lengths), default=kind.k)
+    sizes = _filled(lengths, 1 + k, np.int32)  # (N, 1 + k) tokens
     totals = sizes.sum(axis=1, dtype=np.int64)  # (N,) tokens
     arrays = {
         "ids": np.concatenate([np.zeros(0, dtype=np.int32), *flat]),
         "offsets": np.cumsum(totals) - totals,
         "lengths": sizes,
-        "truncated": np.array(truncated, dtype=bool).reshape(-1, 1 + kind.k),
+        "truncated": _filled(truncated, 1 + k, bool),
         "rows": np.array(numbers, dtype=np.int64),
         "prompts": np.array(prompts, dtype=np.int64),
     }

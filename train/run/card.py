@@ -192,8 +192,9 @@ def update(
     else:
         metadata, body = card.data, card.text
     dataset = shown_sources(report.get("data"))
+    task = task_of(record or {})
     results = [
-        _result(name, title, measure, dataset)
+        _result(name, title, measure, dataset, task)
         for title, name, keys in MEASURES
         if name and (measure := _at(report, keys))
     ]
@@ -525,10 +526,12 @@ def _evaluation(report: dict, figures: Sequence[str]) -> str:
     if reference and "word" in verdict:
         parts.append(f"Against {shown(reference)}: **{verdict['word']}**.\n")
     parts += [f"* {reason}" for reason in verdict["reasons"]]
-    compared = "without a reference to compare with"
+    compared = "; without a reference to compare with"
     if reference:
-        compared = f"before is {shown(reference)}, after this model"
-    parts.append(f"\nPairs of {shown_sources(report.get('data'))}; {compared}.\n")
+        compared = f"; before is {shown(reference)}, after this model"
+    elif "reference" not in report:  # of a reward model, which has none
+        compared = ""
+    parts.append(f"\nPairs of {shown_sources(report.get('data'))}{compared}.\n")
     if rows:
         parts.append(_table(("", "before", "after", "95 % interval", "n"), rows))
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({FIGURES}/{name})\n" for name in figures]
