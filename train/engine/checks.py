@@ -4,7 +4,7 @@ import torch
 
 from train.data.packing import pack
 from train.engine import memory
-from train.models.backbone import plain_forward
+from train.models.backbone import outputs_to_compare, plain_forward
 
 # packed against one sequence at a time, in the module's own measure of distance
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
@@ -29,12 +29,12 @@ def check_start(policy, reference, data, device, precision: str, same_weights: b
     for bit: margins start at 0.
     """
     batch = pack([data.group(i) for i in range(min(2, len(data)))]).to(device)
-    packed = policy(batch)  # (T,) nats, or (N,) scores
     module = policy.module
+    packed = outputs_to_compare(policy, module, batch)  # (T,) nats, or (N + T,) scores and values
     if not torch.isfinite(packed).all():
         raise CheckFailed(f"start check: the model's {module.gives} are not finite")
     with plain_forward(module):
-        alone = policy(batch)  # (T,) nats, or (N,) scores
+        alone = outputs_to_compare(policy, module, batch)
     difference = module.distance(packed, alone)
     if not difference <= TOLERANCE[precision]:
         raise CheckFailed(

@@ -40,10 +40,11 @@ def open_report(run, settings, loss: Loss, model, data, held_out) -> Report:
     )
 
     def next_commands():
-        command = (
-            f"deepspeed eval/evaluate.py --reward_model {run.folder.path / 'model'} --data pairs"
-        )
-        return [f"{command} --output {run.folder.path}/eval"]
+        folder = run.folder.path
+        command = f"deepspeed eval/evaluate.py --reward_model {folder / 'model'}"
+        if settings.data:  # else it takes the built-in held-out pairs
+            command += f" --data {' '.join(settings.eval_data or ['PAIRS.jsonl'])}"
+        return [f"{command} --output {folder}/eval"]
 
     return Report(
         run,

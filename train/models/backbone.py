@@ -46,6 +46,9 @@ class PackedModel(nn.Module):
     helps.
     """
 
+    # Options of the forward passes that are compared at a run's start and after its export.
+    compared_with: tuple[dict, ...] = ({},)
+
     def __init__(self, lm, layout="packed", autocast=None):
         super().__init__()
         if layout not in LAYOUTS:
@@ -178,6 +181,13 @@ class Backbone(PackedModel):
         if not log_p2:
             return logps
         return logps, all_logps[scored].detach().mul(2).logsumexp(1)
+
+
+def outputs_to_compare(call, module, batch):
+    """What `call`, a PackedModel or what wraps it, gives for a batch under each of the options that
+    `module`, the model itself, is compared with: (C,).
+    """
+    return torch.cat([call(batch, **options) for options in module.compared_with])
 
 
 @contextlib.contextmanager

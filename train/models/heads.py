@@ -44,6 +44,9 @@ class ScoreModel(PackedModel):
     gives = "scores"
     unit = "of their mean size"
     gap_name = "export_gap_of_scores"  # of `distance` between it and its export, in run.json
+    # Values too: what few scores come to is a matter of luck, in bf16 where they happen to be small
+    # a relative difference of several times that of the hidden states.
+    compared_with = ({"at": "last"}, {"at": "before"})
 
     def __init__(self, lm, layout="packed", autocast=None):
         head = getattr(lm, HEAD, None)
@@ -63,7 +66,7 @@ class ScoreModel(PackedModel):
 
     @staticmethod
     def distance(scores, other) -> float:
-        """How far two (N,) of scores are from each other, in `unit`: a score has no scale of its
+        """How far two (C,) of scores are from each other, in `unit`: a score has no scale of its
         own, and the larger they are, the more their last digits are worth.
         """
         return float((scores - other).abs().mean() / other.abs().mean().clamp(min=1))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from train.engine import dist, sharded_state
 from train.files import replace_directory, write_json
 from train.models import lora
+from train.models.backbone import outputs_to_compare
 from train.models.matmul import release_memory
 
 # in the module's own measure of distance: nats a token, or of the mean size of a score
@@ -41,7 +42,8 @@ def model_directory(
     """
     release_memory(module)  # a second model comes into memory below
     with torch.no_grad():
-        trained = torch.cat([module(batch).cpu() for batch in batches])  # (T,) nats or (N,)
+        # (T,) nats, or (N + T,) scores and values
+        trained = torch.cat([outputs_to_compare(module, module, each).cpu() for each in batches])
     state = sharded_state.gather_state_dict(module.lm, DTYPES[export_dtype])
     problem = gap = None
     if dist.is_main():
@@ -120,5 +122,7 @@ def _reload(folder, module, batches, trained, trust_remote_code) -> float:
     device = torch.device("cpu") if sharded else batches[0].input_ids.device
     loaded = module.load_again(folder, trust_remote_code, device)
     with torch.no_grad():
-        found = torch.cat([loaded(batch.to(device)).cpu() for batch in batches])
+        found = torch.cat(
+            [outputs_to_compare(loaded, loaded, each.to(device)).cpu() for each in batches]
+        )
     return module.distance(found, trained)
