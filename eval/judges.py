@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 
 from eval.scores import OUT_OF_MEMORY_ADVICE
 from train.config import Exit, fail
 from train.data.dataset import Tokenised
+from train.data.errors import one_line
 from train.data.packing import pack
 from train.data.steps import plan_pass
 from train.engine import dist, ds_config, memory, sweep
@@ -138,12 +140,16 @@ def open_judge(settings, opened, run, device: torch.device) -> Judge:
     recipe = opened.recipe
     precision = ds_config.resolve_precision(recipe["precision"], device)
     autocast = torch.bfloat16 if precision == "bf16" else None
+    check_ids(
+        config_of(opened.path, settings.trust_remote_code),
+        opened.data,
+        opened.path,
+        recipe["max_length"],
+    )
     model = RewardModel(
         opened.path, device, autocast=autocast, trust_remote_code=settings.trust_remote_code
     )
-    config = model.model.config.get_text_config()
-    config.use_cache = False
-    check_ids(config, opened.data, opened.path, recipe["max_length"])
+    model.model.config.get_text_config().use_cache = False
     # not from the free memory, as in training: the report would depend on it by a rounding error
     default_tokens = memory.CUDA_TOKENS if device.type == "cuda" else memory.CPU_TOKENS
     batch_tokens = settings.micro_tokens or default_tokens
@@ -165,6 +171,16 @@ def open_judge(settings, opened, run, device: torch.device) -> Judge:
         "versions": folder.versions(),
     }
     return Judge(model, own, packed, batch_tokens, facts)
+
+
+def config_of(path: str, trust_remote_code: bool):
+    """The configuration of the text model in a directory or on the hub. Raises ValueError."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files raise a dozen types
+        message = f"cannot load a reward model from {path}: {one_line(error)}"
+        raise ValueError(message) from error
+    return config.get_text_config()
 
 
 def check_ids(config, data: Tokenised, path: str, max_length: int):

@@ -19,6 +19,7 @@ from tests.launch.commands import ROOT, several
 
 ROWS = [json.loads(line) for line in HELD_OUT]
 LENGTH = ["--max_length", 400]
+ONE_BATCH = ["--micro_tokens", 20000]  # of two ranks one has an empty batch
 # RewardBench's columns (allenai/reward-bench, split filtered) and RewardBench 2's
 # (allenai/reward-bench-2, split test).
 REWARD_BENCH = pyarrow.schema(
@@ -165,7 +166,7 @@ def runs(place, model_dir, refused):
     own = ["--reward_model", place / "run/model"]
     lines = {
         "rb": [*other, "--data", place / "rb.parquet", "--max_dropped", 0.1],
-        "rb2": [*other, "--data", place / "rb2.parquet"],
+        "rb2": [*other, "--data", place / "rb2.parquet", *ONE_BATCH],
         "packed": [*other, "--data", place / "rb2.parquet", "--layout", "packed"],
         "small": [*other, "--data", place / "rb2.parquet", "--micro_tokens", 1],
         "own": own,
@@ -267,7 +268,7 @@ def test_reward_bench_2_as_published(runs):
 
 def test_two_ranks_write_the_same_digits(runs):
     line = ["--reward_model", runs / "foreign", *LENGTH, "--by", "subset"]
-    line += ["--data", runs / "rb2.parquet", "--output", runs / "two"]
+    line += ["--data", runs / "rb2.parquet", *ONE_BATCH, "--output", runs / "two"]
     on_two_ranks("deepspeed", line, runs / "cache")
     one, two = report_of(runs / "rb2"), report_of(runs / "two")
     assert two["run"]["judge"]["hardware"].pop("world") == 2
