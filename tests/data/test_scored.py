@@ -99,6 +99,10 @@ def test_margins():
             check_margin({**PAIR, "margin": margin})
     with pytest.raises(RowError, match="score_chosen"):
         check_score_margin(PAIR)
+    far = {**PAIR, "score_chosen": 1e308, "score_rejected": -1e308}
+    with pytest.raises(RowError, match="score_chosen - score_rejected is inf, not a finite number"):
+        check_score_margin(far)
+    assert check_margin({**PAIR, "margin": 1e39}).target == 1e39  # past fp32
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,9 @@ def test_single_answers_that_cannot_be_used(row, words):
 
 
 def test_targets_reach_the_batch(chatml, tmp_path):
+    tenth = write(tmp_path / "tenth.jsonl", {**PAIR, "margin": 0.1})
+    data = collect([tenth], chatml, max_length=100, kind="margin", cache_dir=tmp_path)
+    assert pack([data.group(0)]).targets.item() == 0.1  # in fp64
     rows = [{**PAIR, "prompt": f"Name cat {i}.", "margin": i / 2} for i in range(4)]
     path = write(tmp_path / "rows.jsonl", *rows)
     data = collect([path], chatml, max_length=100, kind="margin", cache_dir=tmp_path)

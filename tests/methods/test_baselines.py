@@ -53,7 +53,10 @@ def test_bag_of_words_is_a_logistic_regression_without_intercept():
     for _ in range(100):
         w = (low + high) / 2
         low, high = (w, high) if 4 / (1 + np.exp(2 * w)) > w / 5 else (low, w)
-    held_out = pairs(([GOOD], [BAD]), ([GOOD], [OTHER]), ([GOOD, OTHER], [OTHER]))
+    held_out = pairs(
+        ([GOOD], [BAD]), ([GOOD], [OTHER]), ([GOOD, OTHER], [OTHER]), ([GOOD, GOOD, OTHER], [OTHER])
+    )
     found = baselines.bag_of_words(pairs(([GOOD], [BAD])), held_out)
-    # in the last one GOOD counts 1 / sqrt(2), and OTHER has no weight
-    assert found == pytest.approx([2 * w, w, w / np.sqrt(2)], rel=1e-3)
+    # OTHER has no weight; in the third GOOD counts 1 / sqrt(2), in the last log 3 over the bag's length
+    last = np.log(3) / np.hypot(np.log(3), np.log(2))
+    assert found == pytest.approx([2 * w, w, w / np.sqrt(2), w * last], rel=1e-3)
