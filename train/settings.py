@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,6 +74,8 @@ def inherited_defaults(settings) -> dict[str, Any]:
 @dataclasses.dataclass
 class Data:
     """The model and the data: what a run looks at before it begins."""
+
+    builtin_data: ClassVar = ("train.jsonl", "held_out.jsonl")  # to train and to evaluate on
 
     model: str | None = None
     """The policy: a model directory or hub name. None: SmolLM2-135M-Instruct."""
@@ -286,6 +288,171 @@ class Reward(Scored, Training):
     """
 
 
+@dataclasses.dataclass
+class Policy(Training):
+    """What reinforcement learning maximises, and how, besides. Numbers that are None are the
+    algorithm's own (train/losses/policy.py: ALGORITHMS).
+    """
+
+    builtin_data: ClassVar = ("prompts.jsonl", "held_out_prompts.jsonl")
+    # What takes the place of defaults where no prompts are named: few short answers, and a rate at
+    # which a few rollouts show something.
+    demonstration: ClassVar = {
+        "batch_size": 8,
+        "max_new_tokens": 48,
+        "lr": 2e-5,
+        "lr_scheduler": "constant",
+        "decode_batch": 64,
+    }
+
+    data: list[str] | None = None
+    """Prompts to train on: rows with a prompt, or preference pairs, whose answers are not read. None:
+    the built-in prompts.
+    """
+    eval_data: list[str] | None = None
+    """Prompts to evaluate on. None: the built-in held-out prompts with built-in data, else what
+    --eval_split sets apart.
+    """
+    batch_size: int = flag(16, card=(9, "prompts a rollout"))
+    """Prompts a rollout, over all ranks."""
+    epochs: float = 1.0
+    """Passes over the prompts."""
+    max_steps: int | None = None
+    """Most rollouts. None: no bound, but 8 for the built-in prompts on a CPU."""
+    lr: float = flag(1e-6, card=(4, "learning rate (AdamW)"))
+    """Peak learning rate of the policy. The peers take 5e-7 to 3e-6; LoRA takes ten times that."""
+    eval_every: int = 0
+    """Rollouts between evaluations on the held-out prompts; 0: at the start and at the end only."""
+    save_every: int = flag(0, may_change=True)
+    """Rollouts between checkpoints; 0: by --save_minutes alone."""
+    output: str = flag("runs/ppo", may_change=True)
+    """Folder for the model, TensorBoard, logs and run.json."""
+    algorithm: Literal[
+        "ppo",
+        "rloo",
+        "reinforce++",
+        "reinforce++_baseline",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "sapo",
+    ] = flag("grpo", card=(1, "algorithm"))
+    """A row of train/losses/policy.py's ALGORITHMS: how advantages are made, what is clipped, what
+    the loss is divided by.
+    """
+    reward: list[str] | None = flag(None, card=(2, "reward"))
+    """Sources of reward: regex:PATTERN, exact:COLUMN, number:COLUMN, length:LO-HI, ended, repetition,
+    json, or MODULE:FUNCTION. None: --reward_model, or with built-in prompts regex:[?], a question
+    back.
+    """
+    reward_model: str | None = None
+    """A reward model as one more source: a directory or hub name for sequence classification."""
+    reward_weights: list[float] | None = None
+    """A weight for each source, --reward's first. None: 1 each."""
+    missing_end_penalty: float = 0.0
+    """Subtracted from the reward of an answer that was cut at --max_new_tokens."""
+    reward_clip: float | None = None
+    """Largest size of the weighted reward; None: no bound."""
+    samples_per_prompt: int | None = None
+    """Answers to each prompt of a rollout."""
+    max_new_tokens: int = flag(128, card=(13, "most tokens of an answer"))
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Divides logits, for sampling and for every log-probability alike."""
+    decode_batch: int = flag(128, may_change=False)
+    """Answers decoded at once."""
+    epochs_per_rollout: int | None = None
+    """Passes over a rollout's samples."""
+    minibatches: int | None = None
+    """Updates a pass."""
+    kl_coef: float | None = flag(None, card=(3, "KL coefficient"))
+    """Strength of the pull towards the reference."""
+    clip_low: float | None = None
+    """How far the ratio may fall below 1."""
+    clip_high: float | None = None
+    """How far the ratio may rise above 1."""
+    dual_clip: float | None = None
+    """Bound of the loss where the advantage is negative, as a multiple of it; None: none."""
+    scale_advantages: Literal["group", "batch", "none"] | None = None
+    """What an advantage over a group is divided by: the group's deviation, the rollout's, nothing."""
+    gamma: float = 1.0
+    """Discount of a later token's reward."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation, for --algorithm ppo."""
+    value_lam: float | None = None
+    """Lambda of the returns that the value model learns; None: --lam."""
+    value_model: str | None = None
+    """Where the value model begins: a directory for sequence classification. None: the reward model
+    where it reads the same tokens, else the policy's body with a head of zeros.
+    """
+    value_lr: float | None = None
+    """Peak learning rate of the value model; None: ten times --lr."""
+    value_clip: float | None = None
+    """How far a value may move from the rollout's before its loss is clipped; 0: no clipping."""
+    value_warmup: int = 0
+    """Rollouts at the start in which the value model learns alone."""
+    value_ds_config: str | None = flag(None, may_change=True)
+    """DeepSpeed JSON for the value model. None: --ds_config."""
+    reference_ds_config: str | None = flag(None, may_change=True)
+    """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
+    else whole on each rank.
+    """
+    max_resamples: int | None = None
+    """How often a prompt whose samples all have the same reward is answered anew."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data is None:
+            self._be_a_demonstration()
+        at_least = {
+            "samples_per_prompt": 1,
+            "max_new_tokens": 1,
+            "decode_batch": 1,
+            "epochs_per_rollout": 1,
+            "minibatches": 1,
+            "kl_coef": 0,
+            "clip_low": 0,
+            "clip_high": 0,
+            "missing_end_penalty": 0,
+            "value_clip": 0,
+            "value_warmup": 0,
+            "max_resamples": 0,
+            "value_lr": 0,
+        }
+        check_bounds(
+            self,
+            at_least,
+            shares=("gamma", "lam", "value_lam"),
+            positive=("temperature", "dual_clip", "reward_clip"),
+        )
+        weights = self.reward_weights
+        sources = len(self.reward or ()) + bool(self.reward_model)
+        if weights is not None and len(weights) != sources:
+            raise ValueError(f"--reward_weights: {len(weights)} weights for {sources} sources")
+        if self.max_prompt_length is None or self.max_prompt_length + self.max_new_tokens > (
+            self.max_length
+        ):
+            room = self.max_length - self.max_new_tokens
+            raise ValueError(
+                f"--max_length {self.max_length} has no room for a prompt of "
+                f"{self.max_prompt_length or 'any length'} and {self.max_new_tokens} new tokens: "
+                f"--max_prompt_length {room} would fit"
+            )
+
+    def _be_a_demonstration(self):
+        """Put the demonstration's values where the defaults stand."""
+        by_default = defaults(self)
+        changed = []
+        for name, value in self.demonstration.items():
+            if getattr(self, name) == by_default[name]:
+                setattr(self, name, value)
+                changed.append(f"--{name} {value}")
+        if changed:
+            self.adapted = f"built-in prompts, a demonstration: {' '.join(changed)}"
+
+
 def check_bounds(settings, at_least: dict, shares=(), positive=()):
     """ValueError for the first flag out of its bounds; None is within all.
 
@@ -326,6 +493,6 @@ def sources(settings: Data) -> tuple[list[str], list[str] | None]:
     if settings.data:
         # the built-in held-out pairs say nothing about other data
         return settings.data, settings.eval_data
-    builtin = ROOT / "train/data/builtin"
-    held_out = None if settings.eval_split else [str(builtin / "held_out.jsonl")]
-    return [str(builtin / "train.jsonl")], settings.eval_data or held_out
+    train, held_out = (str(ROOT / "train/data/builtin" / name) for name in settings.builtin_data)
+    held_out = None if settings.eval_split else [held_out]
+    return [train], settings.eval_data or held_out

@@ -188,3 +188,38 @@ def test_log_sum_of_squares_of_nothing():
     assert logps.shape == squares.shape == (0,)
     logps.sum().backward()
     assert not hidden.grad.any()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_a_temperature_divides_logits(temperature, chunk):
+    """Values, gradients and entropies are those of the divided logits, in any chunks."""
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(VOCABULARY, 16, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(VOCABULARY, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(VOCABULARY, (11,))
+    out = torch.randn(11, dtype=torch.float64)
+    logps, entropy = token_logps(
+        hidden,
+        weight,
+        target,
+        bias,
+        logits_bytes=chunk * VOCABULARY * 8,
+        temperature=temperature,
+        entropy=True,
+    )
+    found = torch.autograd.grad((logps * out).sum(), (hidden, weight, bias))
+    plain = torch.log_softmax((hidden @ weight.t() + bias) / temperature, 1)
+    true = plain.gather(1, target[:, None]).squeeze(1)
+    wanted = torch.autograd.grad((true * out).sum(), (hidden, weight, bias))
+    assert torch.allclose(logps, true, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(entropy, -(plain.exp() * plain).sum(1), rtol=1e-12, atol=1e-12)
+    assert not entropy.requires_grad
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_log_p2_and_entropy_are_not_made_together():
+    with pytest.raises(ValueError, match="in one call"):
+        token_logps(*torch.zeros(2, 3, 4), torch.zeros(3).long(), log_p2=True, entropy=True)

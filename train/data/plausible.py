@@ -84,6 +84,8 @@ class Suspicion(NamedTuple):
 def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
     """(what is odd, where it is seen) of a checked row; None for most."""
     answers = [answer["content"] for answer in item.answers]
+    if not answers:
+        return None  # a prompt alone
     if SCORES_CONTRADICT in item.remarks:
         return SCORES_CONTRADICT, answers[0]
     for text in (*answers, item.messages[-1]["content"]):

@@ -31,6 +31,7 @@ TELLING_KEYS = (
 )
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 LABELLED_COLUMNS = ("prompt", "completion", "label")
+PROMPT_COLUMNS = ("prompt",)
 TEXT_COLUMNS = ("text",)
 # Values of a label; 1, 0 and 1.0 equal True and False as keys. Text: of a CSV.
 LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
@@ -81,6 +82,15 @@ class Labelled(NamedTuple):
     @property
     def answers(self) -> tuple[dict, ...]:
         return (self.completion,)
+
+
+class Asked(NamedTuple):
+    """A prompt to be answered."""
+
+    messages: list[dict]
+    template_args: dict
+    remarks: Sequence[str] = ()
+    answers: tuple = ()
 
 
 class Candidates(NamedTuple):
@@ -234,6 +244,24 @@ def check_scored(row: Any) -> Rated:
     row, remarks = shapes.canonical({name: row[name] for name in row if name != column})
     messages, completion = _judged(row)
     return Rated(messages, completion, _template_args(row), remarks, target)
+
+
+def check_prompt(row: Any) -> Asked:
+    """The prompt of one row, whatever answers it has: of preference data too, where the answers may
+    bring the prompt along; of a conversation all turns but the assistant's last. Raises RowError.
+    """
+    _check_object(row)
+    row, remarks = shapes.canonical(shapes.without_last_answer(row))
+    prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
+    conversation = None
+    for name in ("chosen", "rejected", "completion"):
+        if conversation is None and row.get(name):
+            conversation, _ = _response(row[name], name)
+    if conversation is None and prompt is None:
+        raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
+    messages = _with_system(conversation or prompt, row)
+    _check_turns(messages)
+    return Asked(messages, _template_args(row), remarks)
 
 
 def check_labelled(row: Any) -> Labelled:

@@ -129,6 +129,15 @@ def canonical(row: dict) -> tuple[dict, list[str]]:
     return row, remarks
 
 
+def without_last_answer(row: dict) -> dict:
+    """A row of one conversation that ends with an answer, without that answer."""
+    for name in CONVERSATIONS:
+        turns = row.get(name)
+        if isinstance(turns, list) and len(turns) > 1 and _role(turns[-1]) == "assistant":
+            row = row | {name: turns[:-1]}
+    return row
+
+
 def _with_answers(row: dict, remarks: list[str]) -> dict:
     """chosen and rejected from a list of scored answers, or from messages and a rejected answer."""
     if "chosen" in row or "rejected" in row or ("completion" in row and "label" in row):

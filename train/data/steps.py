@@ -24,6 +24,14 @@ class PlannedStep(NamedTuple):
     batches: tuple[tuple[int, ...], ...]
 
 
+class PlannedRollout(NamedTuple):
+    """The prompts of one rollout, of all ranks."""
+
+    number: int  # 0-based, over all epochs
+    epoch: int
+    groups: tuple[int, ...]  # as indices into the data set
+
+
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The epoch's order: a permutation of range(count), (count,) int64, from numpy's counter-based
     Philox.
@@ -74,6 +82,20 @@ def plan_steps(
         plan = plan_batches([int(tokens[i]) for i in groups], batch_tokens, world)[rank]
         batches = tuple(tuple(groups[i] for i in batch) for batch in plan)
         yield PlannedStep(number, epoch, groups, batches)
+
+
+def plan_rollouts(
+    count: int, batch_size: int, *, seed: int, total: int, start: int = 0
+) -> Iterator[PlannedRollout]:
+    """Yield rollouts `start` to `total`, of `batch_size` of `count` prompts each; an epoch's last one
+    is smaller where it must.
+    """
+    per_epoch = -(-count // batch_size)
+    for number in range(start, total):
+        epoch, within = divmod(number, per_epoch)
+        order = shuffled(count, seed, epoch)
+        groups = order[within * batch_size : (within + 1) * batch_size]
+        yield PlannedRollout(number, epoch, tuple(int(i) for i in groups))
 
 
 def plan_pass(

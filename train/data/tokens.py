@@ -34,12 +34,14 @@ from train.data.errors import DataError, MissingColumn, RowError, listed, one_li
 from train.data.rows import (
     LABELLED_COLUMNS,
     PAIR_COLUMNS,
+    PROMPT_COLUMNS,
     TEXT_COLUMNS,
     Dropped,
     check_candidates,
     check_labelled,
     check_margin,
     check_pair,
+    check_prompt,
     check_score_margin,
     check_scored,
     check_text,
@@ -80,6 +82,7 @@ KINDS = {
     "margin": Kind(check_margin, PAIR_COLUMNS, 2, True, has_target=True),
     "score_margin": Kind(check_score_margin, PAIR_COLUMNS, 2, True, has_target=True),
     "scored": Kind(check_scored, LABELLED_COLUMNS, 1, True, has_target=True),
+    "prompt": Kind(check_prompt, PROMPT_COLUMNS, 0, True),
     "candidates": Kind(check_candidates, PAIR_COLUMNS, 2, True),
     "text": Kind(check_text, TEXT_COLUMNS, 1, False),
 }

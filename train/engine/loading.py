@@ -67,10 +67,12 @@ def load_score_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     change: Callable | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
+    in_deviations: bool = False,
 ) -> heads.ScoreModel:
     """A ScoreModel as `load_backbone` makes a Backbone. seed: draws the head of a model that has
-    none, a causal language model. Every rank calls this.
+    none, a causal language model; None makes it of zeros. in_deviations: the head is divided by the
+    deviation of scores that the configuration names. Every rank calls this.
     """
     with sharded_load(config):
         lm, has_head = pretrained.load_score_model(
@@ -80,7 +82,8 @@ def load_score_model(
             allow_pickle,
             needs_head=False,
         )
-    if not has_head:
+    deviation = float(getattr(lm.config, "score_std", None) or 1.0) if in_deviations else 1.0
+    if not has_head or deviation != 1:
         weight = getattr(lm, heads.HEAD).weight
         sharded = hasattr(weight, "ds_id")
         with (
@@ -88,7 +91,10 @@ def load_score_model(
             if sharded
             else contextlib.nullcontext()
         ):
-            heads.draw_head(weight, seed)
+            if not has_head:
+                heads.draw_head(weight, seed)
+            with torch.no_grad():
+                weight.div_(deviation)
     _settle(lm, config, device, change)
     return heads.ScoreModel(lm, layout, autocast_dtype(policy_stage, precision))
 

@@ -68,6 +68,11 @@ def _join():
         _thread.join(BEAT)  # an interpreter that ends under a thread in the store's C++ aborts
 
 
+def told_to_stop() -> bool:
+    """Whether this rank has been told to stop; the others may not know yet."""
+    return bool(_signals_received)
+
+
 def raise_if_preempted():
     """Raise Preempted on every rank where any has been told to stop.
 

@@ -60,6 +60,13 @@ REWARD_METRICS: tuple[Metric, ...] = (
     Metric("rewards/mean", "mean score"),
     Metric("rewards/std", "deviation of scores"),
 )
+# Of policies that earn rewards, on held-out prompts.
+POLICY_METRICS: tuple[Metric, ...] = (
+    Metric("reward", "reward", in_table=True),
+    Metric("length", "length", "tokens", in_table=True),
+    Metric("ended", "ended by themselves", in_table=True),
+    Metric("kl", "KL to the reference", "nats", in_table=True),
+)
 LABELS: dict[str, str] = {metric.name: metric.label for metric in METRICS}
 
 # The sums that `means` makes the metrics of, in this order, after the number of examples.

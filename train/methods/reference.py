@@ -80,9 +80,9 @@ class Live(Reference):
         self._forward = loading.frozen_forward(module, config)
 
     @torch.no_grad()
-    def __call__(self, batch) -> torch.Tensor:
-        """(T,) nats, without gradient."""
-        return self._forward(batch)
+    def __call__(self, batch, **options) -> torch.Tensor:
+        """(T,) nats, without gradient. options: of Backbone.forward, say a temperature."""
+        return self._forward(batch, **options)
 
     @torch.no_grad()
     def follow(self, policy, mixup: float):
@@ -123,10 +123,10 @@ class AdaptersOff(Reference):
         self.policy = policy
 
     @torch.no_grad()
-    def __call__(self, batch) -> torch.Tensor:
-        """(T,) nats, without gradient."""
+    def __call__(self, batch, **options) -> torch.Tensor:
+        """(T,) nats, without gradient. options: of Backbone.forward, say a temperature."""
         with lora.switched_off(self.policy.module.lm):
-            return self.policy(batch)
+            return self.policy(batch, **options)
 
 
 class NoReference(Reference):

@@ -157,20 +157,34 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         reference = NoReference()
     elif settings.reference == "cached":
         # done with before the policy comes: there are never two models in memory
-        reference_config = _reference_config(settings, mode.config)
-        live = _live_reference(settings, run, mode, reference_path, reference_config)
+        reference_config = resolve_reference_config(settings, mode.config)
+        live = live_reference(
+            settings,
+            run,
+            mode,
+            reference_path,
+            reference_config,
+            moves=bool(settings.reference_every),
+        )
         tokens_a_batch = 2 * batch_tokens(settings, run.device, mode, live.module)
         reference = Cached(live, datasets, tokens_a_batch, mode.precision, run.say)
         del live
 
-    module = load(settings, run.device, mode, path, mode.config, change=_adapters(settings))
+    module = load(settings, run.device, mode, path, mode.config, change=adapters(settings))
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
     policy = wrap_for_training(settings, mode, module, tokenizer, steps)
     if settings.reference == "live" and settings.lora_rank and same_model:
         reference = AdaptersOff(policy)
     elif settings.reference == "live":
-        reference_config = _reference_config(settings, mode.config)
-        reference = _live_reference(settings, run, mode, reference_path, reference_config)
+        reference_config = resolve_reference_config(settings, mode.config)
+        reference = live_reference(
+            settings,
+            run,
+            mode,
+            reference_path,
+            reference_config,
+            moves=bool(settings.reference_every),
+        )
 
     same_weights = same_model and settings.reference != "none"
     run.set_plan(
@@ -208,7 +222,7 @@ def open_reward_model(settings, run: Run, tokenizer, data, held_out) -> TrainedM
         mode,
         path,
         mode.config,
-        change=_adapters(settings),
+        change=adapters(settings),
         loader=partial(loading.load_score_model, seed=settings.seed),
     )
     config = module.lm.config
@@ -280,14 +294,18 @@ def batch_tokens(settings, device, mode: Mode, module) -> int:
     )
 
 
-def wrap_for_training(settings, mode: Mode, module, tokenizer, steps: int) -> TrainedModel:
-    """`module` under DeepSpeed with AdamW and a schedule over `steps`. Every rank calls this."""
+def wrap_for_training(
+    settings, mode: Mode, module, tokenizer, steps: int, lr: float | None = None
+) -> TrainedModel:
+    """`module` under DeepSpeed with AdamW and a schedule over `steps`. lr: in place of --lr. Every rank
+    calls this.
+    """
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
     return TrainedModel(
         module,
         mode.config,
-        lr=settings.lr,
+        lr=settings.lr if lr is None else lr,
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
         scheduler=settings.lr_scheduler,
@@ -297,12 +315,13 @@ def wrap_for_training(settings, mode: Mode, module, tokenizer, steps: int) -> Tr
     )
 
 
-def _live_reference(settings, run, mode, path, config) -> Live:
+def live_reference(settings, run, mode, path, config, moves: bool = False) -> Live:
+    """The frozen model at `path`, in the run's mode. moves: it will follow the policy."""
     module = load(settings, run.device, mode, path, config)
-    return Live(module, config, moves=bool(settings.reference_every))
+    return Live(module, config, moves=moves)
 
 
-def _adapters(settings):
+def adapters(settings):
     """What puts LoRA adapters into a model; None without --lora_rank."""
     if not settings.lora_rank:
         return None
@@ -315,7 +334,7 @@ def _adapters(settings):
     )
 
 
-def _reference_config(settings, policy_config: dict) -> dict:
+def resolve_reference_config(settings, policy_config: dict) -> dict:
     """The resolved DeepSpeed configuration of the frozen reference. ValueError for stages 1 and 2."""
     path = settings.reference_ds_config
     if path is None and ds_config.zero_stage(policy_config) == 3:

@@ -148,16 +148,16 @@ class Backbone(PackedModel):
         lm = load_causal_lm(folder, dtype, trust_remote_code).to(device)
         return Backbone(lm, self.layout, self.logits_bytes, self.autocast)
 
-    def forward(self, batch, log_p2=False):
+    def forward(self, batch, log_p2=False, temperature=1.0, entropy=False):
         """Log-probabilities of the batch's scored tokens, (T,) nats in fp32 (fp64 for fp64
-        weights).
+        weights), of distributions whose logits are divided by `temperature`.
 
         With `log_p2` a second (T,) beside them, without gradient: log sum_v p_v^2 of each token's
-        distribution.
+        distribution; with `entropy` its entropy, in nats.
         """
-        return super().forward(batch, log_p2=log_p2)
+        return super().forward(batch, log_p2=log_p2, temperature=temperature, entropy=entropy)
 
-    def packed(self, batch, log_p2):
+    def packed(self, batch, log_p2, temperature, entropy):
         """`forward` without padding."""
         hidden = self.packed_hidden(batch)  # (L, H)
         return token_logps(
@@ -167,20 +167,26 @@ class Backbone(PackedModel):
             bias=getattr(self.head, "bias", None),  # (V,)
             logits_bytes=self.logits_bytes,
             log_p2=log_p2,
+            temperature=temperature,
+            entropy=entropy,
         )
 
-    def padded(self, batch, log_p2):
+    def padded(self, batch, log_p2, temperature, entropy):
         """`forward` with one padded sequence a response, all logits."""
         input_ids, mask, scored = Padded.of(batch)
         logits = self.lm(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
         wide = torch.promote_types(logits.dtype, torch.float32)
         # position i predicts token i + 1
-        all_logps = torch.log_softmax(logits.to(wide), dim=-1)[:, :-1]  # (N, P - 1, V) nats
+        # (N, P - 1, V) nats
+        all_logps = torch.log_softmax(logits.to(wide) / temperature, dim=-1)[:, :-1]
         scored = scored[:, 1:]  # (N, P - 1)
         logps = all_logps.gather(2, input_ids[:, 1:, None]).squeeze(2)[scored]  # (T,) nats
-        if not log_p2:
-            return logps
-        return logps, all_logps[scored].detach().mul(2).logsumexp(1)
+        if log_p2:
+            return logps, all_logps[scored].detach().mul(2).logsumexp(1)
+        if entropy:
+            all_logps = all_logps[scored].detach()
+            return logps, -(all_logps.exp() * all_logps).sum(1)
+        return logps
 
 
 def outputs_to_compare(call, module, batch):

@@ -45,6 +45,7 @@ class _Sampling(NamedTuple):
     end_ids: list[int]
     max_new_tokens: int
     temperature: float
+    stop: Callable[[], bool]  # asked before each token
 
 
 @torch.no_grad()
@@ -61,13 +62,15 @@ def generate(
     batch_size: int = 32,
     autocast: torch.dtype | None = None,
     progress: Callable[[int], object] = lambda num_done: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
     """Completions of prompts (token ids) by a whole model: sample s of prompt i at i *
     samples_per_prompt + s.
 
     `eos_token_ids`: token ids that end a completion. `temperature` 0 is greedy. `prompt_numbers`:
     what the noise knows the prompts by, by default their places. `batch_size`: sequences decoded at
-    once. `progress` gets the number of sequences just done. Raises ValueError for prompts that are
+    once. `progress` gets the number of sequences just done. `stop`: asked before each token; where it
+    says so, sequences end there and the result is of no use. Raises ValueError for prompts that are
     empty or too long for the model, and for models that cannot be decoded here.
     """
     check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt)
@@ -80,7 +83,7 @@ def generate(
     ]
     prompt_of = [i // samples_per_prompt for i in range(len(keys))]  # of each sequence
     lengths = [len(prompts[i]) for i in prompt_of]
-    sampling = _Sampling(sorted(eos_token_ids), max_new_tokens, temperature)
+    sampling = _Sampling(sorted(eos_token_ids), max_new_tokens, temperature, stop)
     completions = [None] * len(keys)
     with decoding(lm, autocast):
         for batch in batches(lengths, batch_size):
@@ -187,7 +190,7 @@ def _decode(lm, prompts, prompt_places, keys, sampling: _Sampling) -> list[Compl
         ended[active[stops]] = True
         running = ~ended[active]  # (A,)
         num_running = int(running.sum())
-        if not num_running or position + 1 == sampling.max_new_tokens:
+        if not num_running or position + 1 == sampling.max_new_tokens or sampling.stop():
             break
         if num_running <= EVICT_BELOW * len(active):
             stay = running.nonzero().squeeze(1)

@@ -110,14 +110,17 @@ class ScoreModel(PackedModel):
 
 
 @torch.no_grad()
-def draw_head(weight, seed: int):
+def draw_head(weight, seed: int | None):
     """Fill a head's weight (1, H) from N(0, 1 / sqrt(H + 1)), the second number a standard
-    deviation: scores then begin at about the size of one hidden dimension.
+    deviation: scores then begin at about the size of one hidden dimension. seed None: with zeros.
 
     Stiennon et al. 2020 (arXiv 2009.01325), whose code draws it so; Huang et al. 2024 (arXiv
     2403.17031) list it among the details that matter. The same values on every rank, whatever the
     weight's type, and torch's generator stays as it was.
     """
+    if seed is None:
+        weight.zero_()
+        return
     random = torch.Generator().manual_seed(seed)
     values = torch.randn(weight.shape, generator=random) / math.sqrt(weight.shape[-1] + 1)
     weight.copy_(values)

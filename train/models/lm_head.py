@@ -29,27 +29,41 @@ from train.models.matmul import (
 LOGITS_BYTES = 1 << 29
 
 
-def token_logps(hidden, weight, target, bias=None, logits_bytes=LOGITS_BYTES, log_p2=False):
-    """log softmax(hidden @ weight.T + bias)[target]: (T, H), (V, H), (T,), (V,) -> (T,) nats in
-    fp32 or wider.
+def token_logps(
+    hidden,
+    weight,
+    target,
+    bias=None,
+    logits_bytes=LOGITS_BYTES,
+    log_p2=False,
+    *,
+    temperature=1.0,
+    entropy=False,
+):
+    """log softmax((hidden @ weight.T + bias) / temperature)[target]: (T, H), (V, H), (T,), (V,) ->
+    (T,) nats in fp32 or wider.
 
     Exact, with exact gradients for hidden, weight and bias. `logits_bytes`: bytes of a chunk's
     logits; on CUDA two such are alive for a moment. Under autocast the products run in the autocast
     type, like any linear layer's.
 
-    With `log_p2` a second (T,) comes out: log sum_v p_v^2 of each token's distribution, without
-    gradient.
+    With `log_p2` a second (T,) comes out, log sum_v p_v^2 of each token's distribution; with `entropy`
+    -sum_v p_v log p_v, in nats. Both are without gradient; ValueError for both at once.
     """
-    options = _Options(product_dtype(hidden, weight), logits_bytes, log_p2)
+    if log_p2 and entropy:
+        raise ValueError("log_p2 and entropy are not made in one call")
+    second = "log_p2" if log_p2 else "entropy" if entropy else None
+    options = _Options(product_dtype(hidden, weight), logits_bytes, second, temperature)
     with torch.autocast(hidden.device.type, enabled=False):  # the function below casts by itself
-        logps, squares = _TokenLogps.apply(hidden, weight, target, bias, options)
-    return (logps, squares) if log_p2 else logps
+        logps, others = _TokenLogps.apply(hidden, weight, target, bias, options)
+    return (logps, others) if second else logps
 
 
 class _Options(NamedTuple):
     dtype: torch.dtype  # of the matrix products
     logits_bytes: int
-    log_p2: bool
+    second: str | None  # what comes out beside: "log_p2" or "entropy"
+    temperature: float  # logits are divided by it
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -63,26 +77,29 @@ class _TokenLogps(torch.autograd.Function):
         size = max(1, int(options.logits_bytes // (weight.shape[0] * wide.itemsize)))
         ctx.chunks = [(t, min(t + size, num_tokens)) for t in range(0, num_tokens, size)]
         logps = hidden.new_empty(num_tokens, dtype=wide)
-        squares = torch.empty_like(logps) if options.log_p2 else None
+        others = torch.empty_like(logps) if options.second else None
         for start, end in ctx.chunks:
             # One chunk at a time: its memory is let go before the next is made, and `scratch` hands
             # out the same again.
             log_p = None
-            log_p = _log_softmax(h[start:end], w, bias)  # (C, V)
+            log_p = _log_softmax(h[start:end], w, bias, options.temperature)  # (C, V)
             logps[start:end] = log_p.gather(1, target[start:end, None]).squeeze(1)
-            if options.log_p2:
+            if options.second == "log_p2":
                 # in place: from here on `log_p` holds p, which the backward pass wants as well
-                squares[start:end] = 2 * _norm(log_p.exp_()).log()
+                others[start:end] = 2 * _norm(log_p.exp_()).log()
+            elif options.second == "entropy":
+                others[start:end] = _entropy(log_p)
         ctx.last_chunk = None
         if ctx.chunks and any(ctx.needs_input_grad):
             ctx.last_chunk = log_p  # alive anyway: the backward pass starts with it
-        ctx.last_chunk_is_p = options.log_p2
+        ctx.last_chunk_is_p = options.second == "log_p2"
+        ctx.temperature = options.temperature
         ctx.save_for_backward(h, w, target, bias)
         ctx.weight = weight
         ctx.dtypes = (wide, hidden.dtype, weight.dtype)
-        if options.log_p2:
-            ctx.mark_non_differentiable(squares)
-        return logps, squares
+        if options.second:
+            ctx.mark_non_differentiable(others)
+        return logps, others
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -91,6 +108,8 @@ class _TokenLogps(torch.autograd.Function):
         h, w, target, bias = ctx.saved_tensors
         wide, hidden_dtype, weight_dtype = ctx.dtypes
         _, wants_weight, _, wants_bias, _ = ctx.needs_input_grad
+        if ctx.temperature != 1:
+            grad = grad / ctx.temperature  # of logits that are not divided yet
         grad_h = torch.zeros_like(h)
         grad_w = None
         if wants_weight and len(ctx.chunks) != 1:  # of one chunk the product itself is the gradient
@@ -126,11 +145,11 @@ def _probabilities(ctx, hidden, weight, bias):
     kept = ctx.last_chunk
     ctx.last_chunk = None
     if kept is None:
-        return _log_softmax(hidden, weight, bias).exp_()
+        return _log_softmax(hidden, weight, bias, ctx.temperature).exp_()
     return kept if ctx.last_chunk_is_p else kept.exp_()
 
 
-def _log_softmax(hidden, weight, bias):
+def _log_softmax(hidden, weight, bias, temperature):
     """(C, H), (V, H), (V,) -> (C, V) nats in fp32 or wider, on a CPU in `scratch` memory."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     on_cpu = hidden.device.type == "cpu"
@@ -145,11 +164,21 @@ def _log_softmax(hidden, weight, bias):
         logits = torch.mm(hidden, weight.t(), out_dtype=wide)
     if bias is not None:
         logits.add_(bias)
+    if temperature != 1:
+        logits.div_(temperature)
     if on_cpu:
         # In place where that is known to be right: on a CPU each row is read twice and only then
         # written.
         return torch.log_softmax(logits, dim=1, out=logits)
     return torch.log_softmax(logits, dim=1)
+
+
+def _entropy(log_p):
+    """-sum_v p_v log p_v: (C, V) -> (C,) nats, by slices, which need no second (C, V)."""
+    total = log_p.new_zeros(log_p.shape[0])
+    for part in log_p.split(SLICE, dim=1):
+        total -= torch.linalg.vecdot(part.exp(), part)
+    return total
 
 
 def _norm(rows):

@@ -22,15 +22,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from train.data.sources import READERS, suffix_of
 from train.files import write_text
-from train.losses import composition, reward
-from train.losses.metrics import LABELS, METRICS, REWARD_METRICS, Metric
+from train.losses import composition, policy, reward
+from train.losses.metrics import LABELS, METRICS, POLICY_METRICS, REWARD_METRICS, Metric
 from train.models import builtin
-from train.settings import Preference, Reward, card_titles
+from train.settings import Policy, Preference, Reward, card_titles
 
 README = "README.md"
 FIGURES = "figures"
 MARKS = ("<!-- evaluation: begin -->", "<!-- evaluation: end -->")
 # org/name; a path that exists goes before it, as where data are read (train/data/sources.py)
+EXAMPLES = 3  # answers before and after that a card shows
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCE = "apache-2.0"  # of the built-in model and of the built-in pairs, which are English
 # Training's metrics for the model-index: name in METRICS, name there.
@@ -38,6 +39,7 @@ TRAINED = (
     ("rewards/accuracies", "reward_accuracy"),
     ("rewards/margins", "reward_margin"),
     ("loss", "loss"),
+    ("reward", "reward"),
 )
 # report.json's measures: title, name in the model-index ("": not there), path of keys; SIDE is
 # model or reference.
@@ -123,6 +125,8 @@ class Task(NamedTuple):
     method: str
     titles: dict[str, str]  # of flags
     load: str
+    flag: str = "loss"  # which names a row of `losses`
+    noun: str = "pairs"  # what it is evaluated on
 
 
 TASKS = {
@@ -149,6 +153,20 @@ TASKS = {
         method="reward",
         titles=card_titles(Reward),
         load=LOAD_REWARD,
+    ),
+    "policy": Task(
+        pipeline="text-generation",
+        title="Reinforcement learning",
+        tag="reinforcement-learning",
+        trained_on="its own answers to prompts, by their rewards,",
+        metrics=POLICY_METRICS,
+        losses=policy.ALGORITHMS,
+        usual_loss="ppo",
+        method="ppo",
+        titles=card_titles(Policy),
+        load=LOAD,
+        flag="algorithm",
+        noun="prompts",
     ),
 }
 
@@ -270,7 +288,7 @@ def base_of(record: dict) -> tuple[str, bool]:
 def _method(record: dict) -> tuple[str, str | None]:
     """(short name, arXiv id of the paper) of the run's loss, of the first one in a weighted sum."""
     task = task_of(record)
-    loss = record["flags"].get("loss") or "preference"
+    loss = record["flags"].get(task.flag) or "preference"
     first = re.split("[:,]", loss)[0].strip()
     paper = task.losses[first].paper if first in task.losses else None
     return task.method if loss == task.usual_loss else loss, paper
@@ -285,6 +303,7 @@ def _metadata(record: dict) -> ModelCardData:
     datasets = [re.split("[:@]", source)[0] for source in flags.get("data") or () if is_hub(source)]
     dataset = shown_sources(record.get("eval_data"))
     last = _evaluations(record)[-1]
+    title_of = {metric.name: metric.label for metric in task.metrics}
     results = []
     for metric, name in TRAINED:
         if math.isfinite(last.get(metric, math.nan)):
@@ -293,7 +312,7 @@ def _metadata(record: dict) -> ModelCardData:
                 "n": last.get("pairs"),
                 "interval": last.get(f"{metric}_interval"),
             }
-            results.append(_result(name, LABELS[metric], measure, dataset, task))
+            results.append(_result(name, title_of[metric], measure, dataset, task))
     builtin_only = flags.get("model") is None and flags.get("data") is None
     tags = ["zeropref", "deepspeed", task.tag, method]
     return ModelCardData(
@@ -384,7 +403,7 @@ def _body(record: dict) -> str:
     compared = "" if task.pipeline != "text-generation" else f" The reference was {reference}."
     parts = [
         f"# {base.rpartition('/')[2]}-{method}\n",
-        f"{link}, trained on {task.trained_on} with the `{flags.get('loss')}` loss{cited} by zeropref on "
+        f"{link}, trained on {task.trained_on} with the `{flags.get(task.flag)}` {task.flag}{cited} by zeropref on "
         f"DeepSpeed.{compared} Beyond what is written below nothing was tested; "
         "what the base model's card says of its uses, limits and licence holds here too.\n",
         f"The weights that training began with: {origin}.\n" if origin else "",
@@ -430,10 +449,24 @@ def _results(record: dict) -> str:
         for name, title in BASELINES.items()
         if name in baselines
     ]
-    noun = "pairs" if "rewards/margins" in last else "answers"
     dataset = shown_sources(record.get("eval_data"))
     table = _table(("", "before", "after", "95 % interval"), rows)
-    return f"## Results of training\n\n{last.get('pairs')} held-out {noun} of {dataset}:\n\n{table}"
+    noun = task_of(record).noun
+    if noun == "pairs" and "rewards/margins" not in last:
+        noun = "answers"  # judged one by one
+    examples = _before_and_after(record.get("answers") or {})
+    return f"## Results of training\n\n{last.get('pairs')} held-out {noun} of {dataset}:\n\n{table}{examples}"
+
+
+def _before_and_after(answers: dict) -> str:
+    """The first held-out prompts with their answers before and after, and the rewards of those."""
+    parts = []
+    pairs = zip(answers.get("before", ()), answers.get("after", ()), strict=False)
+    for before, after in [*pairs][:EXAMPLES]:
+        parts.append(f"\n**Prompt**\n\n{_literal(before['prompt'])}")
+        for when, one in (("Before", before), ("After", after)):
+            parts.append(f"{when} (reward {_number(one['reward'])})\n\n{_literal(one['answer'])}")
+    return "\n".join(parts)
 
 
 def _scores(record: dict) -> str:

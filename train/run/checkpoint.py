@@ -18,14 +18,16 @@ part has some of the methods below; those of a row go together.
 
     save_outline(folder)                         Files beside: a model's configuration, a tokenizer.
 
-**The files** of OUTPUT/checkpoints/step-N, and every key in them. A part's keys begin with its name in
-`state`. PARAMETER is a trained parameter's name in the module, lm.model... (with LoRA those of the
-adapters alone); NAME is a name in the causal LM, model...:
+**The files** of OUTPUT/checkpoints/step-N, or step-N-U after U updates of the rollout that follows
+step N, and every key in them. A part's keys begin with its name in `state`. PARAMETER is a trained
+parameter's name in the module, lm.model... (with LoRA those of the adapters alone); NAME is a name in
+the causal LM, model...:
 
-    manifest.json             format, version, step, world, precision, batch_tokens, order (data,
-                              groups, batch_size, seed), consumed_groups, seconds, flags, parts (each
-                              part's state_dict by its name), files (bytes and sha256 of every other
-                              file), sha256 (of the manifest itself)
+    manifest.json             format, version, step, updates_within (updates of the next step), world,
+                              precision, batch_tokens, order (data, groups, batch_size, seed),
+                              consumed_groups, seconds, flags, parts (each part's state_dict by its
+                              name), files (bytes and sha256 of every other file), sha256 (of the
+                              manifest itself)
     state-RRRRR.safetensors   whole tensors, shared out over the ranks R:
                               policy/PARAMETER/weight, policy/PARAMETER/exp_avg and exp_avg_sq (AdamW's
                               moments, from the first update on), reference/PARAMETER/weight (where the
@@ -33,12 +35,17 @@ adapters alone); NAME is a name in the causal LM, model...:
                               own name: reward_model/, value/
     rank-RRRRR.safetensors    rng/torch, rng/others (Python's and numpy's), rng/cuda;
                               report/meter/sums, report/meter/kept/N (measures not yet shown);
+                              report/sums (of launch/train_ppo.py: updates not yet shown);
                               on rank 0 policy/buffer/NAME and policy/frozen/NAME (what training
-                              leaves as it is, for exports)
+                              leaves as it is, for exports), and between two updates of a rollout
+                              rollout/groups, prompts, prompt_lengths, ids, lengths, ended, scores,
+                              score, old, ref, values, entropy, advantages, returns
     policy/                   config.json, generation_config.json, the tokenizer's files
     parts in manifest.json    policy: updates, skipped, schedule, stage; reference: {};
                               running_mean: mean, count (of BCO's rewards); report: evaluated_at,
-                              evaluated, last, health, meter, events
+                              evaluated, last, health, meter, events (of launch/train_ppo.py:
+                              evaluated_at, evaluated, answers, last, seconds, events); rollout: number,
+                              updates, facts
 
 Beside them OUTPUT/checkpoints/latest holds the name of the newest.
 
@@ -60,18 +67,19 @@ from train.config import Exit, fail
 from train.engine import dist, preemption
 from train.run import checkpoint_files as files
 from train.run import rng
+from train.run.checkpoint_files import Place
 
 # SLURM's count of how often it has put this job back into the queue
 RESTARTS = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 class Mark(NamedTuple):
-    """What of a finished step is overwritten while the next one is under way.
+    """What of a finished step, or of a finished update within one, is overwritten by what follows.
 
     Whole tensors, weights and moments above all, are not: only an optimiser's step changes them.
     """
 
-    step: int
+    place: Place
     states: dict[str, dict]  # each part's state_dict
     # by part, and "rng": what makes this rank's tensors
     rank_tensors: dict[str, Callable[[], dict]]
@@ -88,18 +96,19 @@ class Checkpointer:
         self.run, self.settings, self.state, self.order = run, settings, state, order
         self.path = run.folder.path / "checkpoints"
         self.from_another_run = False  # begun from another run's checkpoint
+        self.resumed_within = 0  # updates of the step that was under way there
         self._mark = None
-        self._saved_step = 0
+        self._saved = Place(0)
         self._last_save = time.monotonic()
 
     @property
-    def step(self) -> int:
-        """The step after which the last mark was set: what `save` would save."""
-        return self._mark.step if self._mark else 0
+    def place(self) -> Place:
+        """Where the last mark was set: what `save` would save. Place(0): nothing is done yet."""
+        return self._mark.place if self._mark else Place(0)
 
     def directory(self) -> Path:
         """Where the checkpoint of the last mark is, or would be."""
-        return self.path / files.directory_name(self.step)
+        return self.path / files.directory_name(self.place)
 
     # Before the first step.
 
@@ -120,11 +129,13 @@ class Checkpointer:
         if same_ranks and not self.settings.micro_tokens:
             plan = plan._replace(batch_tokens=manifest["batch_tokens"])
         self.from_another_run = path.parent.resolve() != self.path.resolve()
-        self._saved_step = 0 if self.from_another_run else manifest["step"]
+        place = Place(manifest["step"], manifest.get("updates_within", 0))
+        self.resumed_within = place.updates
+        self._saved = Place(0) if self.from_another_run else place
         if dist.is_main() and not self.from_another_run:  # those after it are another future
-            files.prune(self.path, self.settings.keep, after=manifest["step"])
-        self.run.set_plan(plan._replace(begun=manifest["step"]))
-        self.run.say(f"continues after step {manifest['step']} from {path}")
+            files.prune(self.path, self.settings.keep, after=place)
+        self.run.set_plan(plan._replace(begun=place.step))
+        self.run.say(f"continues after {place} from {path}")
 
     def _find(self):
         """The manifest and the path of the checkpoint to continue from, or (None, None)."""
@@ -223,15 +234,17 @@ class Checkpointer:
 
     # At every step.
 
-    def mark(self, step: int):
-        """`step` steps are done: take down what the next one overwrites."""
+    def mark(self, step: int, updates: int = 0):
+        """`step` steps are done, and `updates` updates of the next one: take down what is overwritten
+        by what follows.
+        """
         states = {name: part.state_dict() for name, part in self.state.items()}
         makers = {
             name: part.rank_tensors()
             for name, part in self.state.items()
             if hasattr(part, "rank_tensors")
         }
-        self._mark = Mark(step, states, makers | {"rng": rng.capture()})
+        self._mark = Mark(Place(step, updates), states, makers | {"rng": rng.capture()})
 
     def save_if_due(self, step: int):
         """Save after `step` steps where the flags say so. Every rank calls this."""
@@ -249,7 +262,7 @@ class Checkpointer:
     def save(self) -> bool:
         """Write the checkpoint of the last mark; whether that went well. Every rank calls this."""
         mark, began = self._mark, time.monotonic()
-        if mark.step == self._saved_step:
+        if mark.place == self._saved:
             return True
         final = self.directory()
         unfinished = final.with_name(final.name + ".tmp")
@@ -272,7 +285,7 @@ class Checkpointer:
         if problem := dist.broadcast(problem):
             self._say_failed(problem, unfinished)
             return False
-        self._saved_step = mark.step
+        self._saved = mark.place
         self._last_save = time.monotonic()
         self.run.folder.log.info("saved %s in %.2f s", final, time.monotonic() - began)
         return True
@@ -331,13 +344,14 @@ class Checkpointer:
     def _manifest(self, mark) -> dict:
         plan = self.run.plan
         return {
-            "step": mark.step,
+            "step": mark.place.step,
+            "updates_within": mark.place.updates,
             "parts": mark.states,
             "world": dist.world_size(),
             "precision": plan.precision,
             "batch_tokens": plan.batch_tokens,
             "order": self.order,
-            "consumed_groups": self._consumed_groups(mark.step),
+            "consumed_groups": self._consumed_groups(mark.place.step),
             "seconds": self.run.folder.seconds(),
             "flags": self.run.folder.record["flags"],
         }
@@ -356,12 +370,12 @@ class Checkpointer:
             shutil.rmtree(unfinished, ignore_errors=True)
         # the next try by the clock is as far away as after a success
         self._last_save = time.monotonic()
-        if self._saved_step:
-            last = f"the last good one is step-{self._saved_step}"
+        if self._saved > Place(0):
+            last = f"the last good one is {files.directory_name(self._saved)}"
         else:
             last = "there is none yet"
         self.run.say(
-            f"no checkpoint after step {self.step}: {problem}; it needs {needed / 1e9:.2f} GB, "
+            f"no checkpoint after {self.place}: {problem}; it needs {needed / 1e9:.2f} GB, "
             f"{free / 1e9:.2f} GB were free; {last}"
         )
 

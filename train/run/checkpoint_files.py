@@ -14,6 +14,7 @@ import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -35,18 +36,33 @@ class OtherFormat(Damaged):
     """A checkpoint that another version wrote."""
 
 
-def directory_name(step: int) -> str:
-    """The directory of the checkpoint after `step` steps."""
-    return f"step-{step}"
+class Place(NamedTuple):
+    """Where in a run something is: so many whole steps, and so many updates of the next one."""
+
+    step: int
+    updates: int = 0
+
+    def __str__(self) -> str:
+        within = f" and {self.updates} updates of the next" if self.updates else ""
+        return f"step {self.step}{within}"
+
+
+def directory_name(place: Place) -> str:
+    """The directory of the checkpoint there: step-STEP, or step-STEP-UPDATES within a step."""
+    return f"step-{place.step}" + (f"-{place.updates}" if place.updates else "")
+
+
+def place_of(path: Path) -> Place | None:
+    """The place that a checkpoint's directory names; None for another name."""
+    match = re.fullmatch(r"step-(\d+)(?:-(\d+))?", path.name)
+    return Place(int(match[1]), int(match[2] or 0)) if match else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`: the one that `latest` names first, then from the newest down."""
-    steps = {}
-    for path in folder.glob("step-*"):
-        if match := re.fullmatch(r"step-(\d+)", path.name):
-            steps[int(match[1])] = path
-    newest_first = [steps[number] for number in sorted(steps, reverse=True)]
+    places = {place_of(path): path for path in folder.glob("step-*")}
+    places.pop(None, None)
+    newest_first = [places[place] for place in sorted(places, reverse=True)]
     try:
         latest = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -165,13 +181,13 @@ def commit(unfinished: Path, final: Path, content: dict):
     fsync(final.parent)
 
 
-def prune(folder: Path, keep: int, after: int | None = None):
+def prune(folder: Path, keep: int, after: Place | None = None):
     """Remove all but the newest `keep` checkpoints, and what unfinished ones left.
 
-    after: those of later steps than this go first, whatever their number.
+    after: those of later places than this go first, whatever their number.
     """
     for path in list_checkpoints(folder):
-        if after is not None and int(path.name.removeprefix("step-")) > after:
+        if after is not None and place_of(path) > after:
             shutil.rmtree(path, ignore_errors=True)
     for path in [*list_checkpoints(folder)[keep:], *folder.glob("step-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)

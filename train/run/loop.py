@@ -76,6 +76,65 @@ class Step:
         self.update = update
 
 
+class RolloutStep:
+    """One rollout and the updates it is used for, under way."""
+
+    def __init__(self, run, checkpointer: Checkpointer, planned: planning.PlannedRollout):
+        self.number, self.epoch = planned.number, planned.epoch  # the number is 0-based
+        self.groups = planned.groups  # the prompts of all ranks, as numbers into the data set
+        self.updates = []  # of all models, as they came
+        self.finished = False
+        self._run, self._checkpointer = run, checkpointer
+
+    def computes(self, batch):
+        """Say which batch is computed next; None: none. Every rank calls this before each of its
+        batches, as many times as the others: raises Preempted where one has been told to stop.
+        """
+        preemption.raise_if_preempted()
+        self._run.batch = batch
+
+    def updated(self, count: int, updates: list[tuple]):
+        """`count` updates of this rollout are done, the last of them of these models' optimisers,
+        (name, engine/trained.py: Update): a checkpoint may be made of it from now on.
+        """
+        self._run.batch = None
+        self.updates += updates
+        self._checkpointer.mark(self.number, updates=count)
+
+    def finish(self):
+        """All updates are done."""
+        self.finished = True
+
+
+def rollouts(run, settings, data, state: dict, report: Report) -> Iterator[RolloutStep]:
+    """Yield the run's rollouts, from where an interrupted run has stopped, as `steps` does steps; a
+    rollout counts as one. Every rank goes through them.
+
+    data: a Tokenised of prompts. A rollout that was interrupted between two of its updates comes
+    again; what is left of it is for the parts of `state` to know.
+    """
+    checkpointer = _begin(run, settings, data, state, report)
+    skipped_in_a_row = 0
+    plan = planning.plan_rollouts(
+        len(data),
+        settings.batch_size,
+        seed=settings.seed,
+        start=run.plan.begun,
+        total=run.plan.steps,
+    )
+    for planned in plan:
+        step = RolloutStep(run, checkpointer, planned)
+        yield step
+        assert step.finished, "the script finishes each rollout: step.finish()"
+        number = planned.number + 1
+        report.step(step, step.updates)
+        for _, update in step.updates:
+            skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
+        _end_of_step(run, settings, checkpointer, report, data, step, number, skipped_in_a_row)
+    report.evaluate(run.plan.steps)
+    preemption.raise_if_preempted()
+
+
 def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
     """Yield the run's steps, from where an interrupted run has stopped. Every rank goes through them.
 
@@ -83,22 +142,7 @@ def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
     (run/checkpoint.py says what a part is). report: one of the parts, a Report. Raises Preempted and
     NotFinite, which the session handles.
     """
-    order = {
-        "data": data.fingerprint,
-        "groups": len(data),
-        "batch_size": settings.batch_size,
-        "seed": settings.seed,
-    }
-    checkpointer = Checkpointer(run, settings, state, order)
-    run.checkpointer, run.report = checkpointer, report
-    checkpointer.resume()
-    if checkpointer.from_another_run:
-        report.forget_evaluations()  # measured on other data, perhaps
-    run.folder.start()
-    report.start()
-    checkpointer.mark(run.plan.begun)
-    if _is_due(settings.eval_every, run.plan.begun) or checkpointer.from_another_run:
-        report.evaluate(run.plan.begun)
+    checkpointer = _begin(run, settings, data, state, report)
     planned = planning.plan_steps(
         data.lengths.sum(1),
         settings.batch_size,
@@ -118,24 +162,49 @@ def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
         run.batch = None
         number = plan.number + 1
         report.step(step, step.update)
-        if step.update.applied:
-            skipped_in_a_row = 0
-            checkpointer.mark(number)
-        else:
-            skipped_in_a_row += 1
-            run.say(
-                f"step {number}: the gradient is not finite; skipped ({skipped_in_a_row} in a row)"
-            )
-            if skipped_in_a_row > settings.max_skipped:
-                rows = sorted(int(data.rows[group]) for group in step.groups)
-                raise NotFinite(skipped_in_a_row, rows)
-        if _is_due(settings.eval_every, number):
-            report.evaluate(number)
-            if step.update.applied:  # the step's own mark knows nothing of the evaluation
-                checkpointer.mark(number)
-        checkpointer.save_if_due(number)
+        skipped_in_a_row = 0 if step.update.applied else skipped_in_a_row + 1
+        _end_of_step(run, settings, checkpointer, report, data, step, number, skipped_in_a_row)
     report.evaluate(run.plan.steps)
     preemption.raise_if_preempted()
+
+
+def _begin(run, settings, data, state, report) -> Checkpointer:
+    """Put every part where the run goes on, take the folder, and look at where it stands."""
+    order = {
+        "data": data.fingerprint,
+        "groups": len(data),
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+    checkpointer = Checkpointer(run, settings, state, order)
+    run.checkpointer, run.report = checkpointer, report
+    checkpointer.resume()
+    if checkpointer.from_another_run:
+        report.forget_evaluations()  # measured on other data, perhaps
+    run.folder.start()
+    report.start()
+    checkpointer.mark(run.plan.begun, updates=checkpointer.resumed_within)
+    due = _is_due(settings.eval_every, run.plan.begun) and not checkpointer.resumed_within
+    if due or checkpointer.from_another_run:
+        report.evaluate(run.plan.begun)
+    return checkpointer
+
+
+def _end_of_step(run, settings, checkpointer, report, data, step, number, skipped_in_a_row):
+    """What follows from a step: a mark of it, evaluation and a checkpoint where they are due."""
+    applied = not skipped_in_a_row
+    if applied:
+        checkpointer.mark(number)
+    else:
+        run.say(f"step {number}: the gradient is not finite; skipped ({skipped_in_a_row} in a row)")
+        if skipped_in_a_row > settings.max_skipped:
+            rows = sorted(int(data.rows[group]) for group in step.groups)
+            raise NotFinite(skipped_in_a_row, rows)
+    if _is_due(settings.eval_every, number):
+        report.evaluate(number)
+        if applied:  # the step's own mark knows nothing of the evaluation
+            checkpointer.mark(number)
+    checkpointer.save_if_due(number)
 
 
 def _is_due(every: int, number: int) -> bool:

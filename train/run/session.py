@@ -20,6 +20,7 @@ from train.config import Exit, fail
 from train.data.errors import DataError
 from train.engine import dist, memory, preemption
 from train.models import builtin
+from train.run.checkpoint_files import Place
 from train.run.folder import RunFolder
 
 
@@ -101,6 +102,10 @@ def start(flags, kind: str = "run", interruptible: bool = True):
         _end_preempted(run, flags)
     except NotFinite as error:
         _end_not_finite(run, error)
+    except DataError as error:
+        if not run.under_way:
+            raise
+        _end_bad_data(run, error)
     except BaseException as error:
         if not run.under_way:
             raise
@@ -138,10 +143,10 @@ def end_in_order():
 def _end_preempted(run, flags):
     """Save the last finished step, and exit with code 85: whoever waits for it starts again."""
     saver = run.checkpointer
-    if saver is None or not saver.step:
+    if saver is None or saver.place == Place(0):
         done = "no step was done"
     elif saver.save():
-        done = f"saved after step {saver.step}"
+        done = f"saved after {saver.place}"
     else:
         _exit_now(run, "failed", Exit.CHECKPOINT)
     how = "--resume auto" if flags.resume == "never" else "the same command"
@@ -151,7 +156,7 @@ def _end_preempted(run, flags):
 
 def _end_not_finite(run, error):
     saver = run.checkpointer
-    saved = saver.step > 0 and saver.save()
+    saved = saver.place > Place(0) and saver.save()
     where = f"; the state of before is in {saver.directory()}" if saved else ""
     count, rows = error.args
     run.say(
@@ -159,6 +164,15 @@ def _end_not_finite(run, error):
         f"data's rows {rows}{where}"
     )
     _exit_now(run, "failed", Exit.NONFINITE)
+
+
+def _end_bad_data(run, error):
+    """What the data, or a reward for it, came to in the middle of a run; every rank raises it."""
+    saver = run.checkpointer
+    saved = saver.place > Place(0) and saver.save()
+    where = f"; the state of before is in {saver.directory()}" if saved else ""
+    run.say(f"error: {error}{where}")
+    _exit_now(run, "failed", Exit.DATA)
 
 
 def _exit_now(run, status, code):

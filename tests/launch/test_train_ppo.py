@@ -1,0 +1,271 @@
+"""Whole runs of launch/train_ppo.py on a tiny model with a real tokenizer."""
+
+import json
+import re
+import signal
+import time
+
+import pytest
+import torch
+import transformers
+
+from tests.launch.commands import ROOT, free_port, launched, several
+from tests.launch.compare import same_bits, scalars, until, weights
+from tests.launch.warm import Warm
+from train.models.pretrained import load_score_model
+
+SCRIPT = "launch/train_ppo.py"
+VOWELS = "tests.launch.ppo_rewards:vowels"
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """Ranks of launch/train_ppo.py without their imports."""
+    with Warm(tmp_path_factory.mktemp("cache"), SCRIPT) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """24 prompts with a column beside them, and an answer that nobody reads."""
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    lines = (ROOT / "train/data/builtin/prompts.jsonl").read_text().splitlines()[:24]
+    rows = [json.loads(line) | {"weight": i % 3, "answer": f"{i}"} for i, line in enumerate(lines)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(model_dir, prompts, out, *extra, stage=0):
+    return [
+        *("--model", model_dir, "--data", prompts, "--eval_split", 0.25, "--output", out),
+        *("--max_length", 256, "--max_prompt_length", 96, "--max_new_tokens", 12),
+        *("--batch_size", 4, "--max_steps", 3, "--epochs", 9, "--micro_tokens", 300),
+        *("--ds_config", ROOT / f"ds_configs/zero{stage}.json", "--lr", "1e-3", "--seed", 3),
+        *("--reward", VOWELS, *extra),
+    ]
+
+
+def record(out):
+    return json.loads((out / "run.json").read_text())
+
+
+PPO = ("--algorithm", "ppo", "--epochs_per_rollout", 2, "--minibatches", 2)
+
+
+@pytest.fixture(scope="module")
+def finished(warm, model_dir, prompts, tmp_path_factory):
+    """PPO with a value model, one rank, ZeRO 0, left alone."""
+    out = tmp_path_factory.mktemp("ppo") / "out"
+    codes, text = warm.run(flags(model_dir, prompts, out, *PPO))
+    assert codes == [0], text[-3000:]
+    return out, text
+
+
+def test_what_a_run_leaves(finished):
+    out, text = finished
+    found = scalars(out, expected=())
+    for name in (
+        *("objective/scores", "objective/kl", "objective/entropy", "objective/rlhf_reward"),
+        *("policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg"),
+        *("val/ratio", "val/explained_variance", "completions/mean_length", "train/grad_norm"),
+        *(f"rewards/vowels/{each}" for each in ("mean", "std")),
+    ):
+        assert [step for step, _ in found[name]] == [1, 2, 3], name
+    assert [step for step, _ in found["eval/reward"]] == [0, 3]
+    assert found["objective/kl"][0][1] == 0  # the policy is the reference as it begins
+    run = record(out)
+    assert run["algorithm"]["epochs"] == 2 and run["rewards"] == ["vowels"]
+    assert set(run["evaluations"]) == {"0", "3"} and run["results"]["kl"] > 0
+    lm = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    assert torch.isfinite(lm.get_input_embeddings().weight).all()
+    critic, has_head = load_score_model(out / "value_model")
+    assert has_head and critic.score.weight.abs().sum() > 0  # it began with zeros
+    card = (out / "model/README.md").read_text()
+    assert "`ppo` algorithm" in card and "Before (reward" in card
+    assert "held-out prompts" in text and f"value model  {out / 'value_model'}" in text
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_draw_the_same_and_learn_the_same(
+    warm, finished, model_dir, prompts, tmp_path, stage
+):
+    """The same answers and rewards to the last digit while the weights are the same; then within
+    rounding.
+    """
+    alone, out = finished[0], tmp_path / "out"
+    codes, text = warm.run(flags(model_dir, prompts, out, *PPO, stage=stage), 2)
+    assert codes == [0, 0], text[-3000:]
+    mine, theirs = scalars(out, ()), scalars(alone, ())
+    for name in ("objective/scores", "completions/mean_length", "objective/entropy", "eval/reward"):
+        assert mine[name][0][1] == pytest.approx(theirs[name][0][1], rel=1e-6), name
+    assert mine["objective/scores"][0] == theirs["objective/scores"][0]
+    one, two = weights(out), weights(alone)
+    # AdamW turns a gradient's rounding into a part of a step where the gradient is near 0
+    moved = [(one[name] - two[name]).abs().mean() for name in two]
+    assert (
+        max(moved) < 2e-5 and record(out)["answers"]["before"] == record(alone)["answers"]["before"]
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_ratio_is_exactly_one(warm, model_dir, prompts, tmp_path, temperature):
+    """One update a rollout: no token has moved when it is trained on, to the last bit."""
+    out = tmp_path / "out"
+    line = flags(model_dir, prompts, out, "--algorithm", "grpo", "--samples_per_prompt", 4)
+    codes, text = warm.run([*line, "--temperature", temperature, "--max_steps", 2])
+    assert codes == [0], text[-3000:]
+    found = scalars(out, ())
+    for name, exact in (("val/ratio", 1), ("val/ratio_var", 0), ("policy/approxkl_avg", 0)):
+        assert [value for _, value in found[name]] == [exact] * 2
+    assert all(value > 0 for _, value in found["train/grad_norm"])
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (2, 2)])
+def test_told_to_stop_within_a_rollout(
+    model_dir, prompts, tmp_path, monkeypatch, tmp_path_factory, stage, ranks
+):
+    """Between two updates of the second rollout: it goes on with the very samples, bit for bit."""
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("PPO_TEST_CALLS", str(calls))
+    many = ("--algorithm", "ppo", "--epochs_per_rollout", 12, "--minibatches", 4)
+    with Warm(tmp_path_factory.mktemp("cache"), SCRIPT) as warm:
+
+        def line(name):
+            return flags(model_dir, prompts, tmp_path / name, *many, "--max_steps", 2, stage=stage)
+
+        codes, text = warm.run(line("straight"), ranks)
+        assert codes == [0] * ranks, text[-3000:]
+        calls.unlink()
+        job = warm.start(line("stopped"), ranks)
+        held_out = record(tmp_path / "straight")["evaluations"]["0"]["pairs"]
+        until(
+            lambda: calls.exists() and len(calls.read_text().splitlines()) >= held_out + 8,
+            "second rollout",
+        )
+        time.sleep(0.3)  # into its updates
+        job.kill(signal.SIGUSR1)
+        codes, text = job.wait()
+        assert codes == [85] * ranks, text[-3000:]
+        [name] = [path.name for path in (tmp_path / "stopped/checkpoints").glob("step-*")]
+        assert re.fullmatch(r"step-1-\d+", name), name
+        codes, text = warm.run(line("stopped"), ranks)
+        assert codes == [0] * ranks and "updates of the next" in text, text[-3000:]
+    same_bits(weights(tmp_path / "stopped"), weights(tmp_path / "straight"))
+    mine, theirs = (scalars(tmp_path / name, ()) for name in ("stopped", "straight"))
+    assert mine == theirs
+    both = [record(tmp_path / name) for name in ("stopped", "straight")]
+    assert both[0]["evaluations"] == both[1]["evaluations"]
+    assert both[0]["answers"] == both[1]["answers"]
+
+
+def test_rewards_of_several_kinds(warm, model_dir, prompts, tmp_path):
+    """TRL's signature with columns, one that does not always apply, built-in ones, weights."""
+    out = tmp_path / "out"
+    line = flags(model_dir, prompts, out, "--algorithm", "rloo", "--max_steps", 1)
+    place = line.index(VOWELS)
+    module = "tests.launch.ppo_rewards"
+    line[place : place + 1] = [
+        *(f"{module}:as_trl_calls_it", f"{module}:sometimes_nothing"),
+        *("number:answer", "length:3-5", "ended", "--reward_weights", "0.1", "1", "2", "3", "4"),
+    ]
+    codes, text = warm.run(line)
+    assert codes == [0], text[-3000:]
+    found = scalars(out, ())
+    for name in ("as_trl_calls_it", "number:answer", "length:3-5", "ended"):
+        assert f"rewards/{name}/mean" in found
+    assert record(out)["rewards"][-1] == "ended"
+
+
+def test_a_reward_model(warm, model_dir, prompts, tmp_path):
+    """A directory for sequence classification: its scores are the reward, in its own deviations, and
+    the value model begins as it.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    lm = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model_dir, num_labels=1, pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    )
+    torch.manual_seed(0)
+    torch.nn.init.normal_(lm.score.weight)
+    lm.config.score_mean, lm.config.score_std = 0.5, 2.0
+    lm.save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    out = tmp_path / "out"
+    line = flags(model_dir, prompts, out, "--algorithm", "ppo", "--max_steps", 1, "--value_lr", 0)
+    at = line.index("--reward")
+    line[at : at + 2] = ["--reward_model", tmp_path / "reward"]
+    codes, text = warm.run(line)
+    assert codes == [0], text[-3000:]
+    assert "scores are taken less 0.5000 and over 2.0000" in text
+    critic, _ = load_score_model(out / "value_model")
+    assert torch.allclose(critic.score.weight, lm.score.weight / 2, atol=1e-7)
+
+
+def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
+    good = flags(model_dir, prompts, tmp_path / "out")
+
+    def changed(flag, *values):
+        line = list(good)
+        at = line.index(flag) if flag in line else len(line)
+        end = at + 2 if flag in line else at
+        line[at:end] = [flag, *values] if values else []
+        return line
+
+    module = "tests.launch.ppo_rewards"
+    cases = [
+        (changed("--reward"), 2, "--reward or --reward_model: something has to say"),
+        (changed("--reward", "no.such:thing"), 2, "cannot be imported: ModuleNotFoundError"),
+        (changed("--reward", f"{module}:nothing"), 2, "cannot be imported: AttributeError"),
+        (changed("--reward", f"{module}:takes_too_much"), 2, "takes question: expected any of"),
+        (changed("--reward", "exact:solution"), 2, "the data has no column 'solution'; found"),
+        (changed("--reward", "regex:("), 2, "--reward regex:(: "),
+        (changed("--samples_per_prompt", 1), 2, "compares samples of a prompt"),
+        ([*good, "--algorithm", "dapo", "--kl_coef", 0.1], 2, "dapo has no KL to the reference"),
+        ([*good, "--value_lr", 0.1], 2, "--value_lr: grpo has no value model"),
+        (changed("--max_new_tokens", 200), 2, "has no room for a prompt of 96"),
+        (changed("--reward_model", model_dir), 2, "is no reward model: it has no score.weight"),
+        ([*good, "--reward_weights", "1", "2"], 2, "2 weights for 1 sources"),
+    ]
+    results = several(SCRIPT, [line for line, _, _ in cases], tmp_path / "cache")
+    for (_, code, text), (found, _, said) in zip(cases, results, strict=True):
+        assert (int(found), text in said) == (code, True), (text, found, said[-600:])
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [("broken", "RuntimeError: no such answer"), ("words", "gave 'good' for row ")],
+)
+def test_a_reward_that_fails_ends_the_run(warm, model_dir, prompts, tmp_path, function, said):
+    line = flags(model_dir, prompts, tmp_path / "out")
+    line[line.index(VOWELS)] = f"tests.launch.ppo_rewards:{function}"
+    codes, text = warm.run(line, 2)
+    assert codes == [4, 4], text[-3000:]
+    assert said in text and "prompt '" in text and "answer '" in text
+    assert (tmp_path / "out/status").read_text() == "failed\n"
+
+
+@pytest.mark.slow
+def test_the_user_s_command(model_dir, prompts, tmp_path):
+    """deepspeed, two ranks, ZeRO 3."""
+    command = ["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), SCRIPT]
+    done = launched(
+        [*command, *flags(model_dir, prompts, tmp_path / "out", *PPO, stage=3)], tmp_path / "cache"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out/model/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce++", "sapo"])
+def test_a_reward_that_can_be_learnt_is_learnt(warm, model_dir, prompts, tmp_path, algorithm):
+    out = tmp_path / "out"
+    line = flags(model_dir, prompts, out, "--algorithm", algorithm, "--kl_coef", 0)
+    line = [*line[: line.index("--max_steps")], "--max_steps", 30, *line[line.index("--epochs") :]]
+    line[line.index("--epochs") + 1] = 99
+    line[line.index("--lr") + 1] = "3e-3"
+    if algorithm == "sapo":
+        line = line[:-2]
+    codes, text = warm.run([*line, "--samples_per_prompt", 8])
+    assert codes == [0], text[-3000:]
+    found = record(out)["evaluations"]
+    assert found["30"]["reward_interval"][0] > found["0"]["reward_interval"][1]

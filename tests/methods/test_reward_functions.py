@@ -1,0 +1,143 @@
+"""Rewards that a program gives."""
+
+import sys
+from fractions import Fraction
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from train.data.errors import DataError
+from train.methods import reward_functions as rewards
+from train.methods.reward_functions import Sample
+
+
+def sample(response, ended=True, **row):
+    return Sample([{"role": "user", "content": "ask"}], response, ended, row, 7)
+
+
+def value(spec, response, ended=True, **row):
+    source = rewards.open_source(spec, [*row])
+    return float(rewards.score(source, [sample(response, ended, **row)])[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 + 2 = 4.", 4),
+        ("it costs 1,234.50 in all", Fraction(2469, 2)),
+        ("50%", Fraction(1, 2)),
+        ("3/4 of it", Fraction(3, 4)),
+        (r"so \boxed{7}, not 8", 7),
+        ("10-12", 12),
+        ("it is -12", -12),
+        ("1e3", 1000),
+        ("1/0", None),
+        ("none", None),
+    ],
+)
+def test_the_last_number(text, number):
+    assert rewards.last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("spec", "response", "row", "wanted"),
+    [
+        ("regex:^yes", "yes, sir", {}, 1),
+        ("regex:^yes", "no", {}, 0),
+        ("exact:answer", " The  Pier ", {"answer": "the pier"}, 1),
+        ("exact:answer", "a pier", {"answer": "the pier"}, 0),
+        ("exact:answer", "a pier", {"answer": None}, np.nan),
+        ("number:answer", "so it is 1,000.", {"answer": "#### 1000"}, 1),
+        ("number:answer", "so it is 999", {"answer": 1000}, 0),
+        ("number:answer", "none", {"answer": 1000}, 0),
+        ("number:answer", "3", {"answer": "x"}, np.nan),
+        ("length:4-6", "one two three four", {}, 1),
+        ("length:4-6", "one two", {}, 0.5),
+        ("length:4-6", "a " * 9, {}, 0.5),
+        ("length:4-6", "a " * 99, {}, 0),
+        ("json", '```json\n{"a": 1}\n```', {}, 1),
+        ("json", "{a: 1}", {}, 0),
+        ("repetition", "a b c d e", {}, 0),
+        ("repetition", "a b c a b c", {}, -0.25),
+        ("repetition", "a b", {}, 0),
+    ],
+)
+def test_verifiers(spec, response, row, wanted):
+    assert value(spec, response, **row) == pytest.approx(wanted, nan_ok=True)
+
+
+def test_ended():
+    assert value("ended", "x") == 1 and value("ended", "x", ended=False) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("regex", "expected regex:PATTERN"),
+        ("ended:now", "expected ended"),
+        ("length:9-3", "expected words as LO-HI"),
+        ("number:answer", "no column 'answer'; found prompt"),
+        ("nothing", "expected MODULE:FUNCTION or one of regex:PATTERN, exact:COLUMN"),
+    ],
+)
+def test_specs_that_say_nothing(spec, said):
+    with pytest.raises(ValueError, match=said):
+        rewards.open_source(spec, ["prompt"])
+
+
+@pytest.fixture
+def module(monkeypatch):
+    found = ModuleType("my_rewards")
+    monkeypatch.setitem(sys.modules, "my_rewards", found)
+    return found
+
+
+def test_functions_get_what_they_name(module):
+    module.of_all = lambda prompt, response, row: (prompt, row["ended"], row["n"]) and len(response)
+    module.of_row = lambda row: row["n"]
+    module.any = lambda **everything: len(everything)
+    for name, wanted in (("of_all", 3), ("of_row", 5), ("any", 3)):
+        assert value(f"my_rewards:{name}", "abc", n=5) == wanted
+
+
+def test_trl_s_signature(module):
+    def reward(completions, n, **others):
+        assert others["prompts"] == [[{"role": "user", "content": "ask"}]] * 2
+        return [len(c[0]["content"]) * k for c, k in zip(completions, n, strict=True)]
+
+    module.reward = reward
+    source = rewards.open_source("my_rewards:reward", ["n"])
+    found = rewards.score(source, [sample("ab", n=1), sample("abc", n=10)])
+    assert found.tolist() == [2, 30]
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ("1", "gave '1' for row 7, prompt 'ask', answer 'x'"),
+        (float("nan"), "gave nan for row 7"),
+        (float("inf"), "gave inf"),
+        ([1.0], r"gave \[1.0\]"),
+    ],
+)
+def test_what_is_no_number_ends_the_run(module, result, said):
+    module.reward = lambda response: result
+    source = rewards.open_source("my_rewards:reward", [])
+    with pytest.raises(DataError, match=said):
+        rewards.score(source, [sample("x")])
+
+
+def test_a_wrong_count_and_an_exception(module):
+    module.reward = lambda completions: [1.0]
+    with pytest.raises(DataError, match="gave 1 for 2 samples"):
+        rewards.score(rewards.open_source("my_rewards:reward", []), [sample("x")] * 2)
+
+    def fails(response):
+        return 1 / (response != "bad")
+
+    module.reward = fails
+    source = rewards.open_source("my_rewards:reward", [])
+    with pytest.raises(DataError, match="failed on row 7, prompt 'ask', answer 'bad'") as caught:
+        rewards.score(source, [sample("good"), sample("bad")])
+    assert "ZeroDivisionError" in str(caught.value) and "in fails" in str(caught.value)

@@ -1,0 +1,287 @@
+"""Losses of reinforcement learning: a rollout's advantages in, sums over a batch's tokens out, and the
+table of algorithms.
+
+The caller divides, by a number of the whole minibatch, and names it (`denominator`).
+
+Legend: T tokens of a batch's answers, N answers, M the most tokens an answer may have.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+
+from train.losses.logprobs import sum_per_response
+
+
+class KL(NamedTuple):
+    """The pull towards the reference: where it counts, how it is estimated, how strongly.
+
+    With d = log(pi / pi_ref) of a sampled token the estimators (Schulman 2020, "Approximating KL
+    divergence") are k1 = d, k2 = d^2 / 2 and k3 = exp(-d) - 1 + d. In the reward only k1 has the
+    divergence's policy gradient. In the loss k1's expected gradient is 0, k2's is the divergence's
+    while the policy is the one that drew, and r k3's is so always.
+    """
+
+    place: Literal["reward", "loss", "none"] = "none"
+    estimator: Literal["k1", "k2", "k3", ""] = ""
+    coef: float = 0.0
+
+    def check(self):
+        """ValueError for an estimator whose gradient is another one there."""
+        if self.place == "reward" and self.estimator != "k1":
+            raise ValueError(
+                f"{self.estimator} in the reward does not have the KL's gradient: k1 does"
+            )
+        if self.place == "loss" and self.estimator not in ("k2", "k3"):
+            raise ValueError(
+                f"{self.estimator} in the loss has an expected gradient of 0: k2 or k3 there"
+            )
+
+
+class Algorithm(NamedTuple):
+    """A row of the table: what one algorithm does at each place where they differ."""
+
+    paper: str  # its arXiv id
+    # "gae": over a value model's; "to_go": the rewards to come; "group": the whole answer's score
+    # over its group's baseline, at every token
+    advantage: Literal["gae", "to_go", "group"]
+    samples: int  # answers to a prompt
+    baseline: Literal["none", "mean", "leave_one_out"] = "none"  # of a group
+    scale: Literal["group", "batch", "none"] = "none"  # what an advantage is divided by
+    whiten: bool = False  # advantages over all tokens of the rollout
+    kl: KL = KL()
+    # "token": each token's; "mean", "sum": of an answer, exp of its tokens' mean or summed log-ratio;
+    # "weight": detached before log pi (CISPO); "gate": through a sigmoid (SAPO)
+    ratio: Literal["token", "mean", "sum", "weight", "gate"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0  # the bound at negative advantages, a multiple of them; 0: none
+    # "tokens": their number; "samples": each sample's mean over its tokens, their number;
+    # "constant": samples times M
+    denominator: Literal["tokens", "samples", "constant"] = "tokens"
+    epochs: int = 1  # passes over a rollout
+    minibatches: int = 1  # updates a pass
+    value_clip: float = 0.2  # how far a value moves before its loss is clipped; 0: no clipping
+    resamples: int = 0  # how often a prompt with equal rewards is answered anew
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether it has a value model."""
+        return self.advantage == "gae"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether samples of a prompt are compared."""
+        return self.baseline != "none"
+
+
+GRPO = dict(advantage="group", samples=8, baseline="mean", scale="group")
+K1 = KL("reward", "k1", 0.05)
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "ppo": Algorithm("1707.06347", "gae", 1, whiten=True, kl=K1, epochs=4),
+    # on-policy: the ratio is 1 in its one update, and never clipped
+    "rloo": Algorithm(
+        "2402.14740", "group", 4, "leave_one_out", kl=K1, ratio="sum", denominator="samples"
+    ),
+    "reinforce++": Algorithm(
+        "2501.03262", "to_go", 1, whiten=True, kl=KL("reward", "k1", 0.01), minibatches=4
+    ),
+    "reinforce++_baseline": Algorithm(
+        "2501.03262", "group", 4, "mean", whiten=True, kl=KL("loss", "k2", 0.01), minibatches=4
+    ),
+    "grpo": Algorithm("2402.03300", **GRPO, kl=KL("loss", "k3", 0.04), denominator="samples"),
+    "dr_grpo": Algorithm("2503.20783", "group", 8, "mean", denominator="constant"),
+    "dapo": Algorithm("2503.14476", **GRPO, clip_high=0.28, minibatches=4, resamples=2),
+    "gspo": Algorithm(
+        "2507.18071",
+        **GRPO,
+        ratio="mean",
+        clip_low=3e-4,
+        clip_high=4e-4,
+        denominator="samples",
+        minibatches=4,
+    ),
+    # its upper bound is of the ratio itself, and there is no lower one
+    "cispo": Algorithm("2506.13585", **GRPO, ratio="weight", clip_high=5.0, minibatches=4),
+    # clip_low and clip_high are the gate's temperatures for negative and positive advantages
+    "sapo": Algorithm(
+        "2511.20347",
+        **GRPO,
+        ratio="gate",
+        clip_low=1.05,
+        clip_high=1.0,
+        denominator="samples",
+        minibatches=4,
+    ),
+}
+
+
+class PolicySums(NamedTuple):
+    """A batch's sums; without gradient but for the loss."""
+
+    loss: torch.Tensor  # to be divided by the minibatch's denominator
+    tokens: torch.Tensor
+    clipped: torch.Tensor  # tokens at which the clipping takes the gradient away
+    moved: torch.Tensor  # k2 of the policy before the rollout's updates and now, nats
+    ratio: torch.Tensor
+    squared_ratio: torch.Tensor
+    kl: torch.Tensor  # of the KL's estimator in the loss, nats
+
+
+class ValueSums(NamedTuple):
+    """A batch's sums of a value model; without gradient but for the loss."""
+
+    loss: torch.Tensor  # to be divided by the minibatch's tokens
+    clipped: torch.Tensor  # tokens at which the clipped value counts
+
+
+def denominator(algorithm: Algorithm, num_samples: int, num_tokens: int, most_tokens: int) -> float:
+    """What the losses of a minibatch are divided by, over all ranks; 1 for an empty one.
+
+    most_tokens: M.
+    """
+    counts = {
+        "tokens": num_tokens,
+        "samples": num_samples,
+        "constant": num_samples * most_tokens,
+    }
+    return max(counts[algorithm.denominator], 1)
+
+
+def policy_loss(algorithm: Algorithm, logps: torch.Tensor, known) -> PolicySums:
+    """The sums of a batch.
+
+    logps: (T,) nats with gradient. known: has `old`, `advantages` and, where the KL is in the loss,
+    `ref`, (T,) each, and `lengths`, (N,).
+    """
+    logps = logps.double()
+    old, advantages = known.old.double(), known.advantages.double()
+    lengths = known.lengths
+    log_ratio = logps - old  # (T,)
+    ratio = log_ratio.exp()
+    used = answer_ratio(algorithm, log_ratio, lengths)  # (T,)
+    losses, is_clipped = clipped_loss(algorithm, used, advantages, logps)
+    kl = torch.zeros_like(losses)
+    if algorithm.kl.place == "loss":
+        kl = kl_in_loss(algorithm.kl.estimator, logps, known.ref.double(), ratio)
+        losses = losses + algorithm.kl.coef * kl
+    if algorithm.denominator == "samples":
+        losses = losses / lengths.repeat_interleave(lengths)
+    fixed = ratio.detach()
+    return PolicySums(
+        loss=losses.sum(),
+        tokens=lengths.sum().double(),
+        clipped=is_clipped.sum().double(),
+        moved=(log_ratio.detach().square() / 2).sum(),
+        ratio=fixed.sum(),
+        squared_ratio=fixed.square().sum(),
+        kl=kl.detach().sum(),
+    )
+
+
+def answer_ratio(algorithm: Algorithm, log_ratio, lengths) -> torch.Tensor:
+    """(T,): the ratio that counts at each token, of the token or of its whole answer."""
+    if algorithm.ratio not in ("mean", "sum"):
+        return log_ratio.exp()
+    of_answer = sum_per_response(log_ratio, lengths)  # (N,)
+    if algorithm.ratio == "mean":
+        of_answer = of_answer / lengths
+    return of_answer.exp().repeat_interleave(lengths)
+
+
+def clipped_loss(algorithm: Algorithm, ratio, advantages, logps):
+    """((T,) losses, (T,) bool where clipping takes the gradient away).
+
+    Schulman et al. 2017, equation 7, with a bound below and one above; with dual_clip c at negative
+    advantages no less than c A (Ye et al. 2020, arXiv 1912.09729, equation 5). CISPO: MiniMax 2025
+    (arXiv 2506.13585), equations 4 and 5. SAPO: Gao et al. 2025 (arXiv 2511.20347).
+    """
+    low, high = algorithm.clip_low, algorithm.clip_high
+    if algorithm.ratio == "weight":
+        weight = ratio.detach().clamp(max=high)
+        return -weight * advantages * logps, torch.zeros_like(ratio, dtype=torch.bool)
+    if algorithm.ratio == "gate":
+        tau = torch.where(advantages > 0, ratio.new_tensor(high), ratio.new_tensor(low))
+        gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
+        return -gate * advantages, torch.zeros_like(ratio, dtype=torch.bool)
+    gains = ratio * advantages
+    bounded = ratio.clamp(1 - low, 1 + high) * advantages
+    is_clipped = bounded < gains
+    gains = torch.minimum(gains, bounded)
+    if algorithm.dual_clip:
+        floor = algorithm.dual_clip * advantages
+        is_clipped = is_clipped | ((advantages < 0) & (gains < floor))
+        gains = torch.where(advantages < 0, torch.maximum(gains, floor), gains)
+    return -gains, is_clipped
+
+
+def kl_in_loss(estimator: str, logps, ref, ratio) -> torch.Tensor:
+    """(T,) nats. k3 counts with the token's ratio, with which its gradient is the divergence's also
+    after the first update.
+    """
+    d = logps - ref
+    if estimator == "k2":
+        return d.square() / 2
+    return ratio * (torch.expm1(-d) + d)
+
+
+def value_loss(algorithm: Algorithm, values: torch.Tensor, known) -> ValueSums:
+    """The sums of a batch: half the squared error, the larger of it and of the clipped value's.
+
+    Values move no further than `value_clip` from the rollout's before that. values: (T,) with
+    gradient. known: has `returns` and `values`, (T,) each. As in the code of Schulman et al. 2017.
+    """
+    values, returns = values.double(), known.returns.double()
+    errors = (values - returns).square()
+    is_clipped = torch.zeros_like(errors, dtype=torch.bool)
+    if algorithm.value_clip:
+        old = known.values.double()
+        near = old + (values - old).clamp(-algorithm.value_clip, algorithm.value_clip)
+        bounded = (near - returns).square()
+        is_clipped = bounded > errors
+        errors = torch.maximum(errors, bounded)
+    return ValueSums(loss=errors.sum() / 2, clipped=is_clipped.sum().double())
+
+
+SUMS = ("updates", "loss", "tokens", "clipped", "moved", "ratio", "squared_ratio", "kl", "value_loss",
+        "value_clipped")  # fmt: skip
+
+
+def sums(found: PolicySums, of_values: ValueSums | None, denominator: float, num_tokens: int):
+    """(columns,) fp64 of SUMS: what a batch adds to the measures of a rollout. Losses are divided
+    here, as in the update: by the minibatch's denominator and tokens.
+    """
+    zero = found.loss.new_zeros(())
+    value_sums = (zero, zero)
+    if of_values is not None:
+        value_sums = of_values.loss.detach() / num_tokens, of_values.clipped
+    return torch.stack(
+        [zero, found.loss.detach() / denominator, *(x.detach() for x in found[1:]), *value_sums]
+    ).double()
+
+
+def one_update(device) -> torch.Tensor:
+    """(columns,) fp64 that counts one update."""
+    counted = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    counted[0] = 1
+    return counted
+
+
+def means(summed: torch.Tensor, has_critic: bool) -> dict[str, float]:
+    """The measures of a rollout's updates, by TRL's names, of the sums over all batches and ranks."""
+    of = dict(zip(SUMS, summed.tolist(), strict=True))
+    tokens, updates = max(of["tokens"], 1), max(of["updates"], 1)
+    ratio = of["ratio"] / tokens
+    found = {
+        "loss/policy_avg": of["loss"] / updates,
+        "policy/approxkl_avg": of["moved"] / tokens,
+        "policy/clipfrac_avg": of["clipped"] / tokens,
+        "val/ratio": ratio,
+        "val/ratio_var": max(of["squared_ratio"] / tokens - ratio * ratio, 0.0),
+    }
+    if has_critic:
+        found["loss/value_avg"] = of["value_loss"] / updates
+        found["val/clipfrac_avg"] = of["value_clipped"] / tokens
+    return {name: value if math.isfinite(value) else math.nan for name, value in found.items()}

@@ -1,0 +1,331 @@
+"""What a run of reinforcement learning tells its user: bar, TensorBoard, run.json, the closing table.
+
+Names are TRL's where it has one: objective/*, policy/*, loss/*, val/* (ratio and clipping),
+completions/*, rewards/NAME/*; what the held-out prompts say stands under eval/*.
+
+Legend: P prompts, k samples of each, B = P k samples, T tokens of all answers, F sources of reward.
+"""
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from train.engine import dist
+from train.losses import policy
+from train.losses.metrics import POLICY_METRICS, wilson
+from train.methods import rollout
+from train.methods.policy_setup import Models, Rewards, samples_of
+from train.methods.rollout import Rollout, per_answer
+from train.run import card, report
+from train.run.meter import peak_memory
+from train.run.tensorboard import Board
+
+NORMAL_975 = 1.959964  # the 97.5 % quantile of the normal distribution
+SHOWN = 4  # answers in a table of TensorBoard, and in run.json before and after
+NAMES = [metric.name for metric in POLICY_METRICS]
+CUT_WARNING, FLAT_WARNING = 0.5, 0.8
+
+
+class PolicyReport:
+    """The numbers of one run, collected and shown. A part of its checkpoints (run/checkpoint.py)."""
+
+    def __init__(self, run, settings, algorithm, models: Models, rewards: Rewards, held_out):
+        """held_out: Prompts, or None."""
+        self.run, self.settings, self.algorithm = run, settings, algorithm
+        self.models, self.rewards, self.held_out = models, rewards, held_out
+        self.board = None  # from `start` on
+        self.sums = torch.zeros(0, dtype=torch.float64)  # of the updates of this rollout
+        self.seconds = {}  # what the rollout's time went to
+        self.evaluated, self.evaluated_at = {}, -1
+        self.answers = {}  # of the held-out prompts, at the start and last, for people
+        self.last = {}
+        self._events = None
+
+    # What the loop asks for (run/loop.py: Report).
+
+    def start(self):
+        """Open TensorBoard and the bar."""
+        plan = self.run.plan
+        self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
+        if self._events is not None:
+            self.board.cut(self._events)
+            self.run.note(evaluations=self.evaluated)
+
+    def step(self, step, updates):
+        """Show a finished rollout. Every rank calls this."""
+        number = step.number + 1
+        sums = dist.all_reduce(self.sums.clone()) if len(self.sums) else self.sums
+        shown = self.last | self.algorithm_means(sums) | self._of_updates(updates)
+        shown["eps"] = number / max(self.run.plan.steps, 1)
+        self.board.scalars(shown, number)
+        seconds = sum(self.seconds.values())
+        perf = {f"perf/seconds_{name}": value for name, value in self.seconds.items()}
+        tokens = shown.get("completions/total_tokens", 0.0)
+        perf["perf/tokens_per_second"] = tokens / seconds if seconds else math.nan
+        perf["perf/memory_gb"] = peak_memory(self.run.device)
+        self.board.scalars(perf, number)
+        self.last = shown | perf
+        self.run.folder.log.info("rollout %d %s", number, self.last)
+        self.sums, self.seconds = torch.zeros(0, dtype=torch.float64), {}
+        bar = {
+            "reward": format(shown["objective/scores"], ".3f"),
+            "len": format(shown["completions/mean_length"], ".0f"),
+            "cut": format(shown["completions/clipped_ratio"], ".0%"),
+            "tok/s": format(perf["perf/tokens_per_second"], ".0f"),
+            "loss": format(shown.get("loss/policy_avg", math.nan), ".3f"),
+        }
+        if "objective/kl" in shown:
+            bar = {"reward": bar.pop("reward"), "kl": format(shown["objective/kl"], ".3f")} | bar
+        self.board.advance(bar)
+
+    def algorithm_means(self, sums) -> dict[str, float]:
+        """What the updates' sums come to."""
+        return policy.means(sums, self.algorithm.needs_critic) if len(sums) else {}
+
+    def _of_updates(self, updates) -> dict[str, float]:
+        """Gradient norms and rates of the last updates of each model."""
+        found = {}
+        for name, update in updates[-2:]:
+            prefix = "train/" if name == "policy" else "train/value_"
+            found |= {f"{prefix}grad_norm": update.grad_norm, f"{prefix}learning_rate": update.lr}
+        skipped = sum(model.skipped for model in self.models[:3:2] if model is not None)
+        return found | {"health/skipped_steps": skipped}
+
+    def evaluate(self, number: int):
+        """Answer the held-out prompts after `number` rollouts, with the same noise each time; once for
+        a number. Every rank calls this.
+        """
+        if number <= self.evaluated_at:
+            return
+        self.evaluated_at = number
+        if self.held_out is None:
+            return
+        models, prompts, sampler = self.models, self.held_out, self.models.sampler
+        sampler.follow()
+        places = range(len(prompts))
+        answers = sampler.answer(
+            places,
+            [prompts.ids(i) for i in places],
+            # the noise of training's draws counts up from 0
+            [(1 << 40) + i for i in places],
+            samples_per_prompt=1,
+            seed=self.settings.seed,
+        )
+        samples = samples_of(answers, prompts, models.policy.tokenizer)
+        _, score = self.rewards.score(samples)
+        found = {
+            "pairs": len(prompts),
+            "reward": float(np.nanmean(score)),
+            "length": float(answers.lengths.mean()),
+            "ended": float(answers.ended.mean()),
+            "ended_interval": list(wilson(float(answers.ended.mean()), len(samples))),
+        }
+        counted = int(np.isfinite(score).sum())
+        if counted > 1:
+            half = NORMAL_975 * float(np.nanstd(score, ddof=1)) / math.sqrt(counted)
+            found["reward_interval"] = [found["reward"] - half, found["reward"] + half]
+        if self.algorithm.kl.coef:
+            kl = self._kl(answers)
+            found["kl"] = float(kl.mean())
+        self.evaluated[number] = found
+        self.answers["after" if self.answers else "before"] = [
+            {"prompt": s.prompt, "answer": s.response, "reward": float(value)}
+            for s, value in zip(samples, score, strict=True)
+        ][: 3 * SHOWN]
+        shown = {f"eval/{name}": found[name] for name in NAMES if name in found}
+        self.board.scalars(shown, number)
+        self.board.histogram(
+            "eval/histogram/reward", torch.from_numpy(score[np.isfinite(score)]), number
+        )
+        self.board.text("eval/answers", table_of_answers(samples[:SHOWN], score), number)
+        self.run.note(evaluations=self.evaluated, answers=self.answers)
+
+    def _kl(self, answers) -> np.ndarray:
+        """(B,) nats, k1 of each answer against the reference. Every rank calls this."""
+        sizes = [answers.group(i).tokens for i in range(len(answers.prompts))]
+        plan = rollout.minibatches(
+            sizes, 1, self.run.plan.batch_tokens, seed=self.settings.seed, number=0
+        )
+        scored = rollout.Scored(
+            self.models.policy, self.models.reference, None, self.settings.temperature
+        )
+        found = rollout.score_tokens(answers, plan, self.run.device, scored)
+        return per_answer((found["old"] - found["ref"]).double(), answers.lengths)
+
+    def forget_evaluations(self):
+        """Drop evaluations of before: the run began from another one's checkpoint."""
+        self.evaluated_at, self.evaluated, self.answers = -1, {}, {}
+
+    def pause(self):
+        """A context in which the clock of `perf/*` stands still: that of a rollout counts its parts."""
+        return _Nothing()
+
+    def sync(self):
+        """Fsync what TensorBoard was given."""
+        self.board.sync()
+
+    def close(self):
+        """End the bar and TensorBoard's file."""
+        if self.board is not None:
+            self.board.close()
+
+    # What the script calls.
+
+    def take(self, number: int, drawn: Rollout, facts: dict, samples: list):
+        """Show a rollout that has been drawn. facts: what is said of it, {name: value}."""
+        self.last = dict(facts)
+        answers = drawn.answers
+        self.board.histogram("train/histogram/rewards", torch.from_numpy(drawn.score), number + 1)
+        self.board.histogram(
+            "train/histogram/lengths", torch.from_numpy(answers.lengths), number + 1
+        )
+        self.board.histogram("train/histogram/advantages", drawn.advantages, number + 1)
+        if drawn.ref is not None:
+            self.board.histogram("train/histogram/kl", drawn.old - drawn.ref, number + 1)
+        self.board.text("train/answers", table_of_answers(samples[:SHOWN], drawn.score), number + 1)
+        if facts["completions/clipped_ratio"] > CUT_WARNING:
+            self._warn(
+                "cut",
+                f"{facts['completions/clipped_ratio']:.0%} of the answers were cut at "
+                f"--max_new_tokens {self.settings.max_new_tokens}: what they are rewarded for may be "
+                "out of their reach",
+            )
+        if facts["frac_reward_zero_std"] > FLAT_WARNING:
+            self._warn(
+                "flat",
+                f"all samples of {facts['frac_reward_zero_std']:.0%} of the prompts have the same "
+                "reward: they teach nothing",
+            )
+
+    _warned: frozenset = frozenset()
+
+    def _warn(self, kind: str, line: str):
+        """Say a warning, each kind once."""
+        if kind not in self._warned:
+            self._warned = self._warned | {kind}
+            self.run.say(f"warning: {line}")
+
+    def add(self, sums: torch.Tensor):
+        """Take in a batch's sums, (columns,) fp64. No value leaves the device here."""
+        sums = sums.detach().to("cpu", torch.float64)
+        self.sums = sums if not len(self.sums) else self.sums + sums
+
+    def timed(self, name: str):
+        """A context whose seconds count as `name` in perf/*: generate, score, train."""
+        return _Timed(self.seconds, name)
+
+    # What a checkpoint holds of it.
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to report on, for JSON."""
+        return {
+            "evaluated_at": self.evaluated_at,
+            "evaluated": dict(self.evaluated),
+            "answers": self.answers,
+            "last": self.last,
+            "seconds": dict(self.seconds),
+            "events": self.board.position(),
+        }
+
+    def load_state_dict(self, state: dict):
+        """Continue from `state_dict`; before `start`."""
+        self.evaluated_at, self.answers = state["evaluated_at"], state["answers"]
+        self.evaluated = {int(number): values for number, values in state["evaluated"].items()}
+        self.last, self.seconds = state["last"], state["seconds"]
+        self._events = state["events"]
+
+    def rank_tensors(self):
+        """What makes this rank's tensors of the updates that are not shown yet."""
+        sums = self.sums
+        return lambda: {"sums": sums} if len(sums) else {}
+
+    def load_rank_tensors(self, of_ranks):
+        """Continue from `rank_tensors` of several ranks, or of none."""
+        parts = [tensors["sums"] for tensors in of_ranks if tensors]
+        self.sums = torch.stack(parts).sum(0) if parts else torch.zeros(0, dtype=torch.float64)
+
+    # The end.
+
+    def card(self):
+        """What writes the model card, from what run.json says by now."""
+        folder = self.run.folder
+        return card.from_run(folder.record, seconds=folder.seconds())
+
+    def finish(self, gap: float, critic_folder=None):
+        """Write the results; print what changed, where it lies and what to do next."""
+        folder = self.run.folder
+        first = self.evaluated.get(min(self.evaluated, default=0), {})
+        last = self.evaluated.get(max(self.evaluated, default=0), {})
+        results = {name: last[name] for name in NAMES if name in last}
+        results = results or {"reward": self.last.get("objective/scores", math.nan)}
+        self.board.hparams(
+            folder.record["flags"],
+            {f"final/{name}": value for name, value in results.items()},
+            self.run.plan.steps,
+        )
+        self.board.close()
+        module = self.models.policy.module
+        folder.finish(
+            results=results,
+            skipped_steps=self.models.policy.skipped,
+            **{module.gap_name: gap},
+        )
+        for line in self._closing(first, last, gap, critic_folder):
+            self.run.say(line)
+
+    def _closing(self, first, last, gap, critic_folder):
+        model = self.run.folder.path / "model"
+        if last:
+            yield from report.table(list(POLICY_METRICS), first, last, "prompts")
+            pairs = zip(self.answers.get("before", ()), self.answers.get("after", ()), strict=False)
+            for before, after in list(pairs)[:2]:
+                yield ""
+                yield f"{before['prompt']}"
+                yield f"  before ({before['reward']:.2f})  {' '.join(before['answer'].split())[:160]}"
+                yield f"  after  ({after['reward']:.2f})  {' '.join(after['answer'].split())[:160]}"
+        unit = self.models.policy.module.unit
+        yield ""
+        yield f"model        {model}  (reloaded: {gap:.1g} {unit} from the trained one)"
+        if critic_folder:
+            yield f"value model  {critic_folder}  (--value_model takes it)"
+        yield f"run          {self.run.folder.path / 'run.json'}, logs/, tensorboard/"
+        yield ""
+        yield "next"
+        reward_model = self.settings.reward_model
+        with_rewards = f" --reward_model {reward_model}" if reward_model else ""
+        yield f"  deepspeed eval/evaluate.py --model {model}{with_rewards}"
+        yield f"  tensorboard --logdir {self.run.folder.path}"
+
+
+class _Nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+class _Timed:
+    def __init__(self, seconds: dict, name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_):
+        spent = time.perf_counter() - self.began
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + spent
+
+
+def table_of_answers(samples, score) -> str:
+    """Prompts, answers and rewards as a Markdown table."""
+
+    def cell(text):
+        return " ".join(text.split()).replace("|", "\\|")[:400]
+
+    lines = ["| prompt | answer | reward |", "|---|---|---|"]
+    for sample, value in zip(samples, score, strict=False):
+        lines.append(f"| {cell(sample.prompt)} | {cell(sample.response)} | {value:.3f} |")
+    return "\n".join(lines)

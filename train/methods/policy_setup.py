@@ -1,0 +1,279 @@
+"""What reinforcement learning starts from, out of its flags: prompts, sources of reward, and up to four
+models.
+"""
+
+import copy
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from train import settings as shared_flags
+from train.data import chat, prompts
+from train.engine import checks, dist, ds_config, loading
+from train.engine.trained import TrainedModel
+from train.methods import reward_functions, setup
+from train.methods.reference import AdaptersOff, NoReference, Reference
+from train.methods.reward_functions import Sample, Source
+from train.methods.rewards import RewardModel
+from train.methods.rollout import Answers, Sampler
+from train.models.pretrained import load_tokenizer
+from train.run.folder import describe, hardware, versions
+from train.run.session import Plan, Run
+
+CPU_ROLLOUTS = 8  # of the default run on a CPU
+DEFAULT_REWARD = "regex:[?]"  # with built-in prompts: an answer that asks back
+VALUE_LR = 10  # times the policy's: Ouyang et al. 2022 and most code since train critics faster
+
+
+def open_prompts(settings, run: Run):
+    """The tokenizer, the training prompts and the held-out ones (None where there are none). Every
+    rank calls this.
+    """
+    ds_config.read_config(settings.ds_config)
+    if settings.adapted:
+        run.say(settings.adapted)
+    sources, eval_sources = shared_flags.sources(settings)
+    path = run.folder.model_path(settings.model)
+    tokenizer = load_tokenizer(path, settings.trust_remote_code)
+    chat.use_template(tokenizer, settings.chat_template)
+    with dist.main_process_first():
+        prepare = partial(
+            prompts.prepare,
+            tokenizer=tokenizer,
+            **shared_flags.token_options(settings),
+            max_dropped=settings.max_dropped,
+            max_implausible=settings.max_implausible,
+        )
+        train = prepare(sources)
+        held_out = prepare(eval_sources) if eval_sources else None
+    for name, each in (("data", train), ("eval_data", held_out)):
+        for note in each.data.notes() if each else ():
+            run.say(f"{name}: {note}")
+    run.folder.note_dropped(
+        {"train": train.data.dropped, "eval": held_out.data.dropped if held_out else []}
+    )
+    if not eval_sources and settings.eval_split:
+        train, held_out = train.split(settings.eval_split, settings.data_split_seed)
+    run.note(
+        data=describe(train.data, sources),
+        eval_data=held_out and describe(held_out.data, eval_sources or sources),
+    )
+    return tokenizer, train, held_out
+
+
+class Rewards:
+    """The sources of reward, and how their scores become one."""
+
+    def __init__(self, sources: list[Source], model: RewardModel | None, settings):
+        """model: a reward model as the last source."""
+        self.sources, self.model, self.settings = sources, model, settings
+        self.names = [source.name for source in sources] + (["reward_model"] if model else [])
+        weights = settings.reward_weights or [1.0] * len(self.names)
+        self.weights = np.array(weights)  # (F,)
+        self.shift, self.scale = 0.0, 1.0  # of the reward model's scores
+        if model is not None:
+            config = model.model.config
+            self.shift = float(getattr(config, "score_mean", 0.0) or 0.0)
+            self.scale = float(getattr(config, "score_std", 1.0) or 1.0)
+
+    def score(self, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        """((B, F) each source's scores, NaN where it does not apply; (B,) what is maximised). Every
+        rank calls this.
+
+        The reward model's scores have mean 0 and deviation 1 on the data that it was evaluated on, if
+        its configuration says which those were. Sources that do not apply drop out of a sample's sum;
+        NaN where none does.
+        """
+        columns = [reward_functions.score(source, samples) for source in self.sources]
+        if self.model is not None:
+            raw = self.model.score(
+                [s.messages for s in samples],
+                [s.response for s in samples],
+                [s.ended for s in samples],
+            )
+            columns.append((raw - self.shift) / self.scale)
+        scores = np.stack(columns, 1)  # (B, F)
+        applies = np.isfinite(scores)
+        total = np.where(applies, scores, 0.0) @ self.weights
+        if self.settings.reward_clip is not None:
+            total = total.clip(-self.settings.reward_clip, self.settings.reward_clip)
+        ended = np.array([s.ended for s in samples])
+        total = total - self.settings.missing_end_penalty * ~ended
+        return scores, np.where(applies.any(1), total, np.nan)
+
+
+def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
+    """The sources of reward that the flags name. Every rank calls this, before a policy is loaded."""
+    specs = settings.reward or []
+    if not specs and not settings.reward_model:
+        if settings.data:
+            raise ValueError("--reward or --reward_model: something has to say what is good")
+        specs = [DEFAULT_REWARD]
+    sources = [reward_functions.open_source(spec, train.columns) for spec in specs]
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--reward names a source twice: {', '.join(names)}")
+    model = None
+    if settings.reward_model:
+        precision = ds_config.resolve_precision(settings.precision, run.device)
+        autocast = torch.bfloat16 if precision == "bf16" else None
+        model = RewardModel(settings.reward_model, run.device, autocast, settings.trust_remote_code)
+    rewards = Rewards(sources, model, settings)
+    if model is not None and (rewards.shift, rewards.scale) != (0.0, 1.0):
+        run.say(
+            f"reward model: scores are taken less {rewards.shift:.4f} and over {rewards.scale:.4f}, as "
+            "its configuration says of the data it was evaluated on"
+        )
+    run.note(rewards=rewards.names)
+    return rewards
+
+
+class Models(NamedTuple):
+    """The models of a run."""
+
+    policy: TrainedModel
+    reference: Reference
+    critic: TrainedModel | None
+    sampler: Sampler
+
+
+def open_models(settings, run: Run, tokenizer, algorithm, train, held_out) -> Models:
+    """Policy and critic under DeepSpeed, a frozen reference where the algorithm has a KL to it, checked
+    on the first prompts; settles the plan. Every rank calls this.
+    """
+    mode = setup.resolve_mode(settings, run.device)
+    if settings.lora_rank and mode.stage == 3:
+        raise ValueError(
+            "--lora_rank: at ZeRO stage 3 answers are decoded with a whole copy, which has no adapters; "
+            "take ds_configs/zero2.json"
+        )
+    path = run.folder.model_path(settings.model)
+    by_default = CPU_ROLLOUTS if not settings.data and run.device.type == "cpu" else 0
+    steps = setup.num_steps(
+        len(train), settings.batch_size, settings.epochs, settings.max_steps or by_default
+    )
+    updates = steps * algorithm.epochs * algorithm.minibatches
+    module = setup.load(
+        settings, run.device, mode, path, mode.config, change=setup.adapters(settings)
+    )
+    datasets = [each.data for each in (train, held_out) if each is not None]
+    chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
+    policy = setup.wrap_for_training(settings, mode, module, tokenizer, updates)
+    reference, reference_config = NoReference(), None
+    if algorithm.kl.coef and settings.lora_rank:
+        reference = AdaptersOff(policy)
+    elif algorithm.kl.coef:
+        reference_config = setup.resolve_reference_config(settings, mode.config)
+        reference = setup.live_reference(settings, run, mode, path, reference_config)
+    critic = None
+    if algorithm.needs_critic:
+        critic = open_critic(settings, run, mode, tokenizer, datasets, path, updates)
+    ends = ends_of(tokenizer, module.lm)
+
+    def make_copy():
+        whole = ds_config.resolve({}, mode.precision, settings.grad_clip)
+        lm = setup.load(settings, run.device, mode, path, whole).lm
+        return copy.copy(lm).requires_grad_(False)
+
+    sampler = Sampler(policy, make_copy, ends, settings)
+    every = [each.ids(i) for each in (train, held_out) if each for i in range(len(each))]
+    sampler.check(every)
+    run.set_plan(
+        Plan(mode.precision, setup.batch_tokens(settings, run.device, mode, module), steps, True),
+        task="policy",
+        algorithm=algorithm._asdict() | {"kl": algorithm.kl._asdict()},
+        model=path,
+        deepspeed=mode.config,
+        reference_deepspeed=reference_config,
+        hardware=hardware(run.device),
+        versions=versions(),
+    )
+    # what the first prompts' own first tokens are answered with is as good as any text for a check
+    pairs = FirstTexts(train)
+    run.first_batches = checks.check_start(
+        policy,
+        reference,
+        pairs,
+        run.device,
+        mode.precision,
+        same_weights=bool(algorithm.kl.coef),
+    )
+    return Models(policy, reference, critic, sampler)
+
+
+class FirstTexts:
+    """Prompts with a part of themselves for a response: texts to compare two ways of computing on."""
+
+    def __init__(self, train):
+        self.train = train
+
+    def __len__(self):
+        return len(self.train)
+
+    def group(self, i):
+        """The prompt twice answered, each time by some of its own tokens."""
+        group = self.train.data.group(i)
+        ids = tuple(group.prompt)
+        return group._replace(responses=(ids[: len(ids) // 2 + 1], ids[len(ids) // 2 :]))
+
+
+def open_critic(settings, run, mode, tokenizer, datasets, path, updates) -> TrainedModel:
+    """The value model under DeepSpeed: from --value_model, from the reward model where it reads the
+    same tokens, else from the policy's body with a head of zeros. Every rank calls this.
+    """
+    source = settings.value_model or path
+    if settings.value_model:
+        flag = "--value_model"
+        setup.check_same_tokens(
+            tokenizer, source, datasets, flag, settings.trust_remote_code, run.say
+        )
+    elif settings.reward_model:
+        try:
+            setup.check_same_tokens(
+                tokenizer,
+                settings.reward_model,
+                datasets,
+                "--reward_model",
+                settings.trust_remote_code,
+                run.say,
+            )
+            source = settings.reward_model
+        except ValueError as error:
+            run.say(f"the value model begins as the policy with a head of zeros: {error}")
+    config = ds_config.read_config(settings.value_ds_config or settings.ds_config)
+    config = ds_config.resolve(config, mode.precision, settings.grad_clip)
+    mode = setup.Mode(mode.precision, config, ds_config.zero_stage(config))
+    # values are in the reward's unit: of a reward model, the deviations that its configuration names
+    loader = partial(
+        loading.load_score_model, seed=None, in_deviations=source == settings.reward_model
+    )
+    module = setup.load(settings, run.device, mode, source, config, loader=loader)
+    chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
+    lr = settings.value_lr if settings.value_lr is not None else VALUE_LR * settings.lr
+    return setup.wrap_for_training(settings, mode, module, tokenizer, updates, lr=lr)
+
+
+def ends_of(tokenizer, lm) -> set[int]:
+    """The token ids that end an answer: the chat template's, the tokenizer's, and those of the
+    model's settings.
+    """
+    own = lm.generation_config.eos_token_id if lm.can_generate() else None
+    ends = {chat.Chat(tokenizer, True).end_id, tokenizer.eos_token_id}
+    return (ends | set(own if isinstance(own, list) else [own])) - {None}
+
+
+def samples_of(answers: Answers, of: prompts.Prompts, tokenizer) -> list[Sample]:
+    """What sources of reward see of each answer: text, decoded without control tokens."""
+    k = answers.samples_per_prompt
+    texts = tokenizer.batch_decode(
+        [c.ids[:-1] if c.ended else c.ids for c in answers.completions], skip_special_tokens=True
+    )
+    found = []
+    for n, (completion, text) in enumerate(zip(answers.completions, texts, strict=True)):
+        i = answers.groups[n // k]
+        found.append(
+            Sample(of.messages(i), text, completion.ended, of.row(i), int(of.data.rows[i]))
+        )
+    return found

@@ -1,0 +1,338 @@
+"""One rollout after the other: drawn, rewarded, scored, turned into advantages, and used for updates.
+
+Legend: P prompts, k samples of each, B = P k samples, T tokens of all answers.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from train.data.packing import PackedBatch, pack
+from train.engine import dist, memory
+from train.losses import advantages as adv
+from train.losses import policy as losses
+from train.losses.policy import ALGORITHMS, Algorithm
+from train.methods import rollout as rollouts
+from train.methods import setup
+from train.methods.policy_setup import Models, Rewards, samples_of
+from train.methods.rollout import Answers, Kept, Rollout, per_answer
+from train.run import export
+
+
+def choose_algorithm(settings) -> Algorithm:
+    """The row that --algorithm names with the numbers that flags override. ValueError where they do not
+    go together.
+    """
+    row = ALGORITHMS[settings.algorithm]
+    given = {
+        "samples": settings.samples_per_prompt,
+        "epochs": settings.epochs_per_rollout,
+        "minibatches": settings.minibatches,
+        "clip_low": settings.clip_low,
+        "clip_high": settings.clip_high,
+        "dual_clip": settings.dual_clip,
+        "scale": settings.scale_advantages,
+        "value_clip": settings.value_clip,
+        "resamples": settings.max_resamples,
+    }
+    row = row._replace(**{name: value for name, value in given.items() if value is not None})
+    if settings.kl_coef is not None:
+        if settings.kl_coef and row.kl.place == "none":
+            raise ValueError(
+                f"--kl_coef: {settings.algorithm} has no KL to the reference; leave it out"
+            )
+        row = row._replace(kl=row.kl._replace(coef=settings.kl_coef))
+    if settings.scale_advantages and not row.needs_groups:
+        raise ValueError(
+            f"--scale_advantages: {settings.algorithm} does not compare samples of a prompt"
+        )
+    if row.needs_groups and row.samples < 2:
+        raise ValueError(
+            f"--samples_per_prompt {row.samples}: {settings.algorithm} compares samples of a prompt, "
+            "of which there have to be 2"
+        )
+    if not row.needs_critic:
+        of_critic = {
+            "value_model": settings.value_model,
+            "value_lr": settings.value_lr,
+            "value_lam": settings.value_lam,
+            "value_clip": settings.value_clip,
+        }
+        for flag, value in of_critic.items():
+            if value is not None:
+                raise ValueError(f"--{flag}: {settings.algorithm} has no value model")
+    if row.kl.coef:
+        row.kl.check()
+    return row
+
+
+class Minibatch:
+    """The groups of one update, and this rank's batches of them."""
+
+    def __init__(self, collector: "Collector", step, number: int, plan, answers: Answers):
+        """number: of the update within the rollout. plan: this rank's batches, tuples of groups."""
+        self._collector, self._step, self._number = collector, step, number
+        self.trains_policy = collector.trains_policy(step)
+        self._plan, self._answers = plan, answers
+        everyone = [g for part in dist.all_gather(plan) for batch in part for g in batch]
+        k = answers.samples_per_prompt
+        lengths = answers.lengths.reshape(-1, k)[everyone]  # (groups, k)
+        self.num_samples, self.num_tokens = lengths.size, int(lengths.sum())
+        self.denominator = losses.denominator(
+            collector.algorithm,
+            self.num_samples,
+            self.num_tokens,
+            collector.settings.max_new_tokens,
+        )
+
+    def batches(self) -> Iterator[PackedBatch]:
+        """This rank's batches: as many on every rank, the last ones may be empty. Raises Preempted
+        before a batch where any rank has been told to stop.
+        """
+        for groups in self._plan:
+            batch = pack([self._answers.group(i) for i in groups]).to(self._collector.run.device)
+            self._step.computes(batch)
+            yield batch
+
+    def sums(self, found, of_values) -> torch.Tensor:
+        """What a batch adds to the measures."""
+        return losses.sums(found, of_values, self.denominator, self.num_tokens)
+
+    def finish(self):
+        """Update the models: a checkpoint may be made from here on. Every rank calls this."""
+        self._collector.update(self._step, self._number)
+
+
+class Collector:
+    """Makes rollouts of a run's prompts, and their minibatches."""
+
+    def __init__(self, run, settings, algorithm, models: Models, rewards: Rewards, prompts, report):
+        self.run, self.settings, self.algorithm = run, settings, algorithm
+        self.models, self.rewards, self.prompts, self.report = models, rewards, prompts, report
+        self.kept = Kept()
+
+    @property
+    def state(self) -> dict:
+        """Its parts of a checkpoint."""
+        parts = {"rollout": self.kept}
+        if self.models.critic is not None:
+            parts["value"] = self.models.critic
+        return parts
+
+    # A rollout.
+
+    def collect(self, step) -> Rollout:
+        """The rollout of a step: drawn, or what a checkpoint has kept of it. Every rank calls this."""
+        if self.kept.number == step.number:
+            return self.kept.rollout
+        with self.report.timed("generate"):
+            answers = self._draw(step, range(len(step.groups)), attempt=0)
+        with self.report.timed("score"):
+            answers, scores, score = self._reward(step, answers)
+            tokens = self._score_tokens(step, answers)
+            rollout = self._with_advantages(answers, scores, score, tokens)
+        facts = self._facts(rollout)
+        self.kept.take(step.number, rollout, facts)
+        samples = samples_of(answers, self.prompts, self.models.policy.tokenizer)
+        self.report.take(step.number, rollout, facts, samples)
+        return rollout
+
+    def _draw(self, step, places, attempt: int) -> Answers:
+        """Answers to the prompts at `places` of the step; each attempt has other noise."""
+        sampler = self.models.sampler
+        if not attempt:
+            sampler.follow()
+        size = self.settings.batch_size
+        first = (step.number * (1 + self.algorithm.resamples) + attempt) * size
+        groups = [step.groups[i] for i in places]
+        return sampler.answer(
+            groups,
+            [self.prompts.ids(i) for i in groups],
+            [first + i for i in places],
+            samples_per_prompt=self.algorithm.samples,
+            seed=self.settings.seed,
+        )
+
+    def _reward(self, step, answers: Answers):
+        """(the answers, their scores (B, F), what is maximised (B,)); prompts whose samples all have the
+        same reward are answered anew, as often as the algorithm says.
+        """
+        tokenizer = self.models.policy.tokenizer
+        scores, score = self.rewards.score(samples_of(answers, self.prompts, tokenizer))
+        for attempt in range(1, self.algorithm.resamples + 1):
+            flat = adv.is_flat(torch.from_numpy(score), answers.samples_per_prompt)
+            places = flat.nonzero().flatten().tolist()
+            if not places:
+                break
+            others = self._draw(step, places, attempt)
+            answers = answers.replaced(places, others)
+            again, again_score = self.rewards.score(samples_of(others, self.prompts, tokenizer))
+            k = answers.samples_per_prompt
+            index = [i * k + s for i in places for s in range(k)]
+            scores[index], score[index] = again, again_score
+        return answers, scores, score
+
+    def _plans(self, step_number: int, answers: Answers):
+        """This rank's batches of each minibatch."""
+        sizes = [answers.group(i).tokens for i in range(len(answers.prompts))]
+        return rollouts.minibatches(
+            sizes,
+            self.algorithm.minibatches,
+            self.run.plan.batch_tokens,
+            seed=self.settings.seed,
+            number=step_number,
+        )
+
+    def _score_tokens(self, step, answers: Answers) -> dict:
+        models = self.models
+        scored = rollouts.Scored(
+            models.policy,
+            models.reference if self.algorithm.kl.coef else None,
+            models.critic,
+            self.settings.temperature,
+        )
+        plans = self._plans(step.number, answers)
+        with memory.room_for("scoring a rollout", "lower --micro_tokens"):
+            return rollouts.score_tokens(answers, plans, self.run.device, scored)
+
+    def _with_advantages(self, answers, scores, score, tokens) -> Rollout:
+        """The rollout with its advantages and returns, in fp64 over all of it, kept in fp32."""
+        algorithm, settings = self.algorithm, self.settings
+        lengths = torch.from_numpy(answers.lengths)
+        total = torch.from_numpy(score)  # (B,), NaN where no reward applies
+        kl = None
+        if algorithm.kl.place == "reward" and algorithm.kl.coef:
+            kl = tokens["old"].double() - tokens["ref"].double()  # (T,) nats, k1
+        returns = None
+        if algorithm.advantage == "group":
+            if kl is not None:  # of the whole answer, inside the baseline
+                total = total - algorithm.kl.coef * torch.from_numpy(
+                    per_answer(kl, answers.lengths)
+                )
+            of_answer = adv.over_groups(
+                total, answers.samples_per_prompt, algorithm.baseline, algorithm.scale
+            )
+            found = of_answer.repeat_interleave(lengths)
+        else:
+            rewards = adv.token_rewards(total.nan_to_num(nan=0.0), lengths, kl, algorithm.kl.coef)
+            if algorithm.advantage == "gae":
+                values = tokens["values"]
+                found = adv.gae(rewards, values, lengths, settings.gamma, settings.lam)
+                lam = settings.lam if settings.value_lam is None else settings.value_lam
+                returns = found + values.double()
+                if lam != settings.lam:
+                    returns = values.double() + adv.gae(
+                        rewards, values, lengths, settings.gamma, lam
+                    )
+            else:
+                found = adv.to_go(rewards, lengths, settings.gamma)
+        if algorithm.whiten:
+            found = adv.whiten(found)
+        counted = torch.from_numpy(np.isfinite(score)).repeat_interleave(lengths)
+        found = torch.where(counted, found, 0.0)
+        return Rollout(
+            answers=answers,
+            scores=scores,
+            score=score,
+            advantages=found.float(),
+            returns=None if returns is None else returns.float(),
+            **tokens,
+        )
+
+    def _facts(self, rollout: Rollout) -> dict[str, float]:
+        """What the board says of a rollout."""
+        answers = rollout.answers
+        lengths, ended = answers.lengths, answers.ended
+        score = torch.from_numpy(rollout.score)
+        flat = adv.is_flat(score, answers.samples_per_prompt)
+        facts = {
+            "objective/scores": float(np.nanmean(rollout.score)),
+            "objective/entropy": float(per_answer(rollout.entropy, lengths).mean()),
+            "policy/entropy_avg": float(rollout.entropy.double().mean()),
+            "completions/mean_length": float(lengths.mean()),
+            "completions/min_length": float(lengths.min()),
+            "completions/max_length": float(lengths.max()),
+            "completions/clipped_ratio": float(1 - ended.mean()),
+            "completions/total_tokens": float(lengths.sum()),
+            "val/num_eos_tokens": float(ended.sum()),
+            "frac_reward_zero_std": float(flat.double().mean())
+            if answers.samples_per_prompt > 1
+            else 0.0,
+            "episode": float((self.kept.number + 1) * len(lengths)),
+        }
+        if ended.any():
+            facts["completions/mean_terminated_length"] = float(lengths[ended].mean())
+        for name, column in zip(self.rewards.names, rollout.scores.T, strict=True):
+            known = column[np.isfinite(column)]
+            if len(known):
+                facts[f"rewards/{name}/mean"] = float(known.mean())
+                facts[f"rewards/{name}/std"] = float(known.std())
+        if rollout.ref is not None:
+            kl = per_answer(rollout.old.double() - rollout.ref.double(), lengths)
+            facts["objective/kl"] = float(kl.mean())
+            if self.algorithm.kl.place == "reward":
+                facts["objective/non_score_reward"] = (
+                    -self.algorithm.kl.coef * facts["objective/kl"]
+                )
+                facts["objective/rlhf_reward"] = (
+                    facts["objective/scores"] + facts["objective/non_score_reward"]
+                )
+        if rollout.returns is not None:
+            facts["val/explained_variance"] = adv.explained_variance(
+                rollout.values, rollout.returns
+            )
+        return facts
+
+    # Its updates.
+
+    def minibatches(self, step, rollout: Rollout) -> Iterator[Minibatch]:
+        """The minibatches of a rollout's updates, from where it was interrupted. Every rank goes
+        through them.
+        """
+        plans = self._plans(step.number, rollout.answers)
+        order = rollouts.order_of_updates(
+            len(plans), self.algorithm.epochs, seed=self.settings.seed, number=step.number
+        )
+        for number, m in enumerate(order):
+            if number < self.kept.updates:
+                continue
+            with self.report.timed("train"):
+                yield Minibatch(self, step, number, plans[m], rollout.answers)
+        self.kept.updates = 0  # it is used up: no checkpoint needs it any more
+
+    def trains_policy(self, step) -> bool:
+        """Whether the policy learns in this rollout: not while a value model warms up."""
+        return self.models.critic is None or step.number >= self.settings.value_warmup
+
+    def update(self, step, number: int):
+        """Let the optimisers step at the end of a minibatch."""
+        policy, critic = self.models.policy, self.models.critic
+        updates = [("policy", policy.step())] if self.trains_policy(step) else []
+        if critic is not None:
+            updates.append(("value", critic.step()))
+        if dist.is_main():
+            self.report.add(losses.one_update("cpu"))
+        self.kept.updates = number + 1
+        step.updated(number + 1, updates)
+
+    # The end.
+
+    def export(self):
+        """(how far OUTPUT/model, loaded again, is from the policy; the value model's folder or None).
+        Every rank calls this.
+        """
+        gap = setup.export_model(self.settings, self.run, self.models.policy, self.report)
+        critic = self.models.critic
+        if critic is None:
+            return gap, None
+        folder = self.run.folder.path / "value_model"
+        export.model_directory(
+            critic.module,
+            critic.tokenizer,
+            folder,
+            self.run.first_batches,
+            export_dtype=self.settings.export_dtype,
+            trust_remote_code=self.settings.trust_remote_code,
+        )
+        return gap, folder

@@ -1,0 +1,334 @@
+"""Rewards that a program gives: built-in verifiers, and anybody's Python function.
+
+    --reward regex:PATTERN exact:COLUMN number:COLUMN length:LO-HI ended repetition json
+    --reward my_rewards:correct          # the function `correct` of my_rewards.py
+
+A function of ours takes any of `prompt`, `response` and `row` by these names and is called once a
+sample; one of TRL's takes `completions` (and `prompts`, the data's columns) and is called once with
+all the samples of a rank. Either gives a number a sample, or None where it does not apply. Anything
+else ends the run: a reward that fails on a few samples trains the wrong thing.
+
+Legend: B samples, F sources of reward.
+"""
+
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from train.data.errors import DataError
+from train.engine import dist
+
+SHOWN = 200  # characters of a prompt or an answer in an error
+NUMBER = re.compile(
+    r"(?:(?<!\w)[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?%?"
+)
+REPEATED = 3  # words of an n-gram that counts as a repetition
+
+
+class Sample(NamedTuple):
+    """An answer, as a reward sees it."""
+
+    messages: list[dict]  # the prompt
+    response: str  # the answer's text without control tokens
+    ended: bool  # by itself; else it was cut
+    row: dict  # all columns of the prompt's data row
+    number: int  # of that row, for messages
+
+    @property
+    def prompt(self) -> str:
+        """The last turn's text."""
+        return self.messages[-1]["content"]
+
+
+class Source(NamedTuple):
+    """One source of reward."""
+
+    name: str  # on the board: rewards/NAME/mean
+    # samples -> a number each, None where it does not apply
+    score: Callable[[Sequence[Sample]], Sequence[float | None]]
+
+
+def open_source(spec: str, columns: Sequence[str]) -> Source:
+    """The source that one value of --reward names. columns: of the data's first row.
+
+    ValueError for a verifier, a module, a function or a column that is not there.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind in VERIFIERS:
+        verifier = VERIFIERS[kind]
+        if bool(colon) != verifier.takes_text:
+            wanted = f"{kind}:{verifier.argument}" if verifier.takes_text else kind
+            raise ValueError(f"--reward {spec}: expected {wanted}")
+        if verifier.argument == "COLUMN" and rest not in columns:
+            raise ValueError(
+                f"--reward {spec}: the data has no column {rest!r}; found {', '.join(columns)}"
+            )
+        judge = verifier.make(rest) if verifier.takes_text else verifier.make()
+        return Source(spec if len(spec) <= 40 else kind, lambda samples: [*map(judge, samples)])
+    if not colon:
+        known = ", ".join(
+            f"{name}:{v.argument}" if v.takes_text else name for name, v in VERIFIERS.items()
+        )
+        raise ValueError(f"--reward {spec}: expected MODULE:FUNCTION or one of {known}")
+    return Source(rest, _calls(_import(kind, rest, spec)))
+
+
+def _import(module: str, name: str, spec: str) -> Callable:
+    """The function `name` of `module`, which may stand in the folder where the run was started."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the module's own code raises
+        raise ValueError(
+            f"--reward {spec} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"--reward {spec} is no function")
+    return function
+
+
+def _calls(function: Callable) -> Callable:
+    """What calls `function` by the names of its parameters."""
+    parameters = inspect.signature(function).parameters
+    if "completions" in parameters:
+        return lambda samples: _call_all(function, parameters, samples)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = ("prompt", "response", "row")
+    unknown = [
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in known
+    ]
+    if unknown:
+        raise ValueError(
+            f"the reward function {function.__name__} takes {', '.join(unknown)}: expected any of "
+            f"{', '.join(known)}, or completions as TRL calls it"
+        )
+    names = [name for name in known if name in parameters or takes_any]
+
+    def call(sample):
+        row = sample.row | {"ended": sample.ended}
+        values = {"prompt": sample.prompt, "response": sample.response, "row": row}
+        return function(**{name: values[name] for name in names})
+
+    return lambda samples: [call(sample) for sample in samples]
+
+
+def _call_all(function, parameters, samples: Sequence[Sample]) -> Sequence:
+    """Call a function as TRL does: prompts and completions as messages, a list for each column."""
+    if not samples:
+        return []
+    columns = {name: [sample.row.get(name) for sample in samples] for name in samples[0].row}
+    arguments = columns | {
+        "prompts": [sample.messages for sample in samples],
+        "completions": [[{"role": "assistant", "content": sample.response}] for sample in samples],
+    }
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    return function(**arguments)
+
+
+def score(source: Source, samples: Sequence[Sample]) -> np.ndarray:
+    """(B,) fp64, NaN where the source does not apply, on every rank. Every rank calls this.
+
+    Each sample is scored once, by one rank. DataError where what comes back is no number: it names the
+    source, the row, the prompt and the answer.
+    """
+    places = range(dist.rank(), len(samples), dist.world_size())
+    problem, values = None, []
+    try:
+        values = _checked(source, [samples[i] for i in places])
+    except DataError as error:
+        problem = str(error)
+    everyone = dist.all_gather((problem, [*zip(places, values, strict=False)]))
+    if problems := [other for other, _ in everyone if other]:
+        raise DataError(problems[0])
+    scores = np.full(len(samples), np.nan)
+    for _, pairs in everyone:
+        for i, value in pairs:
+            scores[i] = value
+    return scores
+
+
+def _checked(source: Source, samples: Sequence[Sample]) -> list[float]:
+    """The source's numbers for these samples."""
+    try:
+        values = source.score(samples)
+    except Exception as first:
+        error, where = first, f"{len(samples)} samples"
+        for sample in samples:  # one of them, if it is one
+            try:
+                source.score([sample])
+            except Exception as same:
+                error, where = same, _shown(sample)
+                break
+        text = "".join(traceback.format_exception(error)).rstrip()
+        raise DataError(f"the reward {source.name} failed on {where}\n{text}") from error
+    if not isinstance(values, list | tuple | np.ndarray) or len(values) != len(samples):
+        found = len(values) if hasattr(values, "__len__") else type(values).__name__
+        raise DataError(f"the reward {source.name} gave {found} for {len(samples)} samples")
+    return [_number(source, value, sample) for value, sample in zip(values, samples, strict=True)]
+
+
+def _number(source: Source, value: Any, sample: Sample) -> float:
+    """A value as a number; NaN for None, which says that the source does not apply."""
+    if value is None:
+        return math.nan
+    if not isinstance(value, str | bytes | list | tuple | dict):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise DataError(
+        f"the reward {source.name} gave {value!r} for {_shown(sample)}: expected a finite number, "
+        "or None where it does not apply"
+    )
+
+
+def _shown(sample: Sample) -> str:
+    return (
+        f"row {sample.number}, prompt {sample.prompt[:SHOWN]!r}, answer {sample.response[:SHOWN]!r}"
+    )
+
+
+# ------------------------------------------------------------ built-in verifiers
+
+
+class Verifier(NamedTuple):
+    """A reward that comes with the project."""
+
+    make: Callable  # (what stands behind the colon) -> Sample -> number or None
+    argument: str = ""  # what stands behind the colon
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether something stands behind the colon."""
+        return bool(self.argument)
+
+
+def _regex(pattern: str) -> Callable:
+    """1 where the pattern is found in the answer, else 0."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--reward regex:{pattern}: {error}") from error
+    return lambda sample: float(bool(compiled.search(sample.response)))
+
+
+def _exact(column: str) -> Callable:
+    """1 where the answer is the column's text, white space and case apart; None where it is empty."""
+
+    def judge(sample):
+        wanted = sample.row.get(column)
+        if wanted is None:
+            return None
+        return float(_plain(sample.response) == _plain(str(wanted)))
+
+    return judge
+
+
+def _same_number(column: str) -> Callable:
+    """1 where the answer's last number, or the one in \\boxed{}, is the column's last one."""
+
+    def judge(sample):
+        wanted = last_number(str(sample.row.get(column, "")))
+        if wanted is None:
+            return None
+        return float(last_number(sample.response) == wanted)
+
+    return judge
+
+
+def _length(bounds: str) -> Callable:
+    """1 for as many words as the bounds say, falling to 0 at none, or at twice the upper bound."""
+    match = re.fullmatch(r"(\d+)-(\d+)", bounds)
+    if not match or not 0 <= int(match[1]) <= int(match[2]) or not int(match[2]):
+        raise ValueError(f"--reward length:{bounds}: expected words as LO-HI, say length:20-60")
+    low, high = int(match[1]), int(match[2])
+
+    def judge(sample):
+        words = len(sample.response.split())
+        if words < low:
+            return words / low
+        return max(0.0, 1 - max(0, words - high) / high)
+
+    return judge
+
+
+def _ended() -> Callable:
+    """1 for an answer that ended by itself, else 0."""
+    return lambda sample: float(sample.ended)
+
+
+def _repetition() -> Callable:
+    """Minus the share of three-word sequences that stood in the answer before."""
+
+    def judge(sample):
+        words = sample.response.lower().split()
+        grams = [tuple(words[i : i + REPEATED]) for i in range(len(words) - REPEATED + 1)]
+        return len(set(grams)) / len(grams) - 1 if grams else 0.0
+
+    return judge
+
+
+def _json() -> Callable:
+    """1 where the answer is a JSON value, a code fence around it aside; else 0."""
+
+    def judge(sample):
+        text = sample.response.strip()
+        fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
+        try:
+            json.loads(fenced[1] if fenced else text)
+        except (ValueError, RecursionError):
+            return 0.0
+        return 1.0
+
+    return judge
+
+
+VERIFIERS = {
+    "regex": Verifier(_regex, "PATTERN"),
+    "exact": Verifier(_exact, "COLUMN"),
+    "number": Verifier(_same_number, "COLUMN"),
+    "length": Verifier(_length, "LO-HI"),
+    "ended": Verifier(_ended),
+    "repetition": Verifier(_repetition),
+    "json": Verifier(_json),
+}
+
+
+def last_number(text: str) -> Fraction | None:
+    """The number in the text's last \\boxed{}, else its last number, exactly; None without one.
+
+    1,000 is a thousand, 50% a half, 3/4 three quarters.
+    """
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    found = [m.group() for m in NUMBER.finditer(boxed[-1] if boxed else text)]
+    found = [number for number in found if any(c.isdigit() for c in number)]
+    if not found:
+        return None
+    number = found[-1].replace(",", "")
+    is_percent = number.endswith("%")
+    top, _, bottom = number.rstrip("%").partition("/")
+    try:
+        value = Fraction(top) / Fraction(bottom or "1")
+    except (ValueError, ZeroDivisionError):
+        return None
+    return value / 100 if is_percent else value
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
