@@ -201,6 +201,7 @@ def exported(checkpoint, folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_without_the_run(finished, tmp_path):
     """launch/export.py gives the same weights, in the same class."""
     exported(finished / f"checkpoints/step-{STEPS}", tmp_path / "model")

@@ -44,7 +44,11 @@ def open_report(run, settings, loss: Loss, model, data, held_out) -> Report:
         command = f"deepspeed eval/evaluate.py --reward_model {folder / 'model'}"
         if settings.data:  # else it takes the built-in held-out pairs
             command += f" --data {' '.join(settings.eval_data or ['PAIRS.jsonl'])}"
-        return [f"{command} --output {folder}/eval"]
+        policy = f" --model {settings.model}" if settings.model else ""
+        return [
+            f"{command} --output {folder}/eval",
+            f"deepspeed launch/train_ppo.py{policy} --reward_model {folder / 'model'}",
+        ]
 
     return Report(
         run,
