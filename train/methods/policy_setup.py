@@ -16,7 +16,7 @@ from train.engine.trained import TrainedModel
 from train.methods import reward_functions, setup
 from train.methods.reference import AdaptersOff, NoReference, Reference
 from train.methods.reward_functions import Sample, Source
-from train.methods.rewards import RewardModel
+from train.methods.rewards import Prompt, RewardModel
 from train.methods.rollout import Answers, Sampler
 from train.models.pretrained import load_tokenizer
 from train.run.folder import describe, hardware, versions
@@ -120,6 +120,8 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
         precision = ds_config.resolve_precision(settings.precision, run.device)
         autocast = torch.bfloat16 if precision == "bf16" else None
         model = RewardModel(settings.reward_model, run.device, autocast, settings.trust_remote_code)
+        every = [Prompt(i, train.ids(i), train.messages(i)) for i in range(len(train))]
+        model.check(every, settings.max_new_tokens)
     rewards = Rewards(sources, model, settings)
     if model is not None and (rewards.shift, rewards.scale) != (0.0, 1.0):
         run.say(

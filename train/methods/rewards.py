@@ -87,7 +87,7 @@ class RewardModel:
         if positions and longest + max_new_tokens > positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {positions} "
-                f"positions of --reward_model {self.path}: lower --max_new_tokens or --prompts"
+                f"positions of --reward_model {self.path}: lower --max_new_tokens, or leave out long prompts"
             )
 
     @property
