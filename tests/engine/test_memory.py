@@ -1,5 +1,7 @@
 """The default size of a batch, and what is said when a batch was too large."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -47,6 +49,7 @@ def test_the_check_at_the_start_has_advice_too(capsys):
             "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"
         )
 
+    full.module = SimpleNamespace(compared_with=({},))  # what a TrainedModel has
     data = [Group((1, 2), ((3, 4), (5,)))]
     data = type("Data", (list,), {"group": list.__getitem__})(data)
     with pytest.raises(SystemExit):
