@@ -125,12 +125,21 @@ def test_a_deviation_is_over_n_minus_one():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("value", "k"), CASES["all rewards equal, fp32 rounding"]["value"])
-def test_equal_rewards_whose_mean_is_another(value, k):
-    """Values and sizes at which peers' fp32 advantages were up to 0.94."""
-    score = torch.full((k,), value)
-    other = torch.arange(k).float()  # another group, so that the batch has a deviation
+def test_equal_rewards_whose_mean_is_another(value, k, dtype):
+    """Values and sizes at which peers' fp32 advantages were up to 0.94. Scores of a run are fp64, whose
+    sums are rounded as well: three times 0.1 has a mean above 0.1. fp32 values add up exactly in fp64.
+    """
+    score = torch.full((k,), value, dtype=dtype)
+    other = torch.arange(k).to(dtype)  # another group, so that the batch has a deviation
     for baseline in ("mean", "leave_one_out"):
         for scale in ("group", "batch", "none"):
             found = adv.over_groups(torch.cat([score, other]), k, baseline, scale)
             assert found[:k].tolist() == [0.0] * k and found[-1] > 0
+
+
+def test_equal_rewards_beside_one_that_does_not_apply():
+    score = double([0.1, 0.1, math.nan, 0.1])
+    assert adv.over_groups(score, 4, "mean", "group").tolist() == [0.0] * 4
+    assert adv.is_flat(score, 4).tolist() == [True]
