@@ -297,6 +297,16 @@ def test_a_batch_s_sums_add_up():
     assert policy.denominator(algorithm, 0, 0, 8) == 1
 
 
+def test_a_ratio_that_overflows_has_no_gradient():
+    """A thousand tokens at 0.8 nats: the answer's ratio is e^800."""
+    logps = torch.full((1000,), -0.2, dtype=torch.float64, requires_grad=True)
+    old, lengths = torch.full((1000,), -1.0, dtype=torch.float64), torch.tensor([1000])
+    known_of = SimpleNamespace(old=old, ref=old, advantages=-torch.ones(1000), lengths=lengths)
+    found = policy.policy_loss(ALGORITHMS["rloo"], logps, known_of)
+    found.loss.backward()
+    assert torch.isfinite(found.loss) and logps.grad.tolist() == [0.0] * 1000
+
+
 def test_measures():
     sums = policy.sums(policy.policy_loss(row(), NEW, known()), None, 27.0, 27)
     found = policy.means(sums + policy.one_update("cpu"), has_critic=False)

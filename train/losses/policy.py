@@ -13,6 +13,8 @@ import torch
 
 from train.losses.logprobs import sum_per_response
 
+MOST_NATS = 20.0  # of a log-ratio, either way: e^20 is far outside every clip
+
 
 class KL(NamedTuple):
     """The pull towards the reference: where it counts, how it is estimated, how strongly.
@@ -159,12 +161,12 @@ def policy_loss(algorithm: Algorithm, logps: torch.Tensor, known) -> PolicySums:
     logps = logps.double()
     old, advantages = known.old.double(), known.advantages.double()
     lengths = known.lengths
-    log_ratio = logps - old  # (T,)
+    log_ratio = bounded(logps - old)  # (T,)
     ratio = log_ratio.exp()
     used = answer_ratio(algorithm, log_ratio, lengths)  # (T,)
     losses, is_clipped = clipped_loss(algorithm, used, advantages, logps)
     kl = torch.zeros_like(losses)
-    if algorithm.kl.place == "loss":
+    if algorithm.kl.place == "loss" and algorithm.kl.coef:
         kl = kl_in_loss(algorithm.kl.estimator, logps, known.ref.double(), ratio)
         losses = losses + algorithm.kl.coef * kl
     if algorithm.denominator == "samples":
@@ -188,7 +190,14 @@ def answer_ratio(algorithm: Algorithm, log_ratio, lengths) -> torch.Tensor:
     of_answer = sum_per_response(log_ratio, lengths)  # (N,)
     if algorithm.ratio == "mean":
         of_answer = of_answer / lengths
-    return of_answer.exp().repeat_interleave(lengths)
+    return bounded(of_answer).exp().repeat_interleave(lengths)
+
+
+def bounded(log_ratio):
+    """Log-ratios within MOST_NATS, where exp is finite; beyond that a token or an answer has no
+    gradient, as in the field's code.
+    """
+    return log_ratio.clamp(-MOST_NATS, MOST_NATS)
 
 
 def clipped_loss(algorithm: Algorithm, ratio, advantages, logps):

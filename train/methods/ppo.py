@@ -64,6 +64,15 @@ def choose_algorithm(settings) -> Algorithm:
                 raise ValueError(f"--{flag}: {settings.algorithm} has no value model")
     if row.kl.coef:
         row.kl.check()
+    if row.ratio == "weight" and settings.clip_low is not None:
+        raise ValueError(f"--clip_low: {settings.algorithm} bounds its weight above only")
+    if row.ratio in ("weight", "gate") and row.dual_clip:
+        raise ValueError(f"--dual_clip: {settings.algorithm} clips no ratio")
+    if row.ratio == "gate" and not min(row.clip_low, row.clip_high) > 0:
+        raise ValueError(
+            f"--clip_low, --clip_high: of {settings.algorithm} they are the gate's temperatures for "
+            "negative and positive advantages, and above 0"
+        )
     return row
 
 
@@ -227,10 +236,13 @@ class Collector:
                     )
             else:
                 found = adv.to_go(rewards, lengths, settings.gamma)
-        if algorithm.whiten:
-            found = adv.whiten(found)
+        # answers that no reward applies to teach nothing, and count in no statistic
         counted = torch.from_numpy(np.isfinite(score)).repeat_interleave(lengths)
+        if algorithm.whiten:
+            found[counted] = adv.whiten(found[counted])
         found = torch.where(counted, found, 0.0)
+        if returns is not None:
+            returns = torch.where(counted, returns, tokens["values"].double())
         return Rollout(
             answers=answers,
             scores=scores,
