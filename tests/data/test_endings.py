@@ -203,4 +203,6 @@ def test_refusals_name_the_columns_that_were_meant(tmp_path):
     converted = eval(f"lambda row: {line}")(pku)  # noqa: S307 - our own advice, as a user would run it
     assert converted == {"chosen": "c", "rejected": "b"}
     said = refusal({"q": "a", "good": "b", "bad": "c"})
+    assert "pass --columns prompt=q chosen=good rejected=bad" in said
+    said = refusal({"x": "a", "good": "b", "bad": "c"})
     assert '"prompt": ..., "chosen": row["good"], "rejected": row["bad"]' in said

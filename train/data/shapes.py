@@ -46,7 +46,7 @@ SCORES = ("score", "scores", "overall_score", "rating", "ratings", "reward", "re
 RANKS = ("rank", "ranks", "ranking")  # 1 is the best
 # Names that others give to the three columns of a pair, to guess from in a refusal.
 GUESSES = {
-    "prompt": (*QUESTIONS, "input", "user", "problem", "context", "post", "text"),
+    "prompt": (*QUESTIONS, "input", "user", "problem", "context", "post", "text", "q"),
     "chosen": (
         *("better", "preferred", "winner", "win", "accepted", "positive", "good", "best"),
         *("response_chosen", "chosen_response", "answer_chosen", "chosen_answer", "w", "yw"),
