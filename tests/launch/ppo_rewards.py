@@ -26,6 +26,11 @@ def sometimes_nothing(response, row):
     return 1.0 if row["ended"] else None
 
 
+def of_even_length(response):
+    """Applies to about half of the answers."""
+    return 1.0 if len(response) % 2 == 0 else None
+
+
 def broken(response):
     """A reward that fails."""
     raise RuntimeError("no such answer")

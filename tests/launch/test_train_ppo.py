@@ -177,6 +177,17 @@ def test_rewards_of_several_kinds(warm, model_dir, prompts, tmp_path):
     assert record(out)["rewards"][-1] == "ended"
 
 
+def test_a_reward_that_applies_to_some_answers_alone(warm, model_dir, prompts, tmp_path):
+    """The others teach nothing, and stand in no mean."""
+    out = tmp_path / "out"
+    line = flags(model_dir, prompts, out, *PPO, "--max_steps", 1)
+    line[line.index(VOWELS)] = "tests.launch.ppo_rewards:of_even_length"
+    codes, text = warm.run(line, 2)
+    assert codes == [0, 0], text[-3000:]
+    found = scalars(out, ())
+    assert found["rewards/of_even_length/mean"][0][1] == found["objective/scores"][0][1] == 1
+
+
 def test_a_reward_model(warm, model_dir, prompts, tmp_path):
     """A directory for sequence classification: its scores are the reward, in its own deviations, and
     the value model begins as it.

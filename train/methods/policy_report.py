@@ -36,7 +36,7 @@ class PolicyReport:
         self.run, self.settings, self.algorithm = run, settings, algorithm
         self.models, self.rewards, self.held_out = models, rewards, held_out
         self.board = None  # from `start` on
-        self.sums = torch.zeros(0, dtype=torch.float64)  # of the updates of this rollout
+        self.sums = no_sums()  # of the updates of this rollout
         self.seconds = {}  # what the rollout's time went to
         self.evaluated, self.evaluated_at = {}, -1
         self.answers = {}  # of the held-out prompts, at the start and last, for people
@@ -56,8 +56,8 @@ class PolicyReport:
     def step(self, step, updates):
         """Show a finished rollout. Every rank calls this."""
         number = step.number + 1
-        sums = dist.all_reduce(self.sums.clone()) if len(self.sums) else self.sums
-        shown = self.last | self.algorithm_means(sums) | self._of_updates(updates)
+        means = policy.means(dist.all_reduce(self.sums), self.algorithm.needs_critic)
+        shown = self.last | means | self._of_updates(updates)
         shown["eps"] = number / max(self.run.plan.steps, 1)
         self.board.scalars(shown, number)
         seconds = sum(self.seconds.values())
@@ -68,7 +68,7 @@ class PolicyReport:
         self.board.scalars(perf, number)
         self.last = shown | perf
         self.run.folder.log.info("rollout %d %s", number, self.last)
-        self.sums, self.seconds = torch.zeros(0, dtype=torch.float64), {}
+        self.sums, self.seconds = no_sums(), {}
         bar = {
             "reward": format(shown["objective/scores"], ".3f"),
             "len": format(shown["completions/mean_length"], ".0f"),
@@ -79,10 +79,6 @@ class PolicyReport:
         if "objective/kl" in shown:
             bar = {"reward": bar.pop("reward"), "kl": format(shown["objective/kl"], ".3f")} | bar
         self.board.advance(bar)
-
-    def algorithm_means(self, sums) -> dict[str, float]:
-        """What the updates' sums come to."""
-        return policy.means(sums, self.algorithm.needs_critic) if len(sums) else {}
 
     def _of_updates(self, updates) -> dict[str, float]:
         """Gradient norms and rates of the last updates of each model."""
@@ -136,9 +132,7 @@ class PolicyReport:
         ][: 3 * SHOWN]
         shown = {f"eval/{name}": found[name] for name in NAMES if name in found}
         self.board.scalars(shown, number)
-        self.board.histogram(
-            "eval/histogram/reward", torch.from_numpy(score[np.isfinite(score)]), number
-        )
+        self.board.histogram("eval/histogram/reward", applying(score), number)
         self.board.text("eval/answers", table_of_answers(samples[:SHOWN], score), number)
         self.run.note(evaluations=self.evaluated, answers=self.answers)
 
@@ -177,7 +171,7 @@ class PolicyReport:
         """Show a rollout that has been drawn. facts: what is said of it, {name: value}."""
         self.last = dict(facts)
         answers = drawn.answers
-        self.board.histogram("train/histogram/rewards", torch.from_numpy(drawn.score), number + 1)
+        self.board.histogram("train/histogram/rewards", applying(drawn.score), number + 1)
         self.board.histogram(
             "train/histogram/lengths", torch.from_numpy(answers.lengths), number + 1
         )
@@ -209,8 +203,7 @@ class PolicyReport:
 
     def add(self, sums: torch.Tensor):
         """Take in a batch's sums, (columns,) fp64. No value leaves the device here."""
-        sums = sums.detach().to("cpu", torch.float64)
-        self.sums = sums if not len(self.sums) else self.sums + sums
+        self.sums = self.sums + sums.detach().to("cpu", torch.float64)
 
     def timed(self, name: str):
         """A context whose seconds count as `name` in perf/*: generate, score, train."""
@@ -239,12 +232,11 @@ class PolicyReport:
     def rank_tensors(self):
         """What makes this rank's tensors of the updates that are not shown yet."""
         sums = self.sums
-        return lambda: {"sums": sums} if len(sums) else {}
+        return lambda: {"sums": sums}
 
     def load_rank_tensors(self, of_ranks):
         """Continue from `rank_tensors` of several ranks, or of none."""
-        parts = [tensors["sums"] for tensors in of_ranks if tensors]
-        self.sums = torch.stack(parts).sum(0) if parts else torch.zeros(0, dtype=torch.float64)
+        self.sums = sum((tensors["sums"] for tensors in of_ranks), no_sums())
 
     # The end.
 
@@ -297,6 +289,16 @@ class PolicyReport:
         with_rewards = f" --reward_model {reward_model}" if reward_model else ""
         yield f"  deepspeed eval/evaluate.py --model {model}{with_rewards}"
         yield f"  tensorboard --logdir {self.run.folder.path}"
+
+
+def no_sums() -> torch.Tensor:
+    """(columns,) zeros of policy.SUMS, to add to."""
+    return torch.zeros(len(policy.SUMS), dtype=torch.float64)
+
+
+def applying(score: np.ndarray) -> torch.Tensor:
+    """The scores of the answers that some reward applies to, for a histogram."""
+    return torch.from_numpy(score[np.isfinite(score)])
 
 
 class _Nothing:

@@ -2,7 +2,6 @@
 models.
 """
 
-import copy
 from functools import partial
 from typing import NamedTuple
 
@@ -176,8 +175,7 @@ def open_models(settings, run: Run, tokenizer, algorithm, train, held_out) -> Mo
 
     def make_copy():
         whole = ds_config.resolve({}, mode.precision, settings.grad_clip)
-        lm = setup.load(settings, run.device, mode, path, whole).lm
-        return copy.copy(lm).requires_grad_(False)
+        return setup.load(settings, run.device, mode, path, whole).lm.requires_grad_(False)
 
     sampler = Sampler(policy, make_copy, ends, settings)
     every = [each.ids(i) for each in (train, held_out) if each for i in range(len(each))]

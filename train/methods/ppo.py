@@ -138,12 +138,11 @@ class Collector:
         with self.report.timed("generate"):
             answers = self._draw(step, range(len(step.groups)), attempt=0)
         with self.report.timed("score"):
-            answers, scores, score = self._reward(step, answers)
+            answers, samples, scores, score = self._reward(step, answers)
             tokens = self._score_tokens(step, answers)
             rollout = self._with_advantages(answers, scores, score, tokens)
         facts = self._facts(rollout)
         self.kept.take(step.number, rollout, facts)
-        samples = samples_of(answers, self.prompts, self.models.policy.tokenizer)
         self.report.take(step.number, rollout, facts, samples)
         return rollout
 
@@ -164,11 +163,12 @@ class Collector:
         )
 
     def _reward(self, step, answers: Answers):
-        """(the answers, their scores (B, F), what is maximised (B,)); prompts whose samples all have the
-        same reward are answered anew, as often as the algorithm says.
+        """(the answers, what rewards see of them, their scores (B, F), what is maximised (B,)); prompts
+        whose samples all have the same reward are answered anew, as often as the algorithm says.
         """
         tokenizer = self.models.policy.tokenizer
-        scores, score = self.rewards.score(samples_of(answers, self.prompts, tokenizer))
+        samples = samples_of(answers, self.prompts, tokenizer)
+        scores, score = self.rewards.score(samples)
         for attempt in range(1, self.algorithm.resamples + 1):
             flat = adv.is_flat(torch.from_numpy(score), answers.samples_per_prompt)
             places = flat.nonzero().flatten().tolist()
@@ -176,11 +176,13 @@ class Collector:
                 break
             others = self._draw(step, places, attempt)
             answers = answers.replaced(places, others)
-            again, again_score = self.rewards.score(samples_of(others, self.prompts, tokenizer))
+            new_samples = samples_of(others, self.prompts, tokenizer)
             k = answers.samples_per_prompt
             index = [i * k + s for i in places for s in range(k)]
-            scores[index], score[index] = again, again_score
-        return answers, scores, score
+            scores[index], score[index] = self.rewards.score(new_samples)
+            for i, sample in zip(index, new_samples, strict=True):
+                samples[i] = sample
+        return answers, samples, scores, score
 
     def _plans(self, step_number: int, answers: Answers):
         """This rank's batches of each minibatch."""
