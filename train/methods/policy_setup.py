@@ -3,22 +3,21 @@ models.
 """
 
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from train import settings as shared_flags
 from train.data import chat, prompts
-from train.engine import checks, dist, ds_config, loading
+from train.engine import checks, ds_config, loading
 from train.engine.trained import TrainedModel
 from train.methods import reward_functions, setup
 from train.methods.reference import AdaptersOff, NoReference, Reference
 from train.methods.reward_functions import Sample, Source
 from train.methods.rewards import Prompt, RewardModel
 from train.methods.rollout import Answers, Sampler
-from train.models.pretrained import load_tokenizer
-from train.run.folder import describe, hardware, versions
+from train.run.folder import hardware, versions
 from train.run.session import Plan, Run
 
 CPU_ROLLOUTS = 8  # of the default run on a CPU
@@ -30,36 +29,13 @@ def open_prompts(settings, run: Run):
     """The tokenizer, the training prompts and the held-out ones (None where there are none). Every
     rank calls this.
     """
-    ds_config.read_config(settings.ds_config)
-    if settings.adapted:
-        run.say(settings.adapted)
-    sources, eval_sources = shared_flags.sources(settings)
-    path = run.folder.model_path(settings.model)
-    tokenizer = load_tokenizer(path, settings.trust_remote_code)
-    chat.use_template(tokenizer, settings.chat_template)
-    with dist.main_process_first():
-        prepare = partial(
-            prompts.prepare,
-            tokenizer=tokenizer,
-            **shared_flags.token_options(settings),
-            max_dropped=settings.max_dropped,
-            max_implausible=settings.max_implausible,
-        )
-        train = prepare(sources)
-        held_out = prepare(eval_sources) if eval_sources else None
-    for name, each in (("data", train), ("eval_data", held_out)):
-        for note in each.data.notes() if each else ():
-            run.say(f"{name}: {note}")
-    run.folder.note_dropped(
-        {"train": train.data.dropped, "eval": held_out.data.dropped if held_out else []}
+    return setup.read_sources(
+        settings,
+        run,
+        choose=lambda sources: prompts.prepare,
+        split=prompts.Prompts.split,
+        tokens_of=attrgetter("data"),
     )
-    if not eval_sources and settings.eval_split:
-        train, held_out = train.split(settings.eval_split, settings.data_split_seed)
-    run.note(
-        data=describe(train.data, sources),
-        eval_data=held_out and describe(held_out.data, eval_sources or sources),
-    )
-    return tokenizer, train, held_out
 
 
 class Rewards:

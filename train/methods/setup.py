@@ -62,6 +62,27 @@ def _open_data(settings, run: Run, kind_of: Callable, keep_tail: bool = False):
     """The tokenizer, the training groups and the held-out groups. kind_of: sources -> a kind of
     tokens.py.
     """
+
+    def choose(sources):
+        kind = kind_of(sources, columns=settings.columns)
+        return partial(tokens.prepare, kind=kind, keep_tail=keep_tail)
+
+    tokenizer, data, held_out = read_sources(settings, run, choose, dataset.split_by_prompt)
+    end_id = chat.Chat(tokenizer, settings.allow_control_tokens).end_id
+    run.sample = show.as_markdown(tokenizer, data, end_id)
+    return tokenizer, data, held_out
+
+
+def read_sources(
+    settings, run: Run, choose: Callable, split: Callable, tokens_of: Callable = lambda data: data
+):
+    """The tokenizer, what is trained on and what is held out (None where nothing is), said and noted.
+    Every rank calls this.
+
+    choose: the training sources -> what prepares a data set of sources, as tokens.prepare does; the
+    held-out one is of the same kind. split: as dataset.split_by_prompt. tokens_of: the Tokenised of
+    such a data set.
+    """
     ds_config.read_config(settings.ds_config)  # refused before the data are tokenised
     if settings.adapted:
         run.say(settings.adapted)
@@ -71,32 +92,25 @@ def _open_data(settings, run: Run, kind_of: Callable, keep_tail: bool = False):
     chat.use_template(tokenizer, settings.chat_template)
     with dist.main_process_first():  # rank 0 tokenises, the others find it in the cache
         prepare = partial(
-            tokens.prepare,
+            choose(sources),
             tokenizer=tokenizer,
             **shared_flags.token_options(settings),
             max_dropped=settings.max_dropped,
             max_implausible=settings.max_implausible,
-            # the held-out data are of the same kind
-            kind=kind_of(sources, columns=settings.columns),
-            keep_tail=keep_tail,
         )
         data = prepare(sources)
         held_out = prepare(eval_sources) if eval_sources else None
     for name, each in (("data", data), ("eval_data", held_out)):
-        for note in each.notes() if each else ():
+        for note in tokens_of(each).notes() if each else ():
             run.say(f"{name}: {note}")
-    dropped_held_out = held_out.dropped if held_out else []
-    run.folder.note_dropped({"train": data.dropped, "eval": dropped_held_out})
+    dropped_held_out = tokens_of(held_out).dropped if held_out else []
+    run.folder.note_dropped({"train": tokens_of(data).dropped, "eval": dropped_held_out})
     if not eval_sources and settings.eval_split:
-        data, held_out = dataset.split_by_prompt(
-            data, settings.eval_split, settings.data_split_seed
-        )
+        data, held_out = split(data, settings.eval_split, settings.data_split_seed)
     run.note(
-        data=describe(data, sources),
-        eval_data=held_out and describe(held_out, eval_sources or sources),
+        data=describe(tokens_of(data), sources),
+        eval_data=held_out and describe(tokens_of(held_out), eval_sources or sources),
     )
-    end_id = chat.Chat(tokenizer, settings.allow_control_tokens).end_id
-    run.sample = show.as_markdown(tokenizer, data, end_id)
     return tokenizer, data, held_out
 
 
