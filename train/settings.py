@@ -369,6 +369,10 @@ class Policy(Training):
     """Updates a pass."""
     kl_coef: float | None = flag(None, card=(3, "KL coefficient"))
     """Strength of the pull towards the reference."""
+    target_kl: float = 0.0
+    """Where an update would meet a policy further than 1.5 times this from the one that drew the
+    rollout (nats a token, k2), it and the rollout's later ones are left out; 0: never.
+    """
     clip_low: float | None = None
     """How far the ratio may fall below 1."""
     clip_high: float | None = None
@@ -399,6 +403,8 @@ class Policy(Training):
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
     else whole on each rank.
     """
+    offload_frozen: bool = flag(False, may_change=True)
+    """Keep reference and reward model in main memory between uses. On a CPU they lie there anyway."""
     max_resamples: int | None = None
     """How often a prompt whose samples all have the same reward is answered anew."""
 
@@ -416,6 +422,7 @@ class Policy(Training):
             "clip_low": 0,
             "clip_high": 0,
             "missing_end_penalty": 0,
+            "target_kl": 0,
             "value_clip": 0,
             "value_warmup": 0,
             "max_resamples": 0,

@@ -1,5 +1,7 @@
 """What the tests of whole runs share."""
 
+import json
+
 import pytest
 
 from tests.launch.compare import ROOT
@@ -21,4 +23,14 @@ def few(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     lines = (ROOT / "train/data/builtin/train.jsonl").read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:44]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """24 prompts with a column beside them, and an answer that nobody reads."""
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    lines = (ROOT / "train/data/builtin/prompts.jsonl").read_text().splitlines()[:24]
+    rows = [json.loads(line) | {"weight": i % 3, "answer": f"{i}"} for i, line in enumerate(lines)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,6 +1,14 @@
 """Reward functions that the tests of launch/train_ppo.py name on the command line."""
 
 import os
+import time
+
+if os.environ.get("PPO_TEST_ONE_RANK_FAILS") and os.environ.get("RANK") == "1":
+    raise ImportError("not on this rank")
+if os.environ.get("PPO_TEST_NO_GROUP_IS_IDLE"):
+    from train.methods import ppo
+
+    ppo.Collector._idle = lambda *_: []
 
 
 def vowels(response):
@@ -43,3 +51,20 @@ def words(response):
 
 def takes_too_much(question):
     """A parameter that nothing fills."""
+
+
+def vowels_of_some(response, row):
+    """Vowels, but nothing at all for the prompts of weight 0: their samples are worth the same."""
+    return vowels(response) if row["weight"] else 0.0
+
+
+def same(response):
+    """All answers are worth the same."""
+    return 0.5
+
+
+def slow_and_chatty(response):
+    """Prints and takes its time."""
+    print("looking at", response)
+    time.sleep(0.01)
+    return float(len(response))

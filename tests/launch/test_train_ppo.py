@@ -25,16 +25,6 @@ def warm(tmp_path_factory):
         yield process
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    """24 prompts with a column beside them, and an answer that nobody reads."""
-    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    lines = (ROOT / "train/data/builtin/prompts.jsonl").read_text().splitlines()[:24]
-    rows = [json.loads(line) | {"weight": i % 3, "answer": f"{i}"} for i, line in enumerate(lines)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def flags(model_dir, prompts, out, *extra, stage=0):
     return [
         *("--model", model_dir, "--data", prompts, "--eval_split", 0.25, "--output", out),

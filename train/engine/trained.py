@@ -59,11 +59,12 @@ class TrainedModel:
         self.adamw = torch.optim.AdamW(
             groups, lr=lr, betas=betas, eps=eps, fused=on_cuda or self.stage == 0
         )
-        schedule = get_scheduler(
+        self.schedule = get_scheduler(
             scheduler, self.adamw, math.ceil(warmup_ratio * total_steps), total_steps
         )
-        self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
-            model=module, optimizer=self.adamw, lr_scheduler=schedule, config=config
+        # DeepSpeed would advance it at every update: it does not get to know it
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=module, optimizer=self.adamw, config=config
         )
         self.updates = 0  # optimiser steps that were applied
         self.skipped = 0  # and those that were not, because a gradient was not finite
@@ -93,16 +94,39 @@ class TrainedModel:
         """
         self.engine.backward(loss * dist.world_size(), scale_wrt_gas=False)
 
-    def step(self) -> Update:
+    def step(self, advance: bool = True) -> Update:
         """Reduce over ranks, clip, update the weights, advance the schedule. Every rank calls this.
 
-        Where the gradient is not finite nothing is changed; that is counted in `skipped`.
+        Where the gradient is not finite nothing is changed; that is counted in `skipped`. advance: not
+        where the schedule counts something else than updates, whose end says `advance`.
         """
         lr = self.schedule.get_last_lr()[0]
         norm, applied = self._step_unsharded() if self.stage == 0 else self._step_sharded()
         self.skipped += not applied
         self.updates += applied
+        if advance and applied:
+            self.advance()
         return Update(norm, lr, applied)
+
+    def advance(self):
+        """Go on to the schedule's next rate."""
+        self.schedule.step()
+
+    def drop(self, batch, **options):
+        """Forget the gradient of the step that is under way: weights, moments, counters and schedule
+        stay as they are. Every rank calls this.
+
+        batch: any that this rank has just computed; options: of the module's forward. DeepSpeed has no
+        word for it at stages 1 to 3 but to meet a gradient that is not finite: it is given one.
+        """
+        if self.stage == 0:
+            self.engine.zero_grad()
+            return
+        self.backward(self(batch, **options).sum() * math.nan)
+        _, applied = self._step_sharded()
+        assert not applied, "an update that was to be dropped was applied"
+        self.engine.global_steps = self.updates + self.skipped
+        self.engine.skipped_steps = self.skipped
 
     def _step_unsharded(self):
         """Stage 0: DeepSpeed reduces, the norm, the clipping and the check are ours."""

@@ -139,13 +139,12 @@ class PolicyReport:
     def _kl(self, answers) -> np.ndarray:
         """(B,) nats, k1 of each answer against the reference. Every rank calls this."""
         sizes = [answers.group(i).tokens for i in range(len(answers.prompts))]
-        plan = rollout.minibatches(
-            sizes, 1, self.run.plan.batch_tokens, seed=self.settings.seed, number=0
-        )
+        plan = rollout.batches_of(range(len(sizes)), sizes, self.run.plan.batch_tokens)
         scored = rollout.Scored(
             self.models.policy, self.models.reference, None, self.settings.temperature
         )
-        found = rollout.score_tokens(answers, plan, self.run.device, scored)
+        with self.models.reference.at_hand():
+            found = rollout.score_tokens(answers, plan, self.run.device, scored)
         return per_answer((found["old"] - found["ref"]).double(), answers.lengths)
 
     def forget_evaluations(self):
@@ -200,6 +199,21 @@ class PolicyReport:
         if kind not in self._warned:
             self._warned = self._warned | {kind}
             self.run.say(f"warning: {line}")
+
+    def stopped(self, number: int, update: int, moved: float):
+        """Say that a rollout's updates end before update `update`, both 0-based: the policy has moved by
+        `moved` nats a token.
+        """
+        self.last["policy/stopped_at_update"] = update
+        self.run.folder.log.info(
+            "rollout %d: updates end at %d, KL %.5f a token", number + 1, update, moved
+        )
+        self._warn(
+            "kl",
+            f"rollout {number + 1}: {update} updates took the policy {moved:.4f} nats a token from where "
+            f"the rollout was drawn, over 1.5 times --target_kl {self.settings.target_kl}: the rest of "
+            "its updates are left out, as those of later rollouts may be",
+        )
 
     def add(self, sums: torch.Tensor):
         """Take in a batch's sums, (columns,) fp64. No value leaves the device here."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from train.data import chat, prompts
-from train.engine import checks, ds_config, loading
+from train.engine import checks, dist, ds_config, loading
 from train.engine.trained import TrainedModel
 from train.methods import reward_functions, setup
 from train.methods.reference import AdaptersOff, NoReference, Reference
@@ -86,7 +86,15 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
         if settings.data:
             raise ValueError("--reward or --reward_model: something has to say what is good")
         specs = [DEFAULT_REWARD]
-    sources = [reward_functions.open_source(spec, train.columns) for spec in specs]
+    sources, problem = [], None
+    try:
+        sources = [reward_functions.open_source(spec, train.columns) for spec in specs]
+    except ValueError as error:
+        problem = str(error)
+    # a module may be missing on one host alone: all ranks end then
+    for number, said in enumerate(dist.all_gather(problem)):
+        if said:
+            raise ValueError(said if problem else f"on rank {number}: {said}")
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"--reward names a source twice: {', '.join(names)}")
@@ -94,7 +102,13 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
     if settings.reward_model:
         precision = ds_config.resolve_precision(settings.precision, run.device)
         autocast = torch.bfloat16 if precision == "bf16" else None
-        model = RewardModel(settings.reward_model, run.device, autocast, settings.trust_remote_code)
+        model = RewardModel(
+            settings.reward_model,
+            run.device,
+            autocast,
+            settings.trust_remote_code,
+            offload=settings.offload_frozen,
+        )
         every = [Prompt(i, train.ids(i), train.messages(i)) for i in range(len(train))]
         model.check(every, settings.max_new_tokens)
     rewards = Rewards(sources, model, settings)
@@ -121,37 +135,39 @@ def open_models(settings, run: Run, tokenizer, algorithm, train, held_out) -> Mo
     on the first prompts; settles the plan. Every rank calls this.
     """
     mode = setup.resolve_mode(settings, run.device)
-    if settings.lora_rank and mode.stage == 3:
-        raise ValueError(
-            "--lora_rank: at ZeRO stage 3 answers are decoded with a whole copy, which has no adapters; "
-            "take ds_configs/zero2.json"
-        )
     path = run.folder.model_path(settings.model)
     by_default = CPU_ROLLOUTS if not settings.data and run.device.type == "cpu" else 0
     steps = setup.num_steps(
         len(train), settings.batch_size, settings.epochs, settings.max_steps or by_default
     )
-    updates = steps * algorithm.epochs * algorithm.minibatches
     module = setup.load(
         settings, run.device, mode, path, mode.config, change=setup.adapters(settings)
     )
     datasets = [each.data for each in (train, held_out) if each is not None]
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
-    policy = setup.wrap_for_training(settings, mode, module, tokenizer, updates)
+    policy = setup.wrap_for_training(settings, mode, module, tokenizer, steps)
     reference, reference_config = NoReference(), None
     if algorithm.kl.coef and settings.lora_rank:
         reference = AdaptersOff(policy)
     elif algorithm.kl.coef:
         reference_config = setup.resolve_reference_config(settings, mode.config)
-        reference = setup.live_reference(settings, run, mode, path, reference_config)
+        reference = setup.live_reference(
+            settings, run, mode, path, reference_config, offload=settings.offload_frozen
+        )
+    if settings.offload_frozen and not (settings.reward_model or reference_config):
+        raise ValueError(
+            "--offload_frozen: there is no frozen model, neither a reward model nor a reference beside "
+            "the policy"
+        )
     critic = None
     if algorithm.needs_critic:
-        critic = open_critic(settings, run, mode, tokenizer, datasets, path, updates)
+        critic = open_critic(settings, run, mode, tokenizer, datasets, path, steps)
     ends = ends_of(tokenizer, module.lm)
 
     def make_copy():
         whole = ds_config.resolve({}, mode.precision, settings.grad_clip)
-        return setup.load(settings, run.device, mode, path, whole).lm.requires_grad_(False)
+        change = setup.adapters(settings)
+        return setup.load(settings, run.device, mode, path, whole, change=change).lm
 
     sampler = Sampler(policy, make_copy, ends, settings)
     every = [each.ids(i) for each in (train, held_out) if each for i in range(len(each))]
@@ -195,7 +211,7 @@ class FirstTexts:
         return group._replace(responses=(ids[: len(ids) // 2 + 1], ids[len(ids) // 2 :]))
 
 
-def open_critic(settings, run, mode, tokenizer, datasets, path, updates) -> TrainedModel:
+def open_critic(settings, run, mode, tokenizer, datasets, path, steps) -> TrainedModel:
     """The value model under DeepSpeed: from --value_model, from the reward model where it reads the
     same tokens, else from the policy's body with a head of zeros. Every rank calls this.
     """
@@ -228,7 +244,7 @@ def open_critic(settings, run, mode, tokenizer, datasets, path, updates) -> Trai
     module = setup.load(settings, run.device, mode, source, config, loader=loader)
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
     lr = settings.value_lr if settings.value_lr is not None else VALUE_LR * settings.lr
-    return setup.wrap_for_training(settings, mode, module, tokenizer, updates, lr=lr)
+    return setup.wrap_for_training(settings, mode, module, tokenizer, steps, lr=lr)
 
 
 def ends_of(tokenizer, lm) -> set[int]:

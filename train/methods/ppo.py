@@ -16,8 +16,10 @@ from train.losses.policy import ALGORITHMS, Algorithm
 from train.methods import rollout as rollouts
 from train.methods import setup
 from train.methods.policy_setup import Models, Rewards, samples_of
-from train.methods.rollout import Answers, Kept, Rollout, per_answer
+from train.methods.rollout import Answers, Kept, Part, Rollout, per_answer
 from train.run import export
+
+KL_SLACK = 1.5  # times --target_kl: where updates stop, as in OpenAI's Spinning Up
 
 
 def choose_algorithm(settings) -> Algorithm:
@@ -79,15 +81,15 @@ def choose_algorithm(settings) -> Algorithm:
 class Minibatch:
     """The groups of one update, and this rank's batches of them."""
 
-    def __init__(self, collector: "Collector", step, number: int, plan, answers: Answers):
-        """number: of the update within the rollout. plan: this rank's batches, tuples of groups."""
-        self._collector, self._step, self._number = collector, step, number
+    def __init__(self, collector: "Collector", step, number: int, part: Part, answers: Answers):
+        """number: of the update within the rollout."""
+        self._collector, self._step, self.number = collector, step, number
         self.trains_policy = collector.trains_policy(step)
-        self._plan, self._answers = plan, answers
-        everyone = [g for part in dist.all_gather(plan) for batch in part for g in batch]
+        self._part, self._answers = part, answers
         k = answers.samples_per_prompt
-        lengths = answers.lengths.reshape(-1, k)[everyone]  # (groups, k)
+        lengths = answers.lengths.reshape(-1, k)[list(part.groups)]  # (groups, k)
         self.num_samples, self.num_tokens = lengths.size, int(lengths.sum())
+        self._moved = 0.0  # (2,): k2 of this rank's tokens, nats, and their number
         self.denominator = losses.denominator(
             collector.algorithm,
             self.num_samples,
@@ -99,18 +101,33 @@ class Minibatch:
         """This rank's batches: as many on every rank, the last ones may be empty. Raises Preempted
         before a batch where any rank has been told to stop.
         """
-        for groups in self._plan:
-            batch = pack([self._answers.group(i) for i in groups]).to(self._collector.run.device)
+        for groups in self._part.batches:
+            batch = self._pack(groups)
             self._step.computes(batch)
             yield batch
 
+    def _pack(self, groups) -> PackedBatch:
+        return pack([self._answers.group(i) for i in groups]).to(self._collector.run.device)
+
+    def first_batch(self) -> PackedBatch:
+        """The first of `batches` once more."""
+        return self._pack(self._part.batches[0])
+
+    def moved(self) -> float:
+        """How far the policy was from what it was when the rollout was drawn, as this minibatch met it:
+        k2 a token over all ranks, nats. Every rank calls this, after its batches.
+        """
+        total, tokens = dist.all_reduce(self._moved).tolist()
+        return total / max(tokens, 1)
+
     def sums(self, found, of_values) -> torch.Tensor:
         """What a batch adds to the measures."""
+        self._moved = self._moved + torch.stack([found.moved, found.tokens]).cpu()
         return losses.sums(found, of_values, self.denominator, self.num_tokens)
 
     def finish(self):
         """Update the models: a checkpoint may be made from here on. Every rank calls this."""
-        self._collector.update(self._step, self._number)
+        self._collector.update(self._step, self)
 
 
 class Collector:
@@ -139,7 +156,7 @@ class Collector:
             answers = self._draw(step, range(len(step.groups)), attempt=0)
         with self.report.timed("score"):
             answers, samples, scores, score = self._reward(step, answers)
-            tokens = self._score_tokens(step, answers)
+            tokens = self._score_tokens(step, answers, score)
             rollout = self._with_advantages(answers, scores, score, tokens)
         facts = self._facts(rollout)
         self.kept.take(step.number, rollout, facts)
@@ -184,18 +201,27 @@ class Collector:
                 samples[i] = sample
         return answers, samples, scores, score
 
-    def _plans(self, step_number: int, answers: Answers):
-        """This rank's batches of each minibatch."""
-        sizes = [answers.group(i).tokens for i in range(len(answers.prompts))]
+    def _idle(self, score: np.ndarray, samples_per_prompt: int) -> list[int]:
+        """The prompts without a gradient: all their samples are worth the same, and nothing but their
+        comparison trains the policy.
+        """
+        algorithm = self.algorithm
+        if algorithm.advantage != "group" or algorithm.whiten or algorithm.kl.coef:
+            return []
+        return adv.is_flat(torch.from_numpy(score), samples_per_prompt).nonzero().flatten().tolist()
+
+    def _parts(self, step_number: int, answers: Answers, idle: list[int]) -> list[Part]:
+        """The rollout's minibatches."""
         return rollouts.minibatches(
-            sizes,
+            _tokens(answers),
             self.algorithm.minibatches,
             self.run.plan.batch_tokens,
             seed=self.settings.seed,
             number=step_number,
+            idle=idle,
         )
 
-    def _score_tokens(self, step, answers: Answers) -> dict:
+    def _score_tokens(self, step, answers: Answers, score: np.ndarray) -> dict:
         models = self.models
         scored = rollouts.Scored(
             models.policy,
@@ -203,9 +229,16 @@ class Collector:
             models.critic,
             self.settings.temperature,
         )
-        plans = self._plans(step.number, answers)
-        with memory.room_for("scoring a rollout", "lower --micro_tokens"):
-            return rollouts.score_tokens(answers, plans, self.run.device, scored)
+        idle = self._idle(score, answers.samples_per_prompt)
+        parts = self._parts(step.number, answers, idle)
+        plan = [batch for part in parts for batch in part.batches]
+        if idle:  # measured, but not trained on
+            plan += rollouts.batches_of(idle, _tokens(answers), self.run.plan.batch_tokens)
+        with (
+            memory.room_for("scoring a rollout", "lower --micro_tokens"),
+            models.reference.at_hand(),
+        ):
+            return rollouts.score_tokens(answers, plan, self.run.device, scored)
 
     def _with_advantages(self, answers, scores, score, tokens) -> Rollout:
         """The rollout with its advantages and returns, in fp64 over all of it, kept in fp32."""
@@ -301,34 +334,54 @@ class Collector:
     # Its updates.
 
     def minibatches(self, step, rollout: Rollout) -> Iterator[Minibatch]:
-        """The minibatches of a rollout's updates, from where it was interrupted. Every rank goes
-        through them.
+        """The minibatches of a rollout's updates, from where it was interrupted, until the policy has
+        moved too far. Every rank goes through them.
         """
-        plans = self._plans(step.number, rollout.answers)
+        answers = rollout.answers
+        idle = self._idle(rollout.score, answers.samples_per_prompt)
+        parts = self._parts(step.number, answers, idle)
         order = rollouts.order_of_updates(
-            len(plans), self.algorithm.epochs, seed=self.settings.seed, number=step.number
+            len(parts), self.algorithm.epochs, seed=self.settings.seed, number=step.number
         )
         for number, m in enumerate(order):
             if number < self.kept.updates:
                 continue
             with self.report.timed("train"):
-                yield Minibatch(self, step, number, plans[m], rollout.answers)
+                yield Minibatch(self, step, number, parts[m], answers)
+            if self.kept.updates <= number:  # this one was dropped
+                break
         self.kept.updates = 0  # it is used up: no checkpoint needs it any more
+        for model in self._trained():
+            model.advance()  # schedules count rollouts, whatever became of their updates
 
     def trains_policy(self, step) -> bool:
         """Whether the policy learns in this rollout: not while a value model warms up."""
         return self.models.critic is None or step.number >= self.settings.value_warmup
 
-    def update(self, step, number: int):
-        """Let the optimisers step at the end of a minibatch."""
+    def _trained(self) -> list:
+        return [model for model in (self.models.policy, self.models.critic) if model is not None]
+
+    def update(self, step, minibatch: Minibatch):
+        """Let the optimisers step at the end of a minibatch; where the policy has moved too far, forget
+        its gradients instead, and with them what is left of the rollout.
+        """
         policy, critic = self.models.policy, self.models.critic
-        updates = [("policy", policy.step())] if self.trains_policy(step) else []
-        if critic is not None:
-            updates.append(("value", critic.step()))
         if dist.is_main():
             self.report.add(losses.one_update("cpu"))
-        self.kept.updates = number + 1
-        step.updated(number + 1, updates)
+        if self.settings.target_kl and minibatch.trains_policy:
+            moved = minibatch.moved()
+            if moved > KL_SLACK * self.settings.target_kl:
+                batch = minibatch.first_batch()
+                policy.drop(batch, temperature=self.settings.temperature)
+                if critic is not None:
+                    critic.drop(batch, at="before")
+                self.report.stopped(step.number, minibatch.number, moved)
+                return
+        updates = [("policy", policy.step(advance=False))] if minibatch.trains_policy else []
+        if critic is not None:
+            updates.append(("value", critic.step(advance=False)))
+        self.kept.updates = minibatch.number + 1
+        step.updated(minibatch.number + 1, updates)
 
     # The end.
 
@@ -350,3 +403,8 @@ class Collector:
             trust_remote_code=self.settings.trust_remote_code,
         )
         return gap, folder
+
+
+def _tokens(answers: Answers) -> list[int]:
+    """(P,) tokens of each group."""
+    return [answers.group(i).tokens for i in range(len(answers.prompts))]

@@ -6,6 +6,7 @@ checkpoint (run/checkpoint.py), of which only one that moves has anything to say
 Legend: T scored tokens of a batch.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -17,6 +18,7 @@ import transformers
 from train.data.packing import Group, digest, pack
 from train.data.steps import plan_pass
 from train.engine import checks, dist, ds_config, loading, sharded_state, sweep
+from train.engine.offload import Offloaded
 from train.methods import reference_cache
 from train.models import lora
 
@@ -29,6 +31,10 @@ class Reference:
     forwards = 0  # forward passes that a batch costs
     module = None  # the Backbone that computes it, where there is one of its own
     version = 0  # how often it has moved
+
+    def at_hand(self):
+        """A context around many calls: what has to be brought to the device is brought once."""
+        return contextlib.nullcontext()
 
     def state_dict(self) -> dict:
         """Nothing for JSON."""
@@ -54,10 +60,10 @@ class Live(Reference):
 
     forwards = 1
 
-    def __init__(self, module, config: dict, moves: bool = False):
+    def __init__(self, module, config: dict, moves: bool = False, offload: bool = False):
         """config: with stage 3 the weights stay sharded (ds_configs/frozen_zero3.json), else each
-        rank has them all. moves: it will `follow` the policy; ValueError where it is sharded. Every
-        rank calls this.
+        rank has them all. moves: it will `follow` the policy. offload: it lies in main memory between
+        uses. ValueError for either where it is sharded. Every rank calls this.
         """
         module.requires_grad_(False)
         self.device = next(module.parameters()).device
@@ -67,6 +73,11 @@ class Live(Reference):
             raise ValueError(
                 "a reference that moves stands whole on each rank: --reference_ds_config "
                 "ds_configs/zero0.json"
+            )
+        if offload and sharded:
+            raise ValueError(
+                "--offload_frozen is for a reference that stands whole on each rank; a sharded one is "
+                "offloaded by offload_param in its --reference_ds_config"
             )
         self._fp32_weights = {}  # of one that moves: small steps would be lost in bf16
         if moves:
@@ -78,11 +89,17 @@ class Live(Reference):
             _cast_matrices(module)
         self.module = module
         self._forward = loading.frozen_forward(module, config)
+        self._place = Offloaded(module, self.device) if offload else contextlib.nullcontext()
+
+    def at_hand(self):
+        """See Reference."""
+        return self._place
 
     @torch.no_grad()
     def __call__(self, batch, **options) -> torch.Tensor:
         """(T,) nats, without gradient. options: of Backbone.forward, say a temperature."""
-        return self._forward(batch, **options)
+        with self._place:
+            return self._forward(batch, **options)
 
     @torch.no_grad()
     def follow(self, policy, mixup: float):

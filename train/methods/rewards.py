@@ -5,6 +5,7 @@ with a tokenizer and a chat template of its own, which need not be the policy's.
 therefore passed as messages and text, not as the policy's token ids.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 
 from train.data.chat import Chat
 from train.engine import dist
+from train.engine.offload import Offloaded
 from train.models.pretrained import load_score_model, load_tokenizer
 from train.run import card
 
@@ -42,8 +44,11 @@ class RewardModel:
         device: torch.device,
         autocast: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        offload: bool = False,
     ):
-        """ValueError: not loadable, no head in it, more than one output, no chat template."""
+        """offload: it lies in main memory between uses. ValueError: not loadable, no head in it, more
+        than one output, no chat template.
+        """
         self.model, _ = load_score_model(path, torch.float32, trust_remote_code)
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         # A model's own text is judged as the template renders it, whatever is in it.
@@ -58,9 +63,15 @@ class RewardModel:
         self.ending = []
         if self.chat.end_id in ids:
             self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
-        self.model.to(device).eval()
-        self.autocast, self.path = autocast, path
-        self._check_pooling()
+        self.model.eval()
+        self.device, self.autocast, self.path = device, autocast, path
+        if offload:
+            self._place = Offloaded(self.model, device)
+        else:
+            self.model.to(device)
+            self._place = contextlib.nullcontext()
+        with self._place:
+            self._check_pooling()
 
     def _check_pooling(self):
         """Warn where a finished answer's score is not read off its last token.
@@ -121,15 +132,16 @@ class RewardModel:
         them out.
         """
         mine = []  # (number of the answer, score)
-        for i in range(dist.rank(), len(texts), dist.world_size()):
-            mine.append((i, self._score(self.ids(conversations[i], texts[i], ended[i]))))
+        with self._place:
+            for i in range(dist.rank(), len(texts), dist.world_size()):
+                mine.append((i, self._score(self.ids(conversations[i], texts[i], ended[i]))))
         everyone = sorted(pair for part in dist.all_gather(mine) for pair in part)
         return np.array([score for _, score in everyone])
 
     @torch.no_grad()
     def _score(self, ids: list[int]) -> float:
         """The score of one text."""
-        device = self.model.device
+        device = self.device
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             batch = torch.tensor([ids], device=device)
             logits = self.model(input_ids=batch, use_cache=False).logits  # (1, 1)

@@ -115,10 +115,13 @@ class Sampler:
 
     def __init__(self, policy, make_copy: Callable, ends: Collection[int], settings):
         """policy: a TrainedModel. make_copy: called where it is sharded; gives an unsharded model of
-        transformers of the same shape. ends: token ids that end an answer. Every rank calls this.
+        transformers with the same adapters. ends: token ids that end an answer. Every rank calls this.
         """
         self.policy, self.ends, self.settings = policy, ends, settings
         self.copy = make_copy() if policy.stage == 3 else None
+        if self.copy is not None:
+            self._trained = [p for p in self.copy.parameters() if p.requires_grad]
+            self.copy.requires_grad_(False)
 
     @property
     def lm(self):
@@ -138,7 +141,7 @@ class Sampler:
         if self.copy is None:
             return
         weights = sharded_state.full_weights(self.policy)
-        for p, whole in zip(self.copy.parameters(), weights, strict=True):
+        for p, whole in zip(self._trained, weights, strict=True):
             p.copy_(whole.to(p.device))
 
     def answer(
@@ -196,24 +199,46 @@ class Sampler:
         return Answers(tuple(groups), tuple(map(tuple, prompts)), completions)
 
 
-def minibatches(
-    tokens: Sequence[int], count: int, batch_tokens: int, *, seed: int, number: int
-) -> list[list[tuple[int, ...]]]:
-    """This rank's batches of each of `count` minibatches: whole groups, drawn once a rollout.
+class Part(NamedTuple):
+    """A minibatch, planned."""
 
-    tokens: (P,) of each group. number: of the rollout. Fewer minibatches where there are fewer
-    prompts. The same on every rank but for the rank's share, which has as many batches.
+    groups: tuple[int, ...]  # all that it is made of, the same on every rank
+    # this rank's batches of those that are trained on; as many on every rank, at least one
+    batches: list[tuple[int, ...]]
+
+
+def minibatches(
+    tokens: Sequence[int],
+    count: int,
+    batch_tokens: int,
+    *,
+    seed: int,
+    number: int,
+    idle: Collection[int] = (),
+) -> list[Part]:
+    """The `count` minibatches of a rollout: whole groups, drawn once.
+
+    tokens: (P,) of each group. number: of the rollout. idle: groups without a gradient, which no
+    batch holds. Fewer minibatches where there are fewer prompts.
     """
     order = [int(i) for i in shuffled(len(tokens), seed, number)]
     count = min(count, len(order))
     parts = [order[len(order) * m // count : len(order) * (m + 1) // count] for m in range(count)]
-    plans = []
-    for part in parts:
-        plan = plan_pass(
-            [tokens[i] for i in part], batch_tokens, rank=dist.rank(), world=dist.world_size()
-        )
-        plans.append([tuple(sorted(part[i] for i in batch)) for batch in plan])
-    return plans
+    return [
+        Part(tuple(part), batches_of([i for i in part if i not in idle], tokens, batch_tokens))
+        for part in parts
+    ]
+
+
+def batches_of(
+    groups: Sequence[int], tokens: Sequence[int], batch_tokens: int
+) -> list[tuple[int, ...]]:
+    """This rank's batches of some of the groups; as many on every rank, at least one. tokens: (P,) of
+    all groups.
+    """
+    sizes = [tokens[i] for i in groups]
+    plan = plan_pass(sizes, batch_tokens, rank=dist.rank(), world=dist.world_size())
+    return [tuple(sorted(groups[i] for i in batch)) for batch in plan]
 
 
 def order_of_updates(count: int, epochs: int, *, seed: int, number: int) -> list[int]:
@@ -231,12 +256,13 @@ def order_of_updates(count: int, epochs: int, *, seed: int, number: int) -> list
 
 
 def score_tokens(
-    answers: Answers, plans: list[list[tuple[int, ...]]], device, models: "Scored", watch=iter
+    answers: Answers, plan: list[tuple[int, ...]], device, models: "Scored", watch=iter
 ) -> dict[str, torch.Tensor | None]:
     """The answers' tokens under each model, (T,) fp32 in the samples' order on every rank: old and
     entropy, ref, values; None where there is no such model. Every rank calls this.
 
-    plans: the very batches that will be trained on, so that the first ratio is exactly 1.
+    plan: this rank's batches; the very ones that will be trained on, so that the first ratio is
+    exactly 1.
     """
 
     def score(batch):
@@ -252,7 +278,6 @@ def score_tokens(
         ]
         return list(zip(*parts, strict=True))
 
-    plan = [batch for minibatch in plans for batch in minibatch]
     order = range(len(answers.prompts))
     rows = sweep.score_groups(plan, order, answers, device, score, watch)
     columns = [

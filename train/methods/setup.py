@@ -329,10 +329,14 @@ def wrap_for_training(
     )
 
 
-def live_reference(settings, run, mode, path, config, moves: bool = False) -> Live:
-    """The frozen model at `path`, in the run's mode. moves: it will follow the policy."""
+def live_reference(
+    settings, run, mode, path, config, moves: bool = False, offload: bool = False
+) -> Live:
+    """The frozen model at `path`, in the run's mode. moves: it will follow the policy. offload: it lies
+    in main memory between uses.
+    """
     module = load(settings, run.device, mode, path, config)
-    return Live(module, config, moves=moves)
+    return Live(module, config, moves=moves, offload=offload)
 
 
 def adapters(settings):
