@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from eval import intervals
+from train.methods import intervals
 
 FOLDS = 5
 WORDS = 50_000  # at most so many distinct words

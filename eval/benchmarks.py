@@ -15,8 +15,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from eval import intervals
 from train.losses.metrics import wilson
+from train.methods import intervals
 
 # Section -> subset -> the published weight (rewardbench/constants.py as of 2025; before, the two
 # subsets of XSTest had each other's).

@@ -17,7 +17,8 @@ import numpy as np
 import scipy.stats
 import torch
 
-from eval import intervals, measures
+from eval import measures
+from train.methods import intervals
 
 MOST_BINS = 80
 # round widths of bins, nats

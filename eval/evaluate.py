@@ -20,7 +20,7 @@ write), eval/output.py, which puts together eval/preferences.py, eval/baselines.
 eval/distribution.py and eval/verdict.py, and writes eval/report.py's page, eval/figures.py and
 eval/board.py. Those of a reward model are eval/reward_inputs.py, eval/judges.py (the model and its
 scores), eval/reward_measures.py and eval/benchmarks.py. The statistics of samples are
-eval/measures.py's, their intervals eval/intervals.py's.
+eval/measures.py's, their intervals train/methods/intervals.py's.
 """
 
 import contextlib

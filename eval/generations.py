@@ -9,33 +9,25 @@ count over all answers, made in fp64 in the data's order.
 Legend: N prompts, T scored tokens. A side is one of the models: "reference" or "model".
 """
 
-import math
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from eval.intervals import as_estimate, ratio
 from eval.models import Models
 from eval.scores import score_all
-from train.data.chat import Chat
 from train.data.dataset import Tokenised
 from train.data.rows import PAIR_COLUMNS, check_pair
 from train.data.tokens import check_rows
 from train.engine import dist, memory
-from train.losses.metrics import wilson, wins
+from train.methods.answers import against, ends_of, summary, without_end
+from train.methods.answers import columns_of as columns_of_tokens
 from train.methods.rewards import Prompt
 from train.models.generate import Completion, batches, generate
 
 MODES = ("greedy", "sampled")
 EXAMPLES = 3  # rows that the report itself holds, for the model card
-# measures of an answer that are compared prompt by prompt
-COMPARED = ("length", "ended", "repetition", "reward")
-REPEATED = 4  # tokens of an n-gram that counts as a repetition (seq-rep-4)
-NORMAL_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 class Decoding(NamedTuple):
@@ -121,19 +113,10 @@ def compare(models: Models, prompts: Sequence[Prompt], tokenizer, decoding: Deco
                 if name != "text":
                     values[key] = np.asarray(column, dtype=np.float64)
         if models.reference:
-            report[mode] |= against_reference(answers, columns)
+            both = zip(answers["model"], answers["reference"], strict=True)
+            same = [float(one == other) for one, other in both]
+            report[mode] |= against(same, columns["reference"], columns["model"])
     return Generated(report | {"examples": rows[:EXAMPLES]}, rows, values)
-
-
-def ends_of(tokenizer, *lms) -> set[int]:
-    """The token ids that end an answer: the chat template's, the tokenizer's, and those of the
-    models' settings.
-    """
-    ends = {Chat(tokenizer, True).end_id, tokenizer.eos_token_id}
-    for lm in lms:
-        own = lm.generation_config.eos_token_id if lm.can_generate() else None
-        ends |= set(own if isinstance(own, list) else [own]) - {None}
-    return ends
 
 
 def answer(
@@ -179,25 +162,15 @@ def answer(
     return [completion for _, completion in everyone]
 
 
-def without_end(answer: Completion) -> tuple[int, ...]:
-    """An answer's tokens without its end token."""
-    return answer.ids[:-1] if answer.ended else answer.ids
-
-
 def columns_of(
     answers: Sequence[Completion], prompts: Sequence[Prompt], tokenizer, reward_model
 ) -> dict[str, list]:
     """What is known of each answer by itself, N values each. Every rank calls this: they deal the
     reward model's work among them.
     """
-    ids = [without_end(answer) for answer in answers]
-    texts = tokenizer.batch_decode([list(each) for each in ids], skip_special_tokens=True)
-    columns = {
-        "text": texts,
-        "length": [len(each) for each in ids],  # tokens
-        "ended": [float(answer.ended) for answer in answers],
-        "repetition": [repetition(each) for each in ids],
-    }
+    ids = [list(without_end(answer)) for answer in answers]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    columns = {"text": texts} | columns_of_tokens(answers)
     if reward_model:
         conversations = [prompt.messages for prompt in prompts]
         ended = [answer.ended for answer in answers]
@@ -257,98 +230,3 @@ def as_data(
         dropped=[],
         fingerprint="generated",
     )
-
-
-def summary(columns: dict[str, list], answers: Sequence[Completion]) -> dict:
-    """One side's estimates: means over prompts with bootstrap intervals, distinct-n with a
-    jackknife's.
-    """
-    prompts = np.arange(len(answers))  # each is a cluster by itself
-    ids = [without_end(answer) for answer in answers]
-    estimates = {
-        "length": ratio(columns["length"], prompts),
-        "ended": ratio(columns["ended"], prompts, proportion=True),
-        "repetition": ratio(columns["repetition"], prompts),
-        "distinct_1": distinct(ids, 1),
-        "distinct_2": distinct(ids, 2),
-    }
-    for name in ("kl_k1", "kl_k3"):
-        if name in columns:
-            estimates[name] = ratio(columns[name], prompts)
-            estimates[f"{name}_per_token"] = ratio(columns[name], prompts, columns["kl_tokens"])
-    if "reward" in columns:
-        estimates["reward"] = ratio(columns["reward"], prompts)
-    return estimates
-
-
-def against_reference(
-    answers: dict[str, list[Completion]], columns: dict[str, dict[str, list]]
-) -> dict[str, dict]:
-    """The model's answers against the reference's, prompt by prompt: how many are the same, the
-    change of each of COMPARED, and with a reward model the win rate. Both are given by side.
-    """
-    prompts = np.arange(len(answers["model"]))
-    same = [float(a == b) for a, b in zip(answers["model"], answers["reference"], strict=True)]
-    changes = {  # (N,) each
-        name: np.asarray(columns["model"][name], dtype=np.float64)
-        - np.asarray(columns["reference"][name], dtype=np.float64)
-        for name in COMPARED
-        if name in columns["model"]
-    }
-    estimates = {
-        "unchanged": ratio(same, prompts, proportion=True),
-        "change": {name: ratio(values, prompts) for name, values in changes.items()},
-    }
-    if "reward" in changes:
-        estimates["win_rate"] = win_rate(changes["reward"])
-    return estimates
-
-
-def win_rate(gains: Sequence[float]) -> dict:
-    """The share of prompts whose answer scores higher after than before, gain above 0; a tie counts
-    one half. Wilson's interval.
-    """
-    won = float(wins(torch.as_tensor(gains, dtype=torch.float64)).double().mean())
-    interval = list(wilson(won, len(gains)))
-    return as_estimate(won, (len(gains),), "Wilson, by prompt", interval)
-
-
-def repetition(ids: Sequence[int], n: int = REPEATED) -> float:
-    """1 - distinct n-grams / n-grams of one answer: seq-rep-n (Welleck et al. 2020, arXiv
-    1908.04319).
-    """
-    grams = n_grams(ids, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def distinct(answers: Sequence[Sequence[int]], n: int) -> dict:
-    """Distinct n-grams of token ids over all n-grams, of all answers together (Li et al. 2016,
-    arXiv 1510.03055).
-
-    The interval is the delete-one jackknife's over answers (Tukey 1958): in a bootstrap an answer
-    drawn twice would be its own repetition.
-    """
-    sizes = (len(answers),)
-    grams = [Counter(n_grams(ids, n)) for ids in answers]  # of each answer, with how often
-    holders = Counter(gram for own in grams for gram in own)  # n-gram -> answers that have it
-    total = sum(own.total() for own in grams)
-    if not total:
-        return as_estimate(math.nan, sizes, "none: no n-grams")
-    value = len(holders) / total
-    without_one = []  # the value without each answer; an answer takes with it what only it has
-    for own in grams:
-        kinds = len(holders) - sum(holders[gram] == 1 for gram in own)
-        if count := total - own.total():
-            without_one.append(kinds / count)
-    if len(without_one) < 2:
-        return as_estimate(value, sizes, "none: one answer")
-    values = np.array(without_one)
-    gaps = values - values.mean()
-    half = NORMAL_975 * math.sqrt((len(gaps) - 1) / len(gaps) * float((gaps**2).sum()))
-    interval = [max(value - half, 0.0), min(value + half, 1.0)]
-    return as_estimate(value, sizes, "delete-one jackknife over answers", interval)
-
-
-def n_grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """All n-grams of a sequence, in order."""
-    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]

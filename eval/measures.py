@@ -2,7 +2,7 @@
 
 Legend: n and m values of two samples, b bins. Weights say how often each value counts, (..., n) or
 None for once each. Leading dimensions are other weightings of the same values, bootstrap resamples
-(eval/intervals.py), and come out again as (...): a scalar tensor where there are no weights.
+(train/methods/intervals.py), and come out again as (...): a scalar tensor where there are no weights.
 """
 
 import torch

@@ -6,7 +6,7 @@ implied probability that chosen beats rejected is sigmoid(margin) (Bradley-Terry
 2023, arXiv 2305.18290, equation 6). Without one there is no reward: margins are differences of
 log-probabilities, in nats, and are named so.
 
-Legend: N pairs; `clusters` (N,) is the number of each pair's prompt (eval/intervals.py).
+Legend: N pairs; `clusters` (N,) is the number of each pair's prompt (train/methods/intervals.py).
 """
 
 import itertools
@@ -15,9 +15,10 @@ import numpy as np
 import scipy.stats
 import torch
 
-from eval import intervals, measures
+from eval import measures
 from train.losses import metrics
 from train.losses.preference import Pairs
+from train.methods import intervals
 
 # Chosen's length against rejected's, (chosen - rejected) / the longer of the two.
 LENGTH_EDGES = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)

@@ -6,9 +6,9 @@
 from pathlib import Path
 
 from eval import reward_measures
-from eval.intervals import show
 from eval.verdict import WORDS
 from train.losses.metrics import LABELS
+from train.methods.intervals import show
 
 # Training's metrics, and what evaluation adds of its own.
 TITLES = LABELS | {

@@ -9,7 +9,7 @@ RewardBench counts such a row as lost, which stands beside it.
 Margins, loss and calibration are of pairs: every chosen answer of a row with every rejected one. The
 implied probability that chosen beats rejected is sigmoid(difference) (Bradley and Terry 1952).
 
-Legend: N rows, A answers, P pairs; `clusters` are numbers of prompts (eval/intervals.py).
+Legend: N rows, A answers, P pairs; `clusters` are numbers of prompts (train/methods/intervals.py).
 """
 
 import math
@@ -19,10 +19,11 @@ import numpy as np
 import scipy.stats
 import torch
 
-from eval import baselines, benchmarks, intervals, preferences
-from eval.intervals import percent
+from eval import baselines, benchmarks, preferences
 from eval.judges import AnswerScores
 from train.losses.preference import Pairs
+from train.methods import intervals
+from train.methods.intervals import percent
 
 # The verdict's words, and how they are said.
 WORDS = {

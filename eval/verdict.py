@@ -4,7 +4,7 @@ reasons, from the intervals of the other chapters.
 
 import math
 
-from eval.intervals import percent, show
+from train.methods.intervals import percent, show
 
 MATERIAL = 0.02  # a perplexity that is shown to move by less than this share is called unchanged
 # The verdict's words, and how they are said.

@@ -17,6 +17,7 @@ from eval.scores import Scores
 from eval.verdict import verdict
 from tests.launch.commands import free_port
 from train.losses import composition
+from train.methods import answers
 from train.models.generate import Completion
 from train.run.tensorboard import Board
 
@@ -75,7 +76,7 @@ def logs(tmp_path_factory):
     row = {"row": 0, "prompt": "How are you?"}
     for key in ("greedy/reference", "greedy/model", "sampled/reference", "sampled/model"):
         row |= {f"{key}/text": "Fine, and you?", f"{key}/ended": 1.0}
-    summary = generations.summary(
+    summary = answers.summary(
         {"length": [3.0] * n, "ended": [1.0] * n, "repetition": [0.0] * n},
         [Completion((1, 2, 3), ended=False)] * n,
     )

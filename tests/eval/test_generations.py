@@ -16,18 +16,10 @@ import torch
 import transformers
 
 from eval import generations
-from eval.generations import (
-    Decoding,
-    answer,
-    compare,
-    distinct,
-    kl,
-    prompts_of,
-    repetition,
-    win_rate,
-)
+from eval.generations import Decoding, answer, compare, kl, prompts_of
 from tests.eval.generations_worker import compared, models, prompts
 from train.data.tokens import prepare
+from train.methods.answers import distinct, repetition, win_rate
 from train.methods.rewards import Prompt, RewardModel
 from train.models.generate import Completion, generate
 

@@ -66,12 +66,21 @@ def test_what_a_run_leaves(finished):
     run = record(out)
     assert run["algorithm"]["epochs"] == 2 and run["rewards"] == ["vowels"]
     assert set(run["evaluations"]) == {"0", "3"} and run["results"]["kl"] > 0
+    first, last = run["evaluations"]["0"], run["evaluations"]["3"]
+    compared = run["comparison"]
+    for name in ("reward", "length", "ended", "repetition"):
+        change = compared["change"][name]
+        assert change["value"] == pytest.approx(last[name] - first[name], abs=1e-12)
+        assert change["n"] == last["pairs"]
+    assert 0 <= compared["win_rate"]["value"] <= 1 and found["eval/win_rate"][0][0] == 3
+    assert 0 < last["distinct_1"] < last["distinct_2"] <= 1
     lm = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
     assert torch.isfinite(lm.get_input_embeddings().weight).all()
     critic, has_head = load_score_model(out / "value_model")
     assert has_head and critic.score.weight.abs().sum() > 0  # it began with zeros
     card = (out / "model/README.md").read_text()
     assert "`ppo` algorithm" in card and "Before (reward" in card
+    assert "earn more after than before in" in card and "better than before" in text
     assert "held-out prompts" in text and f"value model  {out / 'value_model'}" in text
 
 

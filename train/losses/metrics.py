@@ -66,6 +66,9 @@ POLICY_METRICS: tuple[Metric, ...] = (
     Metric("length", "length", "tokens", in_table=True),
     Metric("ended", "ended by themselves", in_table=True),
     Metric("kl", "KL to the reference", "nats", in_table=True),
+    Metric("repetition", "repeated 4-grams", in_table=True),
+    Metric("distinct_1", "distinct-1", in_table=True),
+    Metric("distinct_2", "distinct-2", in_table=True),
 )
 LABELS: dict[str, str] = {metric.name: metric.label for metric in METRICS}
 

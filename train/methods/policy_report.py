@@ -12,17 +12,19 @@ import time
 import numpy as np
 import torch
 
+from train.data.packing import digest
 from train.engine import dist
 from train.losses import policy
-from train.losses.metrics import POLICY_METRICS, wilson
+from train.losses.metrics import POLICY_METRICS
 from train.methods import rollout
+from train.methods.answers import COMPARED, against, columns_of, summary
+from train.methods.intervals import show
 from train.methods.policy_setup import Models, Rewards, samples_of
 from train.methods.rollout import Rollout, per_answer
 from train.run import card, report
 from train.run.meter import peak_memory
 from train.run.tensorboard import Board
 
-NORMAL_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 SHOWN = 4  # answers in a table of TensorBoard, and in run.json before and after
 NAMES = [metric.name for metric in POLICY_METRICS]
 CUT_WARNING, FLAT_WARNING = 0.5, 0.8
@@ -40,6 +42,8 @@ class PolicyReport:
         self.seconds = {}  # what the rollout's time went to
         self.evaluated, self.evaluated_at = {}, -1
         self.answers = {}  # of the held-out prompts, at the start and last, for people
+        self.first_columns = {}  # measures of those at the start, by name, a value a prompt
+        self.comparison = {}  # of the last ones with those
         self.last = {}
         self._events = None
 
@@ -51,7 +55,7 @@ class PolicyReport:
         self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
         if self._events is not None:
             self.board.cut(self._events)
-            self.run.note(evaluations=self.evaluated)
+            self.run.note(evaluations=self.evaluated, comparison=self.comparison)
 
     def step(self, step, updates):
         """Show a finished rollout. Every rank calls this."""
@@ -111,21 +115,20 @@ class PolicyReport:
         )
         samples = samples_of(answers, prompts, models.policy.tokenizer)
         _, score = self.rewards.score(samples)
-        found = {
-            "pairs": len(prompts),
-            "reward": float(np.nanmean(score)),
-            "length": float(answers.lengths.mean()),
-            "ended": float(answers.ended.mean()),
-            "ended_interval": list(wilson(float(answers.ended.mean()), len(samples))),
-        }
-        counted = int(np.isfinite(score).sum())
-        if counted > 1:
-            half = NORMAL_975 * float(np.nanstd(score, ddof=1)) / math.sqrt(counted)
-            found["reward_interval"] = [found["reward"] - half, found["reward"] + half]
+        columns = columns_of(answers.completions) | {"reward": score.tolist()}
         if self.algorithm.kl.coef:
-            kl = self._kl(answers)
-            found["kl"] = float(kl.mean())
+            columns["kl_k1"] = self._kl(answers).tolist()
+            columns["kl_tokens"] = answers.lengths.tolist()
+        estimates = summary(columns, answers.completions)
+        estimates["kl"] = estimates.pop("kl_k1", {"value": math.nan})
+        found = {"pairs": len(prompts)}
+        for name in NAMES:
+            if math.isfinite(estimates[name]["value"]):
+                found[name] = estimates[name]["value"]
+                if estimates[name]["interval"]:
+                    found[f"{name}_interval"] = estimates[name]["interval"]
         self.evaluated[number] = found
+        self._compare(columns, [digest((), c.ids).hex() for c in answers.completions], number)
         self.answers["after" if self.answers else "before"] = [
             {"prompt": s.prompt, "answer": s.response, "reward": float(value)}
             for s, value in zip(samples, score, strict=True)
@@ -135,6 +138,31 @@ class PolicyReport:
         self.board.histogram("eval/histogram/reward", applying(score), number)
         self.board.text("eval/answers", table_of_answers(samples[:SHOWN], score), number)
         self.run.note(evaluations=self.evaluated, answers=self.answers)
+
+    def _compare(self, columns: dict[str, list], digests: list[str], number: int):
+        """Hold these answers against the first ones, prompt by prompt. digests: of their tokens."""
+        now = {name: columns[name] for name in COMPARED} | {"digest": digests}
+        if not self.first_columns:
+            self.first_columns = now
+            return
+        same = [float(a == b) for a, b in zip(self.first_columns["digest"], digests, strict=True)]
+        self.comparison = against(same, self.first_columns, now)
+        win_rate = self.comparison.get("win_rate")
+        if win_rate:
+            self.board.scalars({"eval/win_rate": win_rate["value"]}, number)
+        self.board.text("eval/before_and_after", "\n".join(self._compared_lines()), number)
+        self.run.note(comparison=self.comparison)
+
+    def _compared_lines(self) -> list[str]:
+        """What changed prompt by prompt, as lines of a Markdown table."""
+        lines = ["| of the same prompts with the same noise | |", "|---|---|"]
+        if "win_rate" in self.comparison:
+            lines.append(f"| win rate by reward | {show(self.comparison['win_rate'])} |")
+        lines += [
+            f"| change of {name} | {show(estimate)} |"
+            for name, estimate in self.comparison["change"].items()
+        ]
+        return [*lines, f"| the same answer | {show(self.comparison['unchanged'])} |"]
 
     def _kl(self, answers) -> np.ndarray:
         """(B,) nats, k1 of each answer against the reference. Every rank calls this."""
@@ -150,6 +178,7 @@ class PolicyReport:
     def forget_evaluations(self):
         """Drop evaluations of before: the run began from another one's checkpoint."""
         self.evaluated_at, self.evaluated, self.answers = -1, {}, {}
+        self.first_columns, self.comparison = {}, {}
 
     def pause(self):
         """A context in which the clock of `perf/*` stands still: that of a rollout counts its parts."""
@@ -231,6 +260,8 @@ class PolicyReport:
             "evaluated_at": self.evaluated_at,
             "evaluated": dict(self.evaluated),
             "answers": self.answers,
+            "first_columns": self.first_columns,
+            "comparison": self.comparison,
             "last": self.last,
             "seconds": dict(self.seconds),
             "events": self.board.position(),
@@ -240,6 +271,7 @@ class PolicyReport:
         """Continue from `state_dict`; before `start`."""
         self.evaluated_at, self.answers = state["evaluated_at"], state["answers"]
         self.evaluated = {int(number): values for number, values in state["evaluated"].items()}
+        self.first_columns, self.comparison = state["first_columns"], state["comparison"]
         self.last, self.seconds = state["last"], state["seconds"]
         self._events = state["events"]
 
@@ -285,6 +317,8 @@ class PolicyReport:
         model = self.run.folder.path / "model"
         if last:
             yield from report.table(list(POLICY_METRICS), first, last, "prompts")
+            if "win_rate" in self.comparison:
+                yield f"{'better than before':<22} {show(self.comparison['win_rate'], 3)} of the prompts"
             pairs = zip(self.answers.get("before", ()), self.answers.get("after", ()), strict=False)
             for before, after in list(pairs)[:2]:
                 yield ""

@@ -13,6 +13,7 @@ from train.data import chat, prompts
 from train.engine import checks, dist, ds_config, loading
 from train.engine.trained import TrainedModel
 from train.methods import reward_functions, setup
+from train.methods.answers import ends_of
 from train.methods.reference import AdaptersOff, NoReference, Reference
 from train.methods.reward_functions import Sample, Source
 from train.methods.rewards import Prompt, RewardModel
@@ -245,15 +246,6 @@ def open_critic(settings, run, mode, tokenizer, datasets, path, steps) -> Traine
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
     lr = settings.value_lr if settings.value_lr is not None else VALUE_LR * settings.lr
     return setup.wrap_for_training(settings, mode, module, tokenizer, steps, lr=lr)
-
-
-def ends_of(tokenizer, lm) -> set[int]:
-    """The token ids that end an answer: the chat template's, the tokenizer's, and those of the
-    model's settings.
-    """
-    own = lm.generation_config.eos_token_id if lm.can_generate() else None
-    ends = {chat.Chat(tokenizer, True).end_id, tokenizer.eos_token_id}
-    return (ends | set(own if isinstance(own, list) else [own])) - {None}
 
 
 def samples_of(answers: Answers, of: prompts.Prompts, tokenizer) -> list[Sample]:

@@ -78,7 +78,7 @@ def distributions(examples, beta: float) -> dict[str, torch.Tensor]:
 def intervals(mean: dict, examples, beta: float) -> dict[str, list[float]]:
     """95 % intervals of the accuracy (Wilson) and of the mean margin (normal), for the table.
 
-    Quick ones; evaluation bootstraps (eval/intervals.py).
+    Quick ones; evaluation bootstraps (train/methods/intervals.py).
     """
     labelled = isinstance(examples, Labelled)
     n = len(examples.logps if labelled else examples.chosen)

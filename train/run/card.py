@@ -454,8 +454,21 @@ def _results(record: dict) -> str:
     noun = task_of(record).noun
     if noun == "pairs" and "rewards/margins" not in last:
         noun = "answers"  # judged one by one
+    table += _compared(record.get("comparison") or {})
     examples = _before_and_after(record.get("answers") or {})
     return f"## Results of training\n\n{last.get('pairs')} held-out {noun} of {dataset}:\n\n{table}{examples}"
+
+
+def _compared(comparison: dict) -> str:
+    """How the answers after did against those before, prompt by prompt."""
+    if not (win_rate := comparison.get("win_rate")):
+        return ""
+    interval = _interval(win_rate.get("interval"))
+    return (
+        f"\nAnswers to the same prompts with the same noise earn more after than before in "
+        f"{_number(win_rate['value'])} {interval} of the cases, ties counted one half; "
+        f"{_number(comparison['unchanged']['value'])} are the same.\n"
+    )
 
 
 def _before_and_after(answers: dict) -> str:

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 import torch
 
-from eval import intervals, measures
+from eval import measures
+from train.methods import intervals
 
 
 def clustered(rng, prompts, rows=4):
