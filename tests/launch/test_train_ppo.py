@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.launch.commands import ROOT, free_port, launched, several
 from tests.launch.compare import same_bits, scalars, until, weights
@@ -63,6 +64,9 @@ def test_what_a_run_leaves(finished):
         assert [step for step, _ in found[name]] == [1, 2, 3], name
     assert [step for step, _ in found["eval/reward"]] == [0, 3]
     assert found["objective/kl"][0][1] == 0  # the policy is the reference as it begins
+    events = EventAccumulator(str(out / "tensorboard"), {"histograms": 0}).Reload()
+    for name in ("rewards", "lengths", "advantages", "kl", "ratios"):
+        assert len(events.Histograms(f"train/histogram/{name}")) == 3, name
     run = record(out)
     assert run["algorithm"]["epochs"] == 2 and run["rewards"] == ["vowels"]
     assert set(run["evaluations"]) == {"0", "3"} and run["results"]["kl"] > 0
@@ -212,6 +216,17 @@ def test_a_reward_model(warm, model_dir, prompts, tmp_path):
 
 
 def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
+    two_labels, other_words = tmp_path / "two", tmp_path / "other"
+    make = transformers.AutoModelForSequenceClassification.from_pretrained
+    for folder, labels in ((two_labels, 2), (other_words, 1)):
+        make(model_dir, num_labels=labels, pad_token_id=0).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(two_labels)
+    tokenizer = json.loads((model_dir / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]  # two letters change places
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    for file in ("tokenizer_config.json", "chat_template.jinja"):
+        (other_words / file).write_text((model_dir / file).read_text())
+    (other_words / "tokenizer.json").write_text(json.dumps(tokenizer))
     good = flags(model_dir, prompts, tmp_path / "out")
 
     def changed(flag, *values):
@@ -222,6 +237,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
         return line
 
     module = "tests.launch.ppo_rewards"
+    ppo = [*good, "--algorithm", "ppo"]
     cases = [
         (changed("--reward"), 2, "--reward or --reward_model: something has to say"),
         (changed("--reward", "no.such:thing"), 2, "cannot be imported: ModuleNotFoundError"),
@@ -237,6 +253,12 @@ def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
         (changed("--max_new_tokens", 200), 2, "has no room for a prompt of 96"),
         (changed("--reward_model", model_dir), 2, "is no reward model: it has no score.weight"),
         ([*good, "--reward_weights", "1", "2"], 2, "2 weights for 1 sources"),
+        (changed("--reward_model", two_labels), 2, "has 2 outputs"),
+        ([*ppo, "--value_model", two_labels], 2, "has 2 outputs"),
+        ([*ppo, "--value_model", other_words], 2, "--value_model"),
+        ([*good, "--max_new_tokens", 1000, "--max_length", 1200], 2, "positions"),
+        ([*good, "--offload_frozen", "--kl_coef", 0], 2, "there is no frozen model"),
+        ([*good, "--target_kl", -1], 2, "--target_kl is at least 0"),
     ]
     results = several(SCRIPT, [line for line, _, _ in cases], tmp_path / "cache")
     for (_, code, text), (found, _, said) in zip(cases, results, strict=True):

@@ -79,8 +79,9 @@ def test_cispo_weighs_by_a_ratio_without_gradient(advantage):
     """-w A log pi with w = min(r, bound): no token's gradient is lost, and none has more than w."""
     row = ALGORITHMS["cispo"]._replace(clip_high=1.2)
     for ratio, weight in ((0.1, 0.1), (1.1, 1.1), (1.5, 1.2)):
-        loss, gradient, _ = at_ratio(row, ratio, advantage)
+        loss, gradient, bound = at_ratio(row, ratio, advantage)
         assert gradient == pytest.approx(-weight * advantage, abs=1e-14)
+        assert bound == (ratio > 1.2)
         log_pi = double(ratio).log().item()
         assert loss == pytest.approx(-weight * advantage * log_pi, abs=1e-14)
 

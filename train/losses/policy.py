@@ -125,11 +125,12 @@ class PolicySums(NamedTuple):
 
     loss: torch.Tensor  # to be divided by the minibatch's denominator
     tokens: torch.Tensor
-    clipped: torch.Tensor  # tokens at which the clipping takes the gradient away
+    clipped: torch.Tensor  # tokens at which the bound of a ratio or a weight holds
     moved: torch.Tensor  # k2 of the policy before the rollout's updates and now, nats
     ratio: torch.Tensor
     squared_ratio: torch.Tensor
     kl: torch.Tensor  # of the KL's estimator in the loss, nats
+    ratios: torch.Tensor  # (T,), no sum: each token's
 
 
 class ValueSums(NamedTuple):
@@ -180,6 +181,7 @@ def policy_loss(algorithm: Algorithm, logps: torch.Tensor, known) -> PolicySums:
         ratio=fixed.sum(),
         squared_ratio=fixed.square().sum(),
         kl=kl.detach().sum(),
+        ratios=fixed,
     )
 
 
@@ -201,7 +203,7 @@ def bounded(log_ratio):
 
 
 def clipped_loss(algorithm: Algorithm, ratio, advantages, logps):
-    """((T,) losses, (T,) bool where clipping takes the gradient away).
+    """((T,) losses, (T,) bool where the bound of a ratio, or of CISPO's weight, holds).
 
     Schulman et al. 2017, equation 7, with a bound below and one above; with dual_clip c at negative
     advantages no less than c A (Ye et al. 2020, arXiv 1912.09729, equation 5). CISPO: MiniMax 2025
@@ -210,7 +212,7 @@ def clipped_loss(algorithm: Algorithm, ratio, advantages, logps):
     low, high = algorithm.clip_low, algorithm.clip_high
     if algorithm.ratio == "weight":
         weight = ratio.detach().clamp(max=high)
-        return -weight * advantages * logps, torch.zeros_like(ratio, dtype=torch.bool)
+        return -weight * advantages * logps, ratio.detach() > high
     if algorithm.ratio == "gate":
         tau = torch.where(advantages > 0, ratio.new_tensor(high), ratio.new_tensor(low))
         gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
@@ -266,9 +268,9 @@ def sums(found: PolicySums, of_values: ValueSums | None, denominator: float, num
     value_sums = (zero, zero)
     if of_values is not None:
         value_sums = of_values.loss.detach() / num_tokens, of_values.clipped
-    return torch.stack(
-        [zero, found.loss.detach() / denominator, *(x.detach() for x in found[1:]), *value_sums]
-    ).double()
+    loss = found.loss.detach() / denominator
+    columns = [getattr(found, name) for name in SUMS[2:8]]
+    return torch.stack([zero, loss, *columns, *value_sums]).double()
 
 
 def one_update(device) -> torch.Tensor:

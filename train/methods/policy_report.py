@@ -39,6 +39,7 @@ class PolicyReport:
         self.models, self.rewards, self.held_out = models, rewards, held_out
         self.board = None  # from `start` on
         self.sums = no_sums()  # of the updates of this rollout
+        self.ratios = []  # of the last update's tokens of this rank, (T,) a batch
         self.seconds = {}  # what the rollout's time went to
         self.evaluated, self.evaluated_at = {}, -1
         self.answers = {}  # of the held-out prompts, at the start and last, for people
@@ -64,6 +65,10 @@ class PolicyReport:
         shown = self.last | means | self._of_updates(updates)
         shown["eps"] = number / max(self.run.plan.steps, 1)
         self.board.scalars(shown, number)
+        ratios = torch.cat([torch.zeros(0), *(each.cpu() for each in self.ratios)])
+        everyone = torch.cat([each for each in dist.all_gather(ratios)])
+        if len(everyone):  # none where the run was interrupted after the rollout's last update
+            self.board.histogram("train/histogram/ratios", everyone, number)
         seconds = sum(self.seconds.values())
         perf = {f"perf/seconds_{name}": value for name, value in self.seconds.items()}
         tokens = shown.get("completions/total_tokens", 0.0)
@@ -72,7 +77,7 @@ class PolicyReport:
         self.board.scalars(perf, number)
         self.last = shown | perf
         self.run.folder.log.info("rollout %d %s", number, self.last)
-        self.sums, self.seconds = no_sums(), {}
+        self.sums, self.ratios, self.seconds = no_sums(), [], {}
         bar = {
             "reward": format(shown["objective/scores"], ".3f"),
             "len": format(shown["completions/mean_length"], ".0f"),

@@ -90,6 +90,7 @@ class Minibatch:
         lengths = answers.lengths.reshape(-1, k)[list(part.groups)]  # (groups, k)
         self.num_samples, self.num_tokens = lengths.size, int(lengths.sum())
         self._moved = 0.0  # (2,): k2 of this rank's tokens, nats, and their number
+        self.ratios = []  # of this rank's tokens, (T,) a batch
         self.denominator = losses.denominator(
             collector.algorithm,
             self.num_samples,
@@ -122,6 +123,7 @@ class Minibatch:
 
     def sums(self, found, of_values) -> torch.Tensor:
         """What a batch adds to the measures."""
+        self.ratios.append(found.ratios)
         self._moved = self._moved + torch.stack([found.moved, found.tokens]).cpu()
         return losses.sums(found, of_values, self.denominator, self.num_tokens)
 
@@ -152,10 +154,9 @@ class Collector:
         """The rollout of a step: drawn, or what a checkpoint has kept of it. Every rank calls this."""
         if self.kept.number == step.number:
             return self.kept.rollout
-        with self.report.timed("generate"):
-            answers = self._draw(step, range(len(step.groups)), attempt=0)
+        answers = self._draw(step, range(len(step.groups)), attempt=0)
+        answers, samples, scores, score = self._reward(step, answers)
         with self.report.timed("score"):
-            answers, samples, scores, score = self._reward(step, answers)
             tokens = self._score_tokens(step, answers, score)
             rollout = self._with_advantages(answers, scores, score, tokens)
         facts = self._facts(rollout)
@@ -166,18 +167,19 @@ class Collector:
     def _draw(self, step, places, attempt: int) -> Answers:
         """Answers to the prompts at `places` of the step; each attempt has other noise."""
         sampler = self.models.sampler
-        if not attempt:
-            sampler.follow()
         size = self.settings.batch_size
         first = (step.number * (1 + self.algorithm.resamples) + attempt) * size
         groups = [step.groups[i] for i in places]
-        return sampler.answer(
-            groups,
-            [self.prompts.ids(i) for i in groups],
-            [first + i for i in places],
-            samples_per_prompt=self.algorithm.samples,
-            seed=self.settings.seed,
-        )
+        with self.report.timed("generate"):
+            if not attempt:
+                sampler.follow()
+            return sampler.answer(
+                groups,
+                [self.prompts.ids(i) for i in groups],
+                [first + i for i in places],
+                samples_per_prompt=self.algorithm.samples,
+                seed=self.settings.seed,
+            )
 
     def _reward(self, step, answers: Answers):
         """(the answers, what rewards see of them, their scores (B, F), what is maximised (B,)); prompts
@@ -185,7 +187,7 @@ class Collector:
         """
         tokenizer = self.models.policy.tokenizer
         samples = samples_of(answers, self.prompts, tokenizer)
-        scores, score = self.rewards.score(samples)
+        scores, score = self._score(samples)
         for attempt in range(1, self.algorithm.resamples + 1):
             flat = adv.is_flat(torch.from_numpy(score), answers.samples_per_prompt)
             places = flat.nonzero().flatten().tolist()
@@ -196,10 +198,14 @@ class Collector:
             new_samples = samples_of(others, self.prompts, tokenizer)
             k = answers.samples_per_prompt
             index = [i * k + s for i in places for s in range(k)]
-            scores[index], score[index] = self.rewards.score(new_samples)
+            scores[index], score[index] = self._score(new_samples)
             for i, sample in zip(index, new_samples, strict=True):
                 samples[i] = sample
         return answers, samples, scores, score
+
+    def _score(self, samples):
+        with self.report.timed("score"):
+            return self.rewards.score(samples)
 
     def _idle(self, score: np.ndarray, samples_per_prompt: int) -> list[int]:
         """The prompts without a gradient: all their samples are worth the same, and nothing but their
@@ -368,6 +374,7 @@ class Collector:
         policy, critic = self.models.policy, self.models.critic
         if dist.is_main():
             self.report.add(losses.one_update("cpu"))
+        self.report.ratios = minibatch.ratios
         if self.settings.target_kl and minibatch.trains_policy:
             moved = minibatch.moved()
             if moved > KL_SLACK * self.settings.target_kl:
