@@ -15,7 +15,7 @@ import torch
 from train.data.packing import digest
 from train.engine import dist
 from train.losses import policy
-from train.losses.metrics import POLICY_METRICS
+from train.losses.metrics import POLICY_METRICS, Metric
 from train.methods import rollout
 from train.methods.answers import COMPARED, against, columns_of, summary
 from train.methods.intervals import show
@@ -119,7 +119,7 @@ class PolicyReport:
             seed=self.settings.seed,
         )
         samples = samples_of(answers, prompts, models.policy.tokenizer)
-        _, score = self.rewards.score(samples)
+        scores, score = self.rewards.score(samples)
         columns = columns_of(answers.completions) | {"reward": score.tolist()}
         if self.algorithm.kl.coef:
             columns["kl_k1"] = self._kl(answers).tolist()
@@ -132,13 +132,19 @@ class PolicyReport:
                 found[name] = estimates[name]["value"]
                 if estimates[name]["interval"]:
                     found[f"{name}_interval"] = estimates[name]["interval"]
+        if len(self.rewards.names) > 1 or self.settings.missing_end_penalty:
+            # what the reward is made of: one source may pay for another
+            for name, column in zip(self.rewards.names, scores.T, strict=True):
+                if np.isfinite(column).any():
+                    found[f"rewards/{name}"] = float(np.nanmean(column))
         self.evaluated[number] = found
         self._compare(columns, [digest((), c.ids).hex() for c in answers.completions], number)
         self.answers["after" if self.answers else "before"] = [
             {"prompt": s.prompt, "answer": s.response, "reward": float(value)}
             for s, value in zip(samples, score, strict=True)
         ][: 3 * SHOWN]
-        shown = {f"eval/{name}": found[name] for name in NAMES if name in found}
+        parts = [f"rewards/{name}" for name in self.rewards.names]
+        shown = {f"eval/{name}": found[name] for name in (*NAMES, *parts) if name in found}
         self.board.scalars(shown, number)
         self.board.histogram("eval/histogram/reward", applying(score), number)
         self.board.text("eval/answers", table_of_answers(samples[:SHOWN], score), number)
@@ -321,7 +327,9 @@ class PolicyReport:
     def _closing(self, first, last, gap, critic_folder):
         model = self.run.folder.path / "model"
         if last:
-            yield from report.table(list(POLICY_METRICS), first, last, "prompts")
+            parts = [Metric(f"rewards/{name}", f"  of it {name}") for name in self.rewards.names]
+            metrics = [POLICY_METRICS[0], *parts, *POLICY_METRICS[1:]]
+            yield from report.table(metrics, first, last, "prompts")
             if "win_rate" in self.comparison:
                 yield f"{'better than before':<22} {show(self.comparison['win_rate'], 3)} of the prompts"
             pairs = zip(self.answers.get("before", ()), self.answers.get("after", ()), strict=False)
