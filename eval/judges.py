@@ -24,9 +24,9 @@ from train.data.packing import pack
 from train.data.steps import plan_pass
 from train.engine import dist, ds_config, memory, sweep
 from train.engine.checks import TOLERANCE, CheckFailed
-from train.methods.rewards import RewardModel
+from train.methods.rewards import OwnClass, RewardModel
 from train.models.backbone import plain_forward
-from train.models.heads import HEAD, ScoreModel
+from train.models.heads import ScoreModel
 from train.run import folder
 
 
@@ -38,71 +38,6 @@ class AnswerScores(NamedTuple):
     counts: np.ndarray  # (N,) int64 answers of each row
     lengths: np.ndarray  # (A,) int64 tokens of each answer, to the end of what the template renders
     scores: np.ndarray  # (A,) fp64
-
-
-class OwnClass:
-    """A model for sequence classification as its own class computes it: a packed batch in, the
-    scores of its responses out.
-    """
-
-    def __init__(self, lm, batch_tokens: int, autocast: torch.dtype | None):
-        """batch_tokens: padding included, that are computed at once."""
-        self.lm, self.batch_tokens, self.autocast = lm, batch_tokens, autocast
-
-    def __call__(self, batch) -> torch.Tensor:
-        """(N,) scores, without gradient."""
-        sequences = [ids for ids, _ in batch.sequences()]
-        scores = torch.zeros(len(sequences), device=batch.input_ids.device)
-        pad = self.lm.config.get_text_config().pad_token_id
-        for part in self._parts([len(ids) for ids in sequences], alone=pad is None):
-            longest = max(len(sequences[i]) for i in part)
-            input_ids = batch.input_ids.new_full((len(part), longest), pad or 0)
-            mask = torch.zeros_like(input_ids)
-            for place, i in enumerate(part):
-                input_ids[place, : len(sequences[i])] = sequences[i]
-                mask[place, : len(sequences[i])] = 1
-            scores[part] = self.scores(input_ids, mask)
-        return scores
-
-    def _parts(self, lengths: list[int], alone: bool) -> list[list[int]]:
-        """Sequences by number, computed at once: neighbours in length, within the budget. alone: one
-        at a time, for a class without pad token takes no more.
-        """
-        parts = []
-        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if alone or not parts or (len(parts[-1]) + 1) * lengths[i] > self.batch_tokens:
-                parts.append([])
-            parts[-1].append(i)
-        return parts
-
-    @torch.no_grad()
-    def scores(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(n, L) token ids and 1 where there is one -> (n,) fp32."""
-        kind = input_ids.device.type
-        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
-            logits = self.lm(input_ids=input_ids, attention_mask=mask).logits  # (n, 1)
-        return logits[:, 0].float()
-
-    def alone(self, ids: torch.Tensor) -> torch.Tensor:
-        """(1,): the score of one sequence (L,)."""
-        return self.scores(ids[None], torch.ones_like(ids)[None])
-
-    def reads_last(self, ids: torch.Tensor) -> bool | None:
-        """Whether the score of a sequence (L,) is read at its last token; None where the class does
-        not show it: it has no head over every token.
-        """
-        seen = []
-        head = getattr(self.lm, HEAD, None)
-        if not isinstance(head, torch.nn.Module):
-            return None
-        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        try:
-            score = self.alone(ids)
-        finally:
-            hook.remove()
-        if len(seen) != 1 or not torch.is_tensor(seen[0]) or seen[0].shape != (1, len(ids), 1):
-            return None
-        return bool(torch.equal(seen[0][0, -1].float(), score))
 
 
 class Judge(NamedTuple):
@@ -153,7 +88,8 @@ def open_judge(settings, opened, run, device: torch.device) -> Judge:
     # not from the free memory, as in training: the report would depend on it by a rounding error
     default_tokens = memory.CUDA_TOKENS if device.type == "cuda" else memory.CPU_TOKENS
     batch_tokens = settings.micro_tokens or default_tokens
-    own = OwnClass(model.model, batch_tokens, autocast)
+    own = model.own
+    own.batch_tokens = batch_tokens
     reads = check_place(own, opened, run, device)
     packed = None
     first = pack([opened.data.group(i) for i in range(min(2, len(opened.data)))]).to(device)

@@ -12,10 +12,11 @@ import tiny
 import torch
 
 from eval import benchmarks, generations, judges, reward_inputs, reward_measures
-from eval.judges import AnswerScores, OwnClass
+from eval.judges import AnswerScores
 from eval.reward_measures import Answers
 from train.data.packing import Group, pack
 from train.data.rows import Candidates
+from train.methods.rewards import OwnClass
 
 
 def candidates(num_chosen, texts):
@@ -297,7 +298,7 @@ def test_right_padded_scores_are_those_of_each_sequence_alone(pad):
     scores = own(pack(GROUPS))
     assert scores.tolist() == pytest.approx(alone(lm, GROUPS), abs=2e-5)
     lengths = [len(g.prompt) + len(r) for g in GROUPS for r in g.responses]
-    parts = own._parts(lengths, alone=pad is None)
+    parts = own.parts(lengths)
     assert sorted(i for part in parts for i in part) == list(range(7))
     assert all(len(p) * max(lengths[i] for i in p) <= 40 for p in parts)
     assert max(map(len, parts)) == (1 if pad is None else 4)

@@ -602,22 +602,31 @@ def test_a_time_limit_and_a_term_lose_no_step(cluster, model_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reward_model_is_trained_and_then_evaluated(cluster, model_dir, tmp_path):
-    out = tmp_path / "run"
+def test_a_reward_model_then_ppo_then_evaluation(cluster, model_dir, tmp_path):
+    """README's chain: each link takes what the one before has written."""
+    reward, ppo = tmp_path / "reward", tmp_path / "ppo"
+    lengths = ["--max_length", 200, "--max_prompt_length", 100]
     submitted = cluster(
         SLURM / "pipeline.sh",
         f"--output={tmp_path}/%j.log",
         "launch/train_reward.py",
-        *["--model", model_dir, "--output", out, "--max_steps", 2, "--batch_size", 8],
-        *["--max_length", 200, "--max_prompt_length", 100],
+        *["--model", model_dir, "--output", reward, "--max_steps", 2, "--batch_size", 8, *lengths],
+        "then",
+        f"--output={tmp_path}/%j.log",
+        "launch/train_ppo.py",
+        *["--model", model_dir, "--output", ppo, "--max_steps", 2, "--batch_size", 4, *lengths],
+        *["--algorithm", "ppo", "--reward_model", reward / "model", "--max_new_tokens", 8],
         "then",
         f"--output={tmp_path}/%j.log",
         "eval/evaluate.py",
-        *["--reward_model", out / "model", "--max_rows", 8, "--output", out / "eval"],
+        *["--reward_model", reward / "model", "--max_rows", 8, "--output", reward / "eval"],
     )
-    train, evaluate = re.findall(r"^job (\d+): ", submitted, re.MULTILINE)
-    assert cluster.job(evaluate)["JobState"] == "PENDING"
-    cluster.until_job(train, "COMPLETED", 0, 300)
-    cluster.until_job(evaluate, "COMPLETED", 0, 300)
-    chapter = json.loads((out / "eval/report.json").read_text())["rewards"]
+    jobs = re.findall(r"^job (\d+): ", submitted, re.MULTILINE)
+    assert len(jobs) == 3 and cluster.job(jobs[-1])["JobState"] == "PENDING"
+    for job in jobs:
+        cluster.until_job(job, "COMPLETED", 0, 300)
+    record = json.loads((ppo / "run.json").read_text())
+    assert record["rewards"] == ["reward_model"] and set(record["evaluations"]) == {"0", "2"}
+    assert (ppo / "value_model/config.json").exists()
+    chapter = json.loads((reward / "eval/report.json").read_text())["rewards"]
     assert chapter["preferences"]["rows"] == 8 and chapter["trained"]["steps"] == 2

@@ -46,3 +46,24 @@ def test_two_outputs_and_no_tokenizer(tmp_path):
     lm = tiny.make_score_model("qwen2").save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="tokenizer"):
         RewardModel(tmp_path / "bare", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("pad", [0, None])
+def test_texts_scored_together_have_the_scores_of_each_alone(tmp_path, pad):
+    """Of several lengths, in any order, finished and cut, over several batches; a class without a
+    pad token takes one at a time.
+    """
+    judge = RewardModel(saved(tmp_path, pad_token_id=pad), torch.device("cpu"))
+    judge.own.batch_tokens = 150
+    ask = [{"role": "user", "content": "a question"}]
+    texts = ["word " * n + "end" for n in (9, 1, 30, 2, 3, 17)]
+    ended = [True, False, True, True, False, True]
+    found = judge.score([ask] * len(texts), texts, ended)
+    exact = judge.model.double()
+    for text, finished, score in zip(texts, ended, found, strict=True):
+        ids = torch.tensor([judge.ids(ask, text, finished)])
+        with torch.no_grad():
+            assert score == pytest.approx(float(exact(input_ids=ids).logits[0, 0]), abs=1e-5)
+    parts = judge.own.parts([len(judge.ids(ask, *each)) for each in zip(texts, ended, strict=True)])
+    assert sorted(i for part in parts for i in part) == list(range(len(texts)))
+    assert (max(map(len, parts)) == 1) == (pad is None)

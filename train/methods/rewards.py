@@ -7,7 +7,6 @@ therefore passed as messages and text, not as the policy's token ids.
 
 import contextlib
 import logging
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,10 +14,13 @@ import numpy as np
 import torch
 
 from train.data.chat import Chat
-from train.engine import dist
+from train.engine import dist, preemption
 from train.engine.offload import Offloaded
+from train.models.heads import HEAD
 from train.models.pretrained import load_score_model, load_tokenizer
 from train.run import card
+
+AT_ONCE = 4096  # tokens of texts that are scored together, padding included
 
 
 class Prompt(NamedTuple):
@@ -27,6 +29,76 @@ class Prompt(NamedTuple):
     row: int  # number of the first data row that has it
     ids: tuple[int, ...]  # as training sees it, the assistant's header included
     messages: list  # [{"role": ..., "content": ...}], ends with a user's turn
+
+
+class OwnClass:
+    """A model for sequence classification as its own class computes it: a packed batch in, the
+    scores of its responses out.
+    """
+
+    def __init__(self, lm, batch_tokens: int, autocast: torch.dtype | None):
+        """batch_tokens: padding included, that are computed at once."""
+        self.lm, self.batch_tokens, self.autocast = lm, batch_tokens, autocast
+
+    def __call__(self, batch) -> torch.Tensor:
+        """(N,) scores, without gradient."""
+        sequences = [ids for ids, _ in batch.sequences()]
+        scores = torch.zeros(len(sequences), device=batch.input_ids.device)
+        for part in self.parts([len(ids) for ids in sequences]):
+            scores[part] = self.together([sequences[i] for i in part])
+        return scores
+
+    def together(self, sequences: list[torch.Tensor]) -> torch.Tensor:
+        """(n,): the scores of n sequences, (L,) each, padded on the right to the longest."""
+        longest = max(map(len, sequences))
+        pad = self.lm.config.get_text_config().pad_token_id
+        input_ids = sequences[0].new_full((len(sequences), longest), pad or 0)
+        mask = torch.zeros_like(input_ids)
+        for place, ids in enumerate(sequences):
+            input_ids[place, : len(ids)] = ids
+            mask[place, : len(ids)] = 1
+        return self.scores(input_ids, mask)
+
+    def parts(self, lengths: list[int]) -> list[list[int]]:
+        """Sequences by number, computed at once: neighbours in length, within the budget; one at a
+        time for a class without pad token, which takes no more.
+        """
+        alone = self.lm.config.get_text_config().pad_token_id is None
+        parts = []
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if alone or not parts or (len(parts[-1]) + 1) * lengths[i] > self.batch_tokens:
+                parts.append([])
+            parts[-1].append(i)
+        return parts
+
+    @torch.no_grad()
+    def scores(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(n, L) token ids and 1 where there is one -> (n,) fp32."""
+        kind = input_ids.device.type
+        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+            logits = self.lm(input_ids=input_ids, attention_mask=mask).logits  # (n, 1)
+        return logits[:, 0].float()
+
+    def alone(self, ids: torch.Tensor) -> torch.Tensor:
+        """(1,): the score of one sequence (L,)."""
+        return self.scores(ids[None], torch.ones_like(ids)[None])
+
+    def reads_last(self, ids: torch.Tensor) -> bool | None:
+        """Whether the score of a sequence (L,) is read at its last token; None where the class does
+        not show it: it has no head over every token.
+        """
+        seen = []
+        head = getattr(self.lm, HEAD, None)
+        if not isinstance(head, torch.nn.Module):
+            return None
+        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            score = self.alone(ids)
+        finally:
+            hook.remove()
+        if len(seen) != 1 or not torch.is_tensor(seen[0]) or seen[0].shape != (1, len(ids), 1):
+            return None
+        return bool(torch.equal(seen[0][0, -1].float(), score))
 
 
 class RewardModel:
@@ -64,7 +136,8 @@ class RewardModel:
         if self.chat.end_id in ids:
             self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
         self.model.eval()
-        self.device, self.autocast, self.path = device, autocast, path
+        self.own = OwnClass(self.model, AT_ONCE, autocast)
+        self.device, self.path = device, path
         if offload:
             self._place = Offloaded(self.model, device)
         else:
@@ -74,13 +147,9 @@ class RewardModel:
             self._check_pooling()
 
     def _check_pooling(self):
-        """Warn where a finished answer's score is not read off its last token.
-
-        A causal model's hidden states do not depend on what follows them: where another token is
-        read, the score is the same without the last. A model that sees both ways passes, rightly.
-        """
+        """Warn where a finished answer's score is not read off its last token."""
         ids = self.ids([{"role": "user", "content": "question"}], "answer", ended=True)
-        if math.isclose(self._score(ids), self._score(ids[:-1]), rel_tol=1e-5, abs_tol=1e-6):
+        if self.own.reads_last(torch.tensor(ids, device=self.device)) is False:
             logging.getLogger("zeropref").warning(
                 "--reward_model %s reads its scores off %r, not off the last token of a finished "
                 "answer, %r: its pad token, id %s, is what the chat template ends with",
@@ -127,22 +196,19 @@ class RewardModel:
         """(N,) fp64 scores of N answers, in the reward model's own unit, on every rank. Every rank
         calls this.
 
-        conversations: the messages that each answer follows. ended: whether it ends by itself. One
-        conversation is scored at a time, so that no score depends on its neighbours; the ranks deal
-        them out.
+        conversations: the messages that each answer follows. ended: whether it ends by itself. Texts of
+        about the same length are scored at once; which, is planned for the whole job and dealt to the
+        ranks, so that no digit depends on their number.
         """
+        ids = [self.ids(*each) for each in zip(conversations, texts, ended, strict=True)]
+        parts = self.own.parts([len(each) for each in ids])
         mine = []  # (number of the answer, score)
         with self._place:
-            for i in range(dist.rank(), len(texts), dist.world_size()):
-                mine.append((i, self._score(self.ids(conversations[i], texts[i], ended[i]))))
+            for part in parts[dist.rank() :: dist.world_size()]:
+                if preemption.told_to_stop():
+                    break
+                sequences = [torch.tensor(ids[i], device=self.device) for i in part]
+                mine += zip(part, self.own.together(sequences).tolist(), strict=True)
+        preemption.raise_if_preempted()
         everyone = sorted(pair for part in dist.all_gather(mine) for pair in part)
         return np.array([score for _, score in everyone])
-
-    @torch.no_grad()
-    def _score(self, ids: list[int]) -> float:
-        """The score of one text."""
-        device = self.device
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            batch = torch.tensor([ids], device=device)
-            logits = self.model(input_ids=batch, use_cache=False).logits  # (1, 1)
-        return float(logits[0, 0])
