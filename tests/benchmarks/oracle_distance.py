@@ -23,7 +23,8 @@ What a distance says depends on the weights: by default both are measured, those
 transformers draws them, with a deviation of 0.02, where the sums of log-probs decide, and
 tests/tiny.py's own with 0.2. There AdamW has its say: its first update is the gradient over its size
 plus 1e-8, so that a clipped gradient below about 1e-7 (some 50 of 127,296 weights have one) turns
-its rounding into a part of a step. One such weight can move the loss by 1e-4.
+its rounding into a part of a step. One such weight can move the loss by 1e-4, for every contender that
+rounds: --seeds draws several sets of weights, and a file's distance is their geometric mean.
 """
 
 import argparse
@@ -89,13 +90,24 @@ def measure_all(args, codes, deviation):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         shape = dict(initializer_range=deviation, max_position_embeddings=MAX_LENGTH)
-        policy = tiny.save_model(folder / "policy", **shape)
-        reference = policy
-        if args.other_reference:
-            reference = tiny.save_model(folder / "reference", seed=1, **shape)
+        models = {}  # of each seed: policy and reference
+        for seed in args.seeds:
+            policy = tiny.save_model(folder / f"policy-{seed}", seed=seed, **shape)
+            reference = policy
+            if args.other_reference:
+                reference = tiny.save_model(folder / f"reference-{seed}", seed=seed + 1000, **shape)
+            models[seed] = policy, reference
         for path in [Path(path).resolve() for path in args.data] or write_quarters(folder):
-            output = folder / f"runs-{len(files)}"
-            file = files[str(path)] = measure(path, codes, policy, reference, output)
+            of_seeds = {
+                seed: measure(path, codes, *pair, folder / f"runs-{len(files)}-{seed}")
+                for seed, pair in models.items()
+            }
+            every = [of_seed["distances"] for of_seed in of_seeds.values()]
+            file = files[str(path)] = {
+                "seeds": of_seeds,
+                "distances": [geometric_means(column) for column in zip(*every, strict=True)],
+                "tokens": next(iter(of_seeds.values()))["tokens"],
+            }
             shown = f"{cells(file['distances'])} | {file['tokens']:.0f}"
             print(f"| {path.name} at {deviation} | {shown} |", flush=True)
     return files
@@ -134,6 +146,7 @@ def arguments():
         default=[0.02, 0.2],
         help="deviations of the model's random weights (default 0.02 and 0.2)",
     )
+    add("--seeds", type=int, nargs="+", default=[0], help="of those weights (default 0)")
     add(
         "--other-reference",
         action="store_true",
