@@ -343,8 +343,8 @@ class Policy(Training):
     the loss is divided by.
     """
     reward: list[str] | None = flag(None, card=(2, "reward"))
-    """Sources of reward: regex:PATTERN, exact:COLUMN, number:COLUMN, length:LO-HI, ended, repetition,
-    json, or MODULE:FUNCTION. None: --reward_model, or with built-in prompts regex:[?], a question
+    """Sources of reward: regex:PATTERN, exact:COLUMN, number:COLUMN, length:LO-HI, ended,
+    overlong:BUFFER, repetition, json, or MODULE:FUNCTION. None: --reward_model, or with built-in prompts regex:[?], a question
     back.
     """
     reward_model: str | None = None

@@ -67,6 +67,14 @@ def test_verifiers(spec, response, row, wanted):
     assert value(spec, response, **row) == pytest.approx(wanted, nan_ok=True)
 
 
+def test_overlong_is_dapo_s_punishment():
+    """OpenRLHF's apply_overlong_penalty gives the same: 16 tokens at most, a buffer of 4."""
+    lengths = [10, 12, 13, 14, 16]
+    source = rewards.open_source("overlong:4", [])
+    answers = [sample("x")._replace(length=length, most=16) for length in lengths]
+    assert rewards.score(source, answers).tolist() == [0, 0, -0.25, -0.5, -1]
+
+
 def test_ended():
     assert value("ended", "x") == 1 and value("ended", "x", ended=False) == 0
 
@@ -77,6 +85,7 @@ def test_ended():
         ("regex", "expected regex:PATTERN"),
         ("ended:now", "expected ended"),
         ("length:9-3", "expected words as LO-HI"),
+        ("overlong:0", "expected tokens, say overlong:64"),
         ("number:answer", "no column 'answer'; found prompt"),
         ("nothing", "expected MODULE:FUNCTION or one of regex:PATTERN, exact:COLUMN"),
     ],

@@ -118,7 +118,9 @@ class PolicyReport:
             samples_per_prompt=1,
             seed=self.settings.seed,
         )
-        samples = samples_of(answers, prompts, models.policy.tokenizer)
+        samples = samples_of(
+            answers, prompts, models.policy.tokenizer, self.settings.max_new_tokens
+        )
         scores, score = self.rewards.score(samples)
         columns = columns_of(answers.completions) | {"reward": score.tolist()}
         if self.algorithm.kl.coef:

@@ -248,8 +248,10 @@ def open_critic(settings, run, mode, tokenizer, datasets, path, steps) -> Traine
     return setup.wrap_for_training(settings, mode, module, tokenizer, steps, lr=lr)
 
 
-def samples_of(answers: Answers, of: prompts.Prompts, tokenizer) -> list[Sample]:
-    """What sources of reward see of each answer: text, decoded without control tokens."""
+def samples_of(answers: Answers, of: prompts.Prompts, tokenizer, most: int) -> list[Sample]:
+    """What sources of reward see of each answer: text, decoded without control tokens. most: tokens
+    that an answer may have.
+    """
     k = answers.samples_per_prompt
     texts = tokenizer.batch_decode(
         [c.ids[:-1] if c.ended else c.ids for c in answers.completions], skip_special_tokens=True
@@ -258,6 +260,14 @@ def samples_of(answers: Answers, of: prompts.Prompts, tokenizer) -> list[Sample]
     for n, (completion, text) in enumerate(zip(answers.completions, texts, strict=True)):
         i = answers.groups[n // k]
         found.append(
-            Sample(of.messages(i), text, completion.ended, of.row(i), int(of.data.rows[i]))
+            Sample(
+                of.messages(i),
+                text,
+                completion.ended,
+                of.row(i),
+                int(of.data.rows[i]),
+                length=len(completion.ids),
+                most=most,
+            )
         )
     return found

@@ -185,8 +185,7 @@ class Collector:
         """(the answers, what rewards see of them, their scores (B, F), what is maximised (B,)); prompts
         whose samples all have the same reward are answered anew, as often as the algorithm says.
         """
-        tokenizer = self.models.policy.tokenizer
-        samples = samples_of(answers, self.prompts, tokenizer)
+        samples = self._samples_of(answers)
         scores, score = self._score(samples)
         for attempt in range(1, self.algorithm.resamples + 1):
             flat = adv.is_flat(torch.from_numpy(score), answers.samples_per_prompt)
@@ -195,13 +194,17 @@ class Collector:
                 break
             others = self._draw(step, places, attempt)
             answers = answers.replaced(places, others)
-            new_samples = samples_of(others, self.prompts, tokenizer)
+            new_samples = self._samples_of(others)
             k = answers.samples_per_prompt
             index = [i * k + s for i in places for s in range(k)]
             scores[index], score[index] = self._score(new_samples)
             for i, sample in zip(index, new_samples, strict=True):
                 samples[i] = sample
         return answers, samples, scores, score
+
+    def _samples_of(self, answers: Answers):
+        tokenizer = self.models.policy.tokenizer
+        return samples_of(answers, self.prompts, tokenizer, self.settings.max_new_tokens)
 
     def _score(self, samples):
         with self.report.timed("score"):
@@ -315,7 +318,15 @@ class Collector:
             "episode": float((self.kept.number + 1) * len(lengths)),
         }
         if ended.any():
-            facts["completions/mean_terminated_length"] = float(lengths[ended].mean())
+            of_ended = lengths[ended]
+            facts |= {
+                "completions/mean_terminated_length": float(of_ended.mean()),
+                "completions/min_terminated_length": float(of_ended.min()),
+                "completions/max_terminated_length": float(of_ended.max()),
+            }
+        counted = rollout.score[np.isfinite(rollout.score)]
+        if len(counted) > 1:
+            facts["reward_std"] = float(counted.std(ddof=1))
         for name, column in zip(self.rewards.names, rollout.scores.T, strict=True):
             known = column[np.isfinite(column)]
             if len(known):

@@ -1,6 +1,6 @@
 """Rewards that a program gives: built-in verifiers, and anybody's Python function.
 
-    --reward regex:PATTERN exact:COLUMN number:COLUMN length:LO-HI ended repetition json
+    --reward regex:PATTERN exact:COLUMN number:COLUMN length:LO-HI ended overlong:BUFFER repetition json
     --reward my_rewards:correct          # the function `correct` of my_rewards.py
 
 A function of ours takes any of `prompt`, `response` and `row` by these names and is called once a
@@ -43,6 +43,8 @@ class Sample(NamedTuple):
     ended: bool  # by itself; else it was cut
     row: dict  # all columns of the prompt's data row
     number: int  # of that row, for messages
+    length: int = 0  # tokens, the end token included
+    most: int = 0  # tokens that an answer may have
 
     @property
     def prompt(self) -> str:
@@ -273,6 +275,15 @@ def _ended() -> Callable:
     return lambda sample: float(sample.ended)
 
 
+def _overlong(buffer: str) -> Callable:
+    """0 for an answer that leaves `buffer` tokens unused, then falling to -1 where none is left: soft
+    overlong punishment (Yu et al. 2025, arXiv 2503.14476, equation 13).
+    """
+    if not buffer.isdecimal() or not int(buffer):
+        raise ValueError(f"--reward overlong:{buffer}: expected tokens, say overlong:64")
+    return lambda sample: -min(1.0, max(0, sample.length - sample.most + int(buffer)) / int(buffer))
+
+
 def _repetition() -> Callable:
     """Minus the share of three-word sequences that stood in the answer before."""
 
@@ -305,6 +316,7 @@ VERIFIERS = {
     "number": Verifier(_same_number, "COLUMN"),
     "length": Verifier(_length, "LO-HI"),
     "ended": Verifier(_ended),
+    "overlong": Verifier(_overlong, "BUFFER"),
     "repetition": Verifier(_repetition),
     "json": Verifier(_json),
 }
