@@ -36,6 +36,16 @@ sys.path.insert(0, str(ROOT))
 # light modules: flags are read before torch is imported (train/config.py says why)
 from train import config, quiet, settings
 
+# What several flags need.
+LANGUAGE_MODEL = settings.AnyOf(
+    (settings.Needs("model"), settings.Needs("reward_model", unset=True)),
+    "where --reward_model stands alone: pass --model, too",
+)
+# where there is none, 0 prompts are as good as any number
+NO_PROMPTS = settings.Needs("prompts", unset=True)
+PROMPTS = LANGUAGE_MODEL._replace(needs=(*LANGUAGE_MODEL.needs, NO_PROMPTS))
+ANSWERS = (LANGUAGE_MODEL, settings.Needs("prompts"))
+
 
 @dataclasses.dataclass
 class Settings:
@@ -47,7 +57,7 @@ class Settings:
     """The model: a directory or hub name. None: SmolLM2-135M-Instruct, or where there is a
     --reward_model, none.
     """
-    reference: str | None = None
+    reference: str | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """The model to compare with, usually the one that training started from. None: margins are
     log-prob differences.
     """
@@ -57,7 +67,7 @@ class Settings:
     """
     columns: list[str] | None = None
     """Columns that have other names in --data, say prompt=question chosen=better rejected=worse."""
-    ood: list[str] | None = None
+    ood: list[str] | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """Other text: rows with a column "text", a .txt file of paragraphs, or wikitext. None:
     eval/passages.jsonl.
     """
@@ -66,7 +76,7 @@ class Settings:
     evaluated on --data, whose chosen or rejected may then be lists of answers; beside a --model it
     scores what the models write, too.
     """
-    by: str | None = None
+    by: str | None = settings.flag(None, needs=settings.Needs("reward_model"))
     """A column of strings that the reward model's rows are told apart by, say subset. RewardBench's
     and RewardBench 2's subsets give their section scores.
     """
@@ -74,21 +84,21 @@ class Settings:
     """Folder for the report."""
     max_rows: int | None = None
     """Most pairs, and most texts, the first ones. None: all."""
-    ood_tokens: int | None = None
+    ood_tokens: int | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """Most tokens of other text; the last text is cut to fit. None: all."""
-    prompts: int = 32
+    prompts: int = settings.flag(32, needs=PROMPTS)
     """Distinct prompts, the first ones, that the models answer; 0: none."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = settings.flag(128, needs=ANSWERS)
     """Most tokens of an answer."""
-    temperature: float = 1.0
+    temperature: float = settings.flag(1.0, needs=ANSWERS)
     """Of the sampled answers; at 1, and only there, they give the KL to the reference."""
-    beta: float | None = None
+    beta: float | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """Reward = beta * log(pi / pi_ref). None, also in the five below: from the model's run.json,
     else 0.1.
     """
-    loss: str | None = None
+    loss: str | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """The loss, a row of train/losses/composition.py's LOSSES."""
-    loss_args: dict | None = None
+    loss_args: dict | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """The loss's own parameters."""
     max_length: int | None = None
     """Most tokens of a prompt and a response together, and of a text."""
@@ -120,7 +130,7 @@ class Settings:
     """Tokens a packed batch may hold. None: as many as keep the machine busy
     (train/engine/memory.py), on any ranks.
     """
-    batch_size: int = 32
+    batch_size: int = settings.flag(32, needs=ANSWERS)
     """Answers decoded at once."""
     ds_config: str | None = settings.flag(None, may_change=True)
     """DeepSpeed JSON: ds_configs/frozen_zero3.json shards the models over the ranks, which then are
@@ -134,7 +144,7 @@ class Settings:
     """
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code."""
-    seed: int = 0
+    seed: int = settings.flag(0, needs=(*ANSWERS, settings.Needs("temperature")))
     """Seed of the sampled answers."""
 
     def __post_init__(self):
@@ -152,15 +162,6 @@ class Settings:
         settings.check_bounds(
             self, at_least, shares=("max_dropped", "max_implausible"), positive=("beta",)
         )
-        if self.by and not self.reward_model:
-            raise ValueError("--by tells a reward model's rows apart: pass --reward_model")
-        if self.reward_model and not self.model:
-            for name in ("reference", "ood", "ood_tokens", "beta", "loss", "loss_args"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"--{name} is for language models, and --reward_model stands alone: pass "
-                        "--model, too"
-                    )
 
 
 def main():

@@ -38,19 +38,23 @@ class Settings(shared_flags.Preference):
     """Where log pi_ref comes from. live: a frozen model, scored beside the policy. cached: the
     same, scored once and kept on disk. none: nowhere, for losses that need none.
     """
-    reference_model: str | None = None
+    reference_model: str | None = shared_flags.flag(None, needs=shared_flags.HAS_REFERENCE)
     """The reference: a model directory or hub name. None: --model as it is at the start."""
-    reference_every: int = 0
+    reference_every: int = shared_flags.flag(
+        0, needs=shared_flags.Needs("reference", among=("live",))
+    )
     """Steps after which a live reference moves towards the policy (TR-DPO); 0: it stands still."""
-    reference_mixup: float = 0.6
+    reference_mixup: float = shared_flags.flag(0.6, needs=shared_flags.Needs("reference_every"))
     """The policy's share in a reference that moves; 1 replaces it."""
-    reference_ds_config: str | None = shared_flags.flag(None, may_change=True)
+    reference_ds_config: str | None = shared_flags.flag(
+        None, may_change=True, needs=(shared_flags.HAS_REFERENCE, shared_flags.REFERENCE_APART)
+    )
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
     else whole on each rank.
     """
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self, given):
+        super().__post_init__(given)
         shared_flags.check_bounds(self, {"reference_every": 0})
 
 
@@ -115,8 +119,6 @@ def refuse(settings, loss):
             f"--loss {settings.loss} scores responses to other prompts, drawn anew at each step: "
             "--reference live"
         )
-    if settings.reference_every and settings.reference != "live":
-        raise ValueError(f"a reference that moves is --reference live, not {settings.reference}")
     if settings.reference_every and settings.lora_rank:
         raise ValueError(
             "--reference_every moves weights towards the policy's, and with --lora_rank those stand "
@@ -124,8 +126,6 @@ def refuse(settings, loss):
         )
     if not 0 < settings.reference_mixup <= 1:
         raise ValueError(f"--reference_mixup lies in (0, 1], not at {settings.reference_mixup}")
-    if settings.reference == "none" and settings.reference_model:
-        raise ValueError("--reference none and --reference_model contradict each other")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 # Flags are read before torch and transformers are imported, which takes seconds.
 from train import config
-from train.settings import Data, Scored, check_bounds, sources, token_options
+from train.settings import Data, Needs, Scored, check_bounds, flag, sources, token_options
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
@@ -52,14 +52,12 @@ class Settings(Scored, Data):
     """Print the first N rows, and any that are cut or dropped, as text and token ids in place of
     the report.
     """
-    json: bool = False
+    json: bool = flag(False, needs=Needs("show", but=(None,)))
     """Print the rows of --show as JSON lines."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self, given):
+        super().__post_init__(given)
         check_bounds(self, {"show": 0})
-        if self.json and self.show is None:
-            raise ValueError("--json is for the rows of --show N; the report is JSON in any case")
 
 
 def main():

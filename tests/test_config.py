@@ -123,16 +123,39 @@ def test_what_is_wrong_is_said_in_one_line(capsys, argv, message):
     [
         (b"bta: 1\n", "there is no key bta (did you mean beta?)"),
         (b"beta: ten\n", "beta: expected float, got 'ten'"),
-        (b"data: one.jsonl\n", "data: expected list[str], got 'one.jsonl'"),
+        (b"layers: one\n", "layers: expected list[int], got 'one'"),
         (b"- 1\n", "expected lines of `key: value`"),
-        (b"beta: [1\n", "Problems parsing config: while parsing a flow sequence"),
+        (b"beta: [1\n", "line 2, column 1: expected ',' or ']', but got '<stream end>'"),
+        (b"beta: 1\nbeta: 2\n", "line 2, column 1: the key beta stands twice"),
+        (b"loss_args: {tau: 1, tau: 2}\n", "line 1, column 21: the key tau stands twice"),
+        (
+            b"bta: 1\nprecision: fp16\nzz: 3\nbatch_size: a\n",
+            "there is no key bta (did you mean beta?); there is no key zz; precision: expected one of "
+            "auto, bf16, fp32, got 'fp16'; batch_size: expected int, got 'a'",
+        ),
+        (
+            b'{"zero_optimization": {"stage": 2}}',
+            "a DeepSpeed configuration: pass it as --ds_config",
+        ),
+        (
+            b"learning_rate: 1\noutput_dir: x\n",
+            "there is no key learning_rate: leave it out (this script has no --lr); there is no key "
+            "output_dir: leave it out (this script has no --output)",
+        ),
         (b"beta: 1\n\xff\n", "not UTF-8: invalid start byte at byte 8"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_said_with_its_name(capsys, tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text)
-    assert refused(capsys, "--config", str(path)).startswith(f"error: {path}: {message}")
+    assert refused(capsys, "--config", str(path)) == f"error: {path}: {message}"
+
+
+def test_a_file_that_is_not_there_and_its_neighbour(capsys, tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    path = tmp_path / "recpe.yaml"
+    expected = f"error: --config {path}: there is no such file (did you mean recipe.yaml?)"
+    assert refused(capsys, "--config", str(path)) == expected
 
 
 def test_flags_override_the_file_and_the_second_file_the_first(tmp_path):
@@ -145,6 +168,31 @@ def test_flags_override_the_file_and_the_second_file_the_first(tmp_path):
     assert settings.loss_args == {"tau": 1, "kind": "x"}
     # a float, although YAML 1.1 reads a string
     assert config.parse(Settings, ["--config", str(first)]).beta == 1e-6
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("data: one.jsonl", "data", ["one.jsonl"]),
+        ("layers: -1", "layers", [-1]),
+        ("loss_args.tau: 2\nloss_args.kind: x", "loss_args", {"tau": 2, "kind": "x"}),
+        ("model: '123'", "model", "123"),
+        ("model: null", "model", None),
+        ("# nothing", "beta", 0.1),
+    ],
+)
+def test_what_a_file_may_hold(tmp_path, text, name, value):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert getattr(config.parse(Settings, ["--config", str(path)]), name) == value
+
+
+def test_all_flags_that_do_not_exist_are_named(capsys):
+    said = refused(capsys, "--bta", "1", "--beta", "2", "--precison", "a", "b", "--zzz")
+    assert said == (
+        "error: there is no flag --bta (did you mean --beta?); there is no flag --precison (did you "
+        "mean --precision?); there is no flag --zzz"
+    )
 
 
 def test_a_printed_config_is_a_config_again(capsys, tmp_path):

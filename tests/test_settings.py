@@ -3,21 +3,36 @@ and the data where none is named.
 """
 
 import dataclasses
-import runpy
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
-from train import settings
+from train import config, settings
+from train.losses.policy import ALGORITHMS
+from train.losses.reward import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = [[str(ROOT / f"train/data/builtin/{name}.jsonl")] for name in ("train", "held_out")]
+
+
+def settings_of(script):
+    """The Settings of a script, whose module stays: the parser looks its annotations up there."""
+    name = f"script_{Path(script).stem}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Settings
+
+
 SCRIPTS = {
-    name: runpy.run_path(str(ROOT / name))["Settings"]
+    name: settings_of(name)
     for name in (
         "launch/validate.py",
         "launch/train_dpo.py",
         "launch/train_reward.py",
+        "launch/train_ppo.py",
         "eval/evaluate.py",
     )
 }
@@ -119,6 +134,155 @@ def test_a_flag_makes_a_fresh_default_for_each_instance():
     first, second = settings.Preference(), settings.Preference()
     first.loss_args["label_smoothing"] = 0.1
     assert second.loss_args == {} and settings.Preference().loss_args == {}
+
+
+ALL = ("dpo", "reward", "ppo")
+VALUE_MODEL = "with --algorithm grpo: it counts with ppo"
+ALONE = "where --reward_model stands alone: pass --model, too"
+ONE_UPDATE = (
+    "with one update a rollout, in which the ratio is 1: it counts with --minibatches or "
+    "--epochs_per_rollout above 1"
+)
+# (scripts, the flag with a value that asks for something, flags under which that changes nothing,
+#  flags under which it counts, what is said behind "changes nothing")
+IDLE = [
+    (("validate", *ALL), "--eval_split 0.5", "--eval_data b", "", "beside --eval_data: leave one of them out"),
+    (("validate", *ALL), "--data_split_seed 7", "", "--eval_split 0.5", "without --eval_split"),
+    (ALL, "--warmup_ratio 0.5", "--lr_scheduler constant", "--lr_scheduler cosine", "with --lr_scheduler constant: it counts with another --lr_scheduler"),
+    (ALL, "--warmup_steps 7", "--lr_scheduler constant", "--lr_scheduler cosine", "with --lr_scheduler constant: it counts with another --lr_scheduler"),
+    (ALL, "--warmup_steps 7", "--lr_scheduler linear --warmup_ratio 0.5", "--lr_scheduler linear", "beside --warmup_ratio: leave one of them out"),
+    (ALL, "--num_cycles 2", "--lr_scheduler linear", "--lr_scheduler cosine", "with --lr_scheduler linear: it counts with cosine, cosine_with_restarts or cosine_with_min_lr"),
+    (ALL, "--min_lr 1e-8", "--lr_scheduler cosine", "--lr_scheduler polynomial", "with --lr_scheduler cosine: it counts with cosine_with_min_lr or polynomial"),
+    (ALL, "--eval_every 7", "--data a", "--data a --eval_split 0.5", "without held-out rows: pass --eval_data or --eval_split"),
+    (ALL, "--eval_every 7", "--data a", "--data a --eval_data b", "without held-out rows: pass --eval_data or --eval_split"),
+    (ALL, "--eval_every 7", "--data a", "", "without held-out rows: pass --eval_data or --eval_split"),
+    (ALL, "--lora_alpha 16", "", "--lora_rank 4", "without --lora_rank"),
+    (ALL, "--lora_targets q_proj", "--lora_rank 0", "--lora_rank 4", "without --lora_rank"),
+    ("dpo", "--reference_model m", "--reference none", "--reference cached", "with --reference none: it counts with live or cached"),
+    ("dpo", "--reference_every 7", "--reference cached", "", "with --reference cached: it counts with live"),
+    ("dpo", "--reference_mixup 0.6", "", "--reference_every 7", "without --reference_every"),
+    ("dpo", "--reference_ds_config j", "--reference none", "", "with --reference none: it counts with live or cached"),
+    ("dpo", "--reference_ds_config j", "--lora_rank 4", "--lora_rank 4 --reference_model m", "with --lora_rank: the reference is the policy without its adapters, unless --reference_model names another"),
+    ("dpo", "--reference_ds_config j", "--lora_rank 4", "--lora_rank 4 --reference cached", "with --lora_rank: the reference is the policy without its adapters, unless --reference_model names another"),
+    ("reward", "--margin scores", "--loss squared", "", "with --loss squared: it counts with bradley_terry"),
+    ("validate", "--margin scores", "", "--trainer reward", "with --trainer dpo: it counts with reward"),
+    ("validate", "--json", "", "--show 0", "without --show"),
+    ("ppo", "--kl_coef 0.5", "--algorithm dapo", "", "with --algorithm dapo: it counts with ppo, rloo, reinforce++, reinforce++_baseline or grpo"),
+    ("ppo", "--clip_low 0.1", "--algorithm cispo", "--algorithm dapo", "with --algorithm cispo: it counts with another --algorithm"),
+    ("ppo", "--clip_low 0.1", "", "--minibatches 2", ONE_UPDATE),
+    ("ppo", "--clip_high 0.1", "--minibatches 1", "--epochs_per_rollout 2", ONE_UPDATE),
+    ("ppo", "--dual_clip 3", "", "--algorithm gspo", ONE_UPDATE),
+    ("ppo", "--dual_clip 3", "--algorithm sapo", "--algorithm ppo", "with --algorithm sapo: it counts with another --algorithm"),
+    ("ppo", "--scale_advantages batch", "--algorithm ppo", "", "with --algorithm ppo: it counts with another --algorithm"),
+    ("ppo", "--gamma 0.5", "", "--algorithm reinforce++", "with --algorithm grpo: it counts with ppo or reinforce++"),
+    ("ppo", "--lam 0.5", "", "--algorithm ppo", VALUE_MODEL),
+    ("ppo", "--value_lam 0.5", "", "--algorithm ppo", VALUE_MODEL),
+    ("ppo", "--value_model m", "", "--algorithm ppo", VALUE_MODEL),
+    ("ppo", "--value_lr 0.5", "", "--algorithm ppo", VALUE_MODEL),
+    ("ppo", "--value_clip 0.5", "", "--algorithm ppo", VALUE_MODEL),
+    ("ppo", "--value_warmup 7", "", "--algorithm ppo", VALUE_MODEL),
+    ("ppo", "--value_ds_config j", "", "--algorithm ppo", VALUE_MODEL),
+    ("ppo", "--reference_ds_config j", "--algorithm dapo", "", "with --algorithm dapo: it counts with ppo, rloo, reinforce++, reinforce++_baseline or grpo"),
+    ("ppo", "--reference_ds_config j", "--kl_coef 0", "", "with --kl_coef 0.0: it counts with another --kl_coef"),
+    ("ppo", "--reference_ds_config j", "--lora_rank 4", "", "beside --lora_rank: leave one of them out"),
+    ("evaluate", "--reference m", "--reward_model r", "", ALONE),
+    ("evaluate", "--ood t", "--reward_model r", "--reward_model r --model m", ALONE),
+    ("evaluate", "--ood_tokens 7", "--reward_model r", "", ALONE),
+    ("evaluate", "--prompts 7", "--reward_model r", "", ALONE),
+    ("evaluate", "--prompts 32", "--reward_model r", "--model m", ALONE),
+    ("evaluate", "--beta 1", "--reward_model r", "", ALONE),
+    ("evaluate", "--loss ipo", "--reward_model r", "", ALONE),
+    ("evaluate", "--loss_args.tau 7", "--reward_model r", "", ALONE),
+    ("evaluate", "--by s", "", "--reward_model r", "without --reward_model"),
+    ("evaluate", "--max_new_tokens 7", "--prompts 0", "", "without --prompts"),
+    ("evaluate", "--max_new_tokens 7", "--reward_model r", "", ALONE),
+    ("evaluate", "--temperature 1", "--prompts 0", "", "without --prompts"),
+    ("evaluate", "--temperature 1", "--reward_model r", "", ALONE),
+    ("evaluate", "--batch_size 7", "--prompts 0", "", "without --prompts"),
+    ("evaluate", "--batch_size 7", "--reward_model r", "", ALONE),
+    ("evaluate", "--seed 7", "--temperature 0", "", "without --temperature"),
+    ("evaluate", "--seed 7", "--prompts 0", "", "without --prompts"),
+    ("evaluate", "--seed 7", "--reward_model r", "", ALONE),
+]  # fmt: skip
+BY_NAME = {Path(script).stem.removeprefix("train_"): kind for script, kind in SCRIPTS.items()}
+TRIED = [
+    pytest.param(kind, *row, id=f"{kind} {row[0]} {row[1]}")
+    for kinds, *row in IDLE
+    for kind in ([kinds] if isinstance(kinds, str) else kinds)
+]
+
+
+@pytest.mark.parametrize("kind, given, idle, counts, said", TRIED)
+def test_a_flag_that_changes_nothing_is_refused(capsys, tmp_path, kind, given, idle, counts, said):
+    """On the command line and in a file; and accepted where it counts."""
+    name = given.split()[0].partition(".")[0]
+    with pytest.raises(SystemExit):
+        config.parse(BY_NAME[kind], [*given.split(), *idle.split()])
+    assert capsys.readouterr().err == f"error: {name} changes nothing {said}; see --help\n"
+    accepted = config.parse(BY_NAME[kind], [*given.split(), *counts.split()])
+    config.parse(BY_NAME[kind], idle.split())
+    recipe = tmp_path / "recipe.yaml"
+    value = given.partition(" ")[2] or "true"
+    recipe.write_text(f"{given.split()[0][2:]}: {value}")
+    line = ["--config", str(recipe), *idle.split()]
+    if getattr(accepted, name[2:]) == settings.defaults(BY_NAME[kind])[name[2:]]:
+        config.parse(BY_NAME[kind], line)  # --print_config writes defaults, too
+        return
+    with pytest.raises(SystemExit):
+        config.parse(BY_NAME[kind], line)
+    assert f"{name} changes nothing {said}" in capsys.readouterr().err
+
+
+def test_every_flag_with_needs_is_tried():
+    tried = {(kind, row.values[1].split()[0].partition(".")[0]) for kind in BY_NAME for row in TRIED if row.values[0] == kind}  # fmt: skip
+    declared = {
+        (kind, f"--{field.name}")
+        for kind, settings_class in BY_NAME.items()
+        for field in dataclasses.fields(settings_class)
+        if field.metadata.get("needs")
+    }
+    assert tried == declared
+
+
+def test_what_asks_for_nothing_is_never_refused():
+    for line in ("--warmup_ratio 0 --lr_scheduler constant", "--eval_split 0 --eval_data b"):
+        config.parse(BY_NAME["dpo"], line.split())
+    config.parse(BY_NAME["ppo"], ["--kl_coef", "0", "--algorithm", "dapo"])
+    config.parse(BY_NAME["evaluate"], ["--prompts", "0", "--reward_model", "r"])
+
+
+def test_needs_name_the_algorithms_and_losses_of_the_tables():
+    """train/settings.py imports no torch, and writes the names down."""
+
+    def holding(need):
+        make = dataclasses.make_dataclass("Flags", ["algorithm"])
+        return {name for name in ALGORITHMS if need.holds(make(name))}
+
+    def rows(is_one):
+        return {name for name, row in ALGORITHMS.items() if is_one(row)}
+
+    assert holding(settings.VALUE_MODEL) == rows(lambda row: row.needs_critic)
+    assert holding(settings.DISCOUNTED) == rows(lambda row: row.advantage != "group")
+    assert holding(settings.COMPARES_SAMPLES) == rows(lambda row: row.needs_groups)
+    assert holding(settings.HAS_KL) == rows(lambda row: row.kl.place != "none")
+    assert holding(settings.CLIPS_A_RATIO) == rows(lambda row: row.ratio not in ("weight", "gate"))
+    # by the number of updates alone: of the others the first need of each flag says more
+    several = settings.MOVES_THE_RATIO.needs[0]
+    assert holding(several) == rows(lambda row: row.epochs * row.minibatches > 1)
+    assert {name for name, row in LOSSES.items() if row.takes_pairs} == {"bradley_terry"}
+
+
+def test_what_is_given_stays_beside_a_demonstration():
+    """With built-in prompts defaults make way, and values that were given do not."""
+    kind = BY_NAME["ppo"]
+    assert config.parse(kind, []).lr == kind.demonstration["lr"]
+    given = config.parse(kind, ["--lr", "1e-6", "--lr_scheduler", "linear"])
+    assert (given.lr, given.lr_scheduler) == (1e-6, "linear") and given.max_new_tokens == 48
+    assert "--lr " not in given.adapted and "--max_new_tokens 48" in given.adapted
+    short = ["--max_length", "256"]
+    assert config.parse(BY_NAME["dpo"], short).max_prompt_length == 128
+    line = [*short, "--max_prompt_length", "256"]
+    assert config.parse(BY_NAME["dpo"], line).max_prompt_length == 256
 
 
 @pytest.mark.parametrize(

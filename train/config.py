@@ -8,16 +8,20 @@ help:
 Flags given on the command line override the YAML, wherever `--config` stands. Lists take several
 values (`--data a.jsonl b.jsonl`), booleans true or false or nothing (`--deterministic`),
 dictionaries `--loss_args.tau 2` or `--loss_args '{tau: 2}'`. `--local_rank N`, which the deepspeed
-launcher appends, is ignored.
+launcher appends, is ignored. A flag that was given and changes nothing is refused, by the `needs`
+of its field (train/settings.py: flag); a name of another trainer's is refused with ours
+(train/other_trainers.py).
 
-Imports the standard library and jsonargparse only, so that a script can read its flags, and say
-what is wrong with them, before it installs signal handlers and imports torch.
+Imports the standard library, jsonargparse and the YAML that it reads with, so that a script can
+read its flags, and say what is wrong with them, before it installs signal handlers and imports
+torch.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import enum
+import functools
 import inspect
 import io
 import json
@@ -30,6 +34,10 @@ from collections import deque
 from pathlib import Path
 
 import jsonargparse
+import yaml
+
+from train import other_trainers
+from train.files import near_names
 
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 PARSER_FLAGS = ("config", "print_config", "help")  # what is there besides the fields
@@ -62,19 +70,26 @@ def parse(settings_class, argv=None):
     # one rank is enough to print the help or --print_config
     stdout = sys.stdout if _rank() == 0 else io.StringIO()
     try:
-        configs, flags = _normalise(sys.argv[1:] if argv is None else argv, types_by_name)
-        for path in configs:
-            _check_file(parser, path, settings_class)
+        paths, flags, given = _normalise(sys.argv[1:] if argv is None else argv, types_by_name)
+        files = [_read_file(parser, path, settings_class) for path in paths]
+        # the files first: what is parsed later wins
+        configs = [f"--config={json.dumps(values, default=str)}" for values in files if values]
         with contextlib.redirect_stdout(stdout):
-            # the files first: what is parsed later wins
-            values = parser.parse_args([f"--config={path}" for path in configs] + flags)
-        settings = settings_class(**{name: values[name] for name in types_by_name})
+            values = parser.parse_args(configs + flags)
+        values = {name: values[name] for name in types_by_name}
+        given |= _changed(settings_class, values, {name for each in files for name in each})
+        if "given" in inspect.signature(settings_class).parameters:
+            settings = settings_class(**values, given=frozenset(given))
+        else:
+            settings = settings_class(**values)
         _refuse_unwritable(settings)
+        _refuse_idle(settings, given)
         return settings
     except jsonargparse.ArgumentError as error:
         fail(f"{_explain(str(error), settings_class)}; see --help")
     except ValueError as error:
-        fail(f"{error}; see --help")
+        is_recipe = "\n" in str(error)  # a whole translation, which stands for itself
+        fail(str(error) if is_recipe else f"{error}; see --help")
 
 
 def as_dict(settings):
@@ -106,6 +121,33 @@ def _refuse_unwritable(settings):
             raise ValueError(f"--{name} is not UTF-8: {value!a}")
 
 
+def _changed(settings_class, values: dict, names: set[str]) -> set[str]:
+    """Those of a file's names that have another value than the default: --print_config writes the
+    defaults, too, and they ask for nothing.
+    """
+    fields = dataclasses.fields(settings_class)
+    return {f.name for f in fields if f.name in names and values[f.name] != _default(f)}
+
+
+def _default(field):
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _refuse_idle(settings, given: set[str]):
+    """ValueError for a flag that was given and changes nothing, by its field's `needs`. 0, false and
+    nothing ask for nothing where they are the default.
+    """
+    for field in dataclasses.fields(settings):
+        asks_nothing = not getattr(settings, field.name) and not _default(field)
+        if asks_nothing or field.name not in given:
+            continue
+        for need in field.metadata.get("needs", ()):
+            if not need.holds(settings):
+                raise ValueError(f"--{field.name} changes nothing {need.words(settings)}")
+
+
 def _rank():
     """This process's global rank before anything is initialised: RANK, under a plain srun
     SLURM_PROCID, else 0.
@@ -125,6 +167,7 @@ def _to_json_types(value):
     return str(value) if isinstance(value, Path) else value
 
 
+@functools.cache
 def _parser(settings_class):
     """A parser with a flag for each field, its help the docstring under the field."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -140,7 +183,8 @@ def _parser(settings_class):
         action="config",
         help="a YAML file of flags; those on the command line override it",
     )
-    parser.add_class_arguments(settings_class, as_group=False)
+    # `given` is `parse`'s own
+    parser.add_class_arguments(settings_class, as_group=False, skip={"given"})
     return parser
 
 
@@ -165,12 +209,13 @@ def _is_list(hint):
 
 
 def _normalise(argv, types_by_name):
-    """Split `argv` into the paths after --config and the other flags, each written `--name=value`.
+    """Split `argv` into the paths after --config, the other flags, each written `--name=value`, and
+    the set of their names.
 
     Launcher flags go; a bare boolean becomes true; several values of a list become one; `-1e-6` is
-    a value. Raises ArgumentError for a flag that does not exist.
+    a value. ValueError names all flags that do not exist.
     """
-    tokens, configs, flags = deque(argv), [], []
+    tokens, configs, flags, given, unknown = deque(argv), [], [], set(), []
     while tokens:
         token = tokens.popleft()
         flag, equals, value = token.partition("=")
@@ -183,9 +228,9 @@ def _normalise(argv, types_by_name):
         elif not token.startswith("--"):
             flags.append(token)  # -h, or a stray word that the parser refuses
         elif name not in types_by_name and name not in PARSER_FLAGS:
-            raise jsonargparse.ArgumentError(
-                None, _unknown("flag", name, types_by_name, dashes="--")
-            )
+            unknown.append(name)
+            if not equals:
+                _take_values(tokens, many=True)
         else:
             values = [value] if equals else _take_values(tokens, many=_is_list(field_type))
             if field_type is bool and not values:
@@ -193,8 +238,11 @@ def _normalise(argv, types_by_name):
             if name == "config" and values:
                 configs.append(values[0])
             else:
+                given.add(name)
                 flags.append(f"{flag}={_join(values, field_type)}" if values else flag)
-    return configs, flags
+    if unknown:
+        raise ValueError(_unknown("flag", unknown, types_by_name, "--"))
+    return configs, flags, given
 
 
 def _take_values(tokens, many):
@@ -217,39 +265,94 @@ def _join(values, field_type):
     return f"[{', '.join(values)}]"
 
 
-def _check_file(parser, path, settings_class):
-    """Parse one YAML file alone, so that what is wrong in it is reported with its name; the result
-    is not used.
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, of which YAML's own would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(parser, path, settings_class) -> dict:
+    """The flags of a YAML file, with one value of a list as a list of one. ValueError names the
+    file and all that is wrong in it.
     """
+    types_by_name = _field_types(settings_class)
+
+    def refuse(message):
+        raise ValueError(f"{path}: {message}")
+
     try:
-        parser.parse_path(path, defaults=False)
-        return
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
-        message = f"{path}: not UTF-8: {error.reason} at byte {error.start}"
-    except (jsonargparse.ArgumentError, TypeError, OSError) as error:
-        if REQUIRED.search(str(error)):
-            return  # flags may supply it
-        if Path(path).is_file():
-            message = f"{path}: {_explain(str(error), settings_class, dashes='')}"
-        else:
-            message = f"--config {path}: there is no such file"
-    raise jsonargparse.ArgumentError(None, message)
+        refuse(f"not UTF-8: {error.reason} at byte {error.start}")
+    except OSError as error:
+        raise ValueError(f"--config {path}: there is no such file{near_names(path)}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        refuse(f"{where}{getattr(error, 'problem', None) or _shortened(str(error))}")
+    if found is None:  # an empty file, or comments
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        refuse("expected lines of `key: value`")
+    if other := next(
+        (found_as for key, found_as in other_trainers.OTHER_FILES.items() if key in found), None
+    ):
+        refuse(other)
+    if other_trainers.is_recipe(found, types_by_name):
+        lines = other_trainers.recipe(found, types_by_name)
+        refuse("written for another trainer; here it reads\n" + "\n".join(lines))
+    values, problems, unknown = {}, [], []
+    for key, value in found.items():
+        name, _, inner = key.partition(".")  # loss_args.tau: 2
+        if name not in types_by_name:
+            unknown.append(key)
+            continue
+        if _is_list(types_by_name[name]) and value is not None and not isinstance(value, list):
+            value = [value]
+        value = {inner: value} if inner else value
+        try:
+            parser.parse_object({name: value}, defaults=False)
+        except (jsonargparse.ArgumentError, TypeError) as error:
+            if not REQUIRED.search(str(error)):  # flags may supply it
+                problems.append(_explain(str(error), settings_class, dashes=""))
+        both_nested = isinstance(value, dict) and isinstance(values.get(name), dict)
+        values[name] = values[name] | value if both_nested else value
+    if unknown:
+        problems.insert(0, _unknown("key", unknown, types_by_name, ""))
+    if problems:
+        refuse("; ".join(problems))
+    return values
 
 
-def _unknown(what, name, types_by_name, dashes):
-    """The message for a flag or key that does not exist, with those it may have meant."""
-    names = [*types_by_name, *PARSER_FLAGS]
-    near = difflib.get_close_matches(name.replace("-", "_"), names, n=3, cutoff=0.6)
-    hint = f" (did you mean {' or '.join(dashes + other for other in near)}?)" if near else ""
-    return f"there is no {what} {dashes}{name}{hint}"
+def _unknown(what, names, types_by_name, dashes):
+    """The message for flags or keys that do not exist, with what to write in their place."""
+    known = [*types_by_name, *PARSER_FLAGS] if dashes else list(types_by_name)
+    said = []
+    for name in names:
+        hint = other_trainers.hint(name, types_by_name, dashes)
+        near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.6)
+        if hint:
+            hint = f": {hint}"
+        elif near:
+            hint = f" (did you mean {' or '.join(dashes + other for other in near)}?)"
+        said.append(f"there is no {what} {dashes}{name}{hint}")
+    return "; ".join(said)
 
 
 def _explain(message, settings_class, dashes="--"):
     """One line for what jsonargparse says in several, with the flag, the type it takes and what was
     given. What matches none of its known messages is passed on, shortened.
     """
-    if found := re.search(r"Option '([^']*)' is not accepted", message):
-        return _unknown("key", found[1], _field_types(settings_class), dashes)
     if found := re.search(r"argument (--[\w.]+)\S*: expected one argument", message):
         return f"{found[1]} needs a value"
     if found := REQUIRED.search(message):

@@ -1,5 +1,6 @@
 """Files and folders: written whole or not at all, JSON that any reader takes, the user's cache."""
 
+import difflib
 import hashlib
 import json
 import math
@@ -70,3 +71,13 @@ def user_cache(name: str, cache_dir=None) -> Path:
     """The subfolder `name` of `cache_dir`, $ZEROPREF_CACHE or ~/.cache/zeropref."""
     root = cache_dir or os.environ.get("ZEROPREF_CACHE") or "~/.cache/zeropref"
     return Path(root).expanduser() / name
+
+
+def near_names(path) -> str:
+    """ " (did you mean ...?)" with the nearest names in the path's folder, or nothing."""
+    folder, name = os.path.split(os.path.normpath(path))
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), 2)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        near = []
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

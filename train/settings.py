@@ -5,7 +5,8 @@ Settings inherit them and add its own.
         reference_ds_config: str | None = settings.flag(None, may_change=True)
         "DeepSpeed JSON for the reference."     # the help
 
-In --help and --print_config those of `Data` come first, a script's own last.
+In --print_config those of `Data` come first, a script's own last; --help has them by HELP_GROUPS.
+What a flag changes may hang on another flag: `needs=` beside it says on which.
 
 Imports the standard library only: scripts read their flags before torch.
 """
@@ -14,9 +15,61 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Needs(NamedTuple):
+    """What another flag has to be for a flag to change anything; a script without that flag asks
+    nothing.
+    """
+
+    flag: str
+    among: tuple = ()  # it has one of these values; (): it is set
+    but: tuple = ()  # it has none of these values
+    unset: bool = False  # it is not set: None, 0, false or empty
+
+    def holds(self, settings) -> bool:
+        """Whether it is so."""
+        if not hasattr(settings, self.flag):
+            return True
+        value = getattr(settings, self.flag)
+        if self.among or self.but:
+            return value not in self.but and (not self.among or value in self.among)
+        return bool(value) != self.unset
+
+    def words(self, settings) -> str:
+        """What stands against it, and the way out, behind "--x changes nothing"."""
+        value = getattr(settings, self.flag)
+        if self.among:
+            return f"with --{self.flag} {value}: it counts with {listed(self.among)}"
+        if self.but and value is not None:
+            return f"with --{self.flag} {value}: it counts with another --{self.flag}"
+        if self.unset:
+            return f"beside --{self.flag}: leave one of them out"
+        return f"without --{self.flag}"
+
+
+class AnyOf(NamedTuple):
+    """One of several Needs is enough."""
+
+    needs: tuple[Needs, ...]
+    said: str  # what stands against it, and the way out, behind "--x changes nothing"
+
+    def holds(self, settings) -> bool:
+        """Whether one of them is so."""
+        return any(need.holds(settings) for need in self.needs)
+
+    def words(self, settings) -> str:
+        """As Needs.words."""
+        return self.said
+
+
+def listed(choices) -> str:
+    """ "a, b or c"."""
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def flag(
@@ -25,15 +78,18 @@ def flag(
     may_change: bool = False,
     card: tuple[int, str] | None = None,
     inherited: bool = False,
+    needs: Needs | AnyOf | tuple = (),
 ):
     """A dataclass field with `default`, for a flag of which more is to be known than that.
 
     may_change: a run may be resumed with another value, for the flag says where the run writes,
     what it shows or how it fits the machine, and not what it computes. card: the place and the
     title of its row in the model card's table; others stay out of the card. inherited: an
-    evaluation takes its value from the run.json of the model's training.
+    evaluation takes its value from the run.json of the model's training. needs: all that has to
+    hold of other flags for this one to change anything; config.parse refuses it otherwise.
     """
-    metadata = {"may_change": may_change, "card": card, "inherited": inherited}
+    needs = (needs,) if isinstance(needs, Needs | AnyOf) else needs
+    metadata = {"may_change": may_change, "card": card, "inherited": inherited, "needs": needs}
     if isinstance(default, dict | list):  # a fresh one for each instance
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -71,11 +127,47 @@ def inherited_defaults(settings) -> dict[str, Any]:
     return {name: values[name] for name in names}
 
 
+# What several flags need.
+WARMS_UP = Needs("lr_scheduler", but=("constant",))
+HELD_OUT_ROWS = AnyOf(
+    (Needs("data", unset=True), Needs("eval_data"), Needs("eval_split")),
+    "without held-out rows: pass --eval_data or --eval_split",
+)
+HAS_REFERENCE = Needs("reference", among=("live", "cached"))
+REFERENCE_APART = AnyOf(
+    (
+        Needs("lora_rank", unset=True),
+        Needs("reference_model"),
+        Needs("reference", among=("cached",)),
+    ),
+    "with --lora_rank: the reference is the policy without its adapters, unless --reference_model "
+    "names another",
+)
+# Rows of train/losses/policy.py's ALGORITHMS; tests/test_settings.py compares.
+VALUE_MODEL = Needs("algorithm", among=("ppo",))
+DISCOUNTED = Needs("algorithm", among=("ppo", "reinforce++"))
+COMPARES_SAMPLES = Needs("algorithm", but=("ppo", "reinforce++"))
+HAS_KL = Needs("algorithm", among=("ppo", "rloo", "reinforce++", "reinforce++_baseline", "grpo"))
+MOVES_THE_RATIO = AnyOf(
+    (
+        Needs("algorithm", but=("rloo", "grpo", "dr_grpo")),
+        Needs("minibatches", but=(None, 1)),
+        Needs("epochs_per_rollout", but=(None, 1)),
+    ),
+    "with one update a rollout, in which the ratio is 1: it counts with --minibatches or "
+    "--epochs_per_rollout above 1",
+)
+CLIPS_A_RATIO = Needs("algorithm", but=("cispo", "sapo"))
+
+
 @dataclasses.dataclass
 class Data:
     """The model and the data: what a run looks at before it begins."""
 
     builtin_data: ClassVar = ("train.jsonl", "held_out.jsonl")  # to train and to evaluate on
+
+    # The names of what the user gave, by config.parse: those stay as they are.
+    given: dataclasses.InitVar[frozenset] = frozenset()
 
     model: str | None = None
     """The policy: a model directory or hub name. None: SmolLM2-135M-Instruct."""
@@ -89,11 +181,11 @@ class Data:
     """Pairs to evaluate on. None: the built-in held-out pairs with built-in data, else what
     --eval_split sets apart.
     """
-    eval_split: float = 0.0
+    eval_split: float = flag(0.0, needs=Needs("eval_data", unset=True))
     """Share of the training prompts (with all their rows) set apart for evaluation where
     --eval_data is not given.
     """
-    data_split_seed: int = 0
+    data_split_seed: int = flag(0, needs=Needs("eval_split"))
     """Seed of that split, which is by prompt."""
     max_length: int = flag(1024, card=(11, "most tokens of prompt and response"), inherited=True)
     """Most tokens of a prompt and a response together; responses are cut at their end."""
@@ -124,11 +216,12 @@ class Data:
     trust_remote_code: bool = False
     """Let the model's repository run its own Python code."""
 
-    def __post_init__(self):
+    def __post_init__(self, given):
         check_bounds(self, {}, shares=("eval_split", "max_dropped", "max_implausible"))
         default = Data.max_prompt_length
         self.adapted = ""  # what was changed to fit, to be said
-        if self.max_prompt_length == default and 1 < self.max_length <= default:
+        is_default = self.max_prompt_length == default and "max_prompt_length" not in given
+        if is_default and 1 < self.max_length <= default:
             self.max_prompt_length = self.max_length // 2
             self.adapted = (
                 f"--max_prompt_length {default} leaves no room in --max_length {self.max_length}: "
@@ -158,10 +251,24 @@ class Training(Data):
         "constant",
         "constant_with_warmup",
         "inverse_sqrt",
+        "cosine_with_min_lr",
     ] = flag("linear", card=(5, "schedule"))
     """Schedule after warm-up, as transformers names it."""
-    warmup_ratio: float = flag(0.0, card=(6, "warm-up, share of the steps"))
+    warmup_ratio: float = flag(0.0, card=(6, "warm-up, share of the steps"), needs=WARMS_UP)
     """Share of the steps in which the learning rate rises from 0."""
+    warmup_steps: int = flag(0, needs=(WARMS_UP, Needs("warmup_ratio", unset=True)))
+    """Optimiser steps in which the learning rate rises from 0, in place of --warmup_ratio."""
+    num_cycles: float | None = flag(
+        None,
+        needs=Needs("lr_scheduler", among=("cosine", "cosine_with_restarts", "cosine_with_min_lr")),
+    )
+    """Waves of a cosine schedule. None: half a one, which ends at 0; one for cosine_with_restarts."""
+    min_lr: float | None = flag(
+        None, needs=Needs("lr_scheduler", among=("cosine_with_min_lr", "polynomial"))
+    )
+    """Learning rate at the end of cosine_with_min_lr, which needs it, and of polynomial. None: 1e-7
+    for polynomial. A value model's ends at the same share of its peak.
+    """
     weight_decay: float = flag(0.0, card=(7, "weight decay"))
     """AdamW's decoupled decay of matrices; norms and biases never decay."""
     grad_clip: float = flag(1.0, card=(8, "largest gradient norm"))
@@ -181,7 +288,7 @@ class Training(Data):
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the weights in OUTPUT/model: fp32, bf16, or auto, the type that they were trained in.
     """
-    eval_every: int = 0
+    eval_every: int = flag(0, needs=HELD_OUT_ROWS)
     """Steps between evaluations; 0: at the start and at the end only."""
     save_every: int = flag(0, may_change=True)
     """Steps between checkpoints; 0: by --save_minutes alone."""
@@ -209,15 +316,15 @@ class Training(Data):
     """Rank of LoRA adapters, which are trained in place of the weights; 0: the weights are. Needs
     peft.
     """
-    lora_alpha: float = 16.0
+    lora_alpha: float = flag(16.0, needs=Needs("lora_rank"))
     """LoRA's scale: adapters count alpha / rank times."""
-    lora_targets: list[str] | None = None
+    lora_targets: list[str] | None = flag(None, needs=Needs("lora_rank"))
     """Layers that get adapters, by the end of their names. None: all linear ones but the head."""
     seed: int = flag(0, card=(10, "seed of the data's order"))
     """Seed of the data's order, of LoRA's adapters and of a score model's head."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self, given):
+        super().__post_init__(given)
         at_least = {
             "batch_size": 1,
             "micro_tokens": 1,
@@ -232,8 +339,14 @@ class Training(Data):
             "weight_decay": 0,
             "grad_clip": 0,
             "lora_rank": 0,
+            "warmup_steps": 0,
+            "min_lr": 0,
         }
-        check_bounds(self, at_least, shares=("warmup_ratio",), positive=("epochs",))
+        check_bounds(self, at_least, shares=("warmup_ratio",), positive=("epochs", "num_cycles"))
+        if self.min_lr is None and self.lr_scheduler == "cosine_with_min_lr":
+            raise ValueError("--lr_scheduler cosine_with_min_lr needs --min_lr, where it ends")
+        if self.min_lr is not None and not self.min_lr < self.lr:
+            raise ValueError(f"--min_lr {self.min_lr} is not below --lr {self.lr}")
 
 
 @dataclasses.dataclass
@@ -255,8 +368,8 @@ class Preference(Training):
     0.5}'.
     """
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self, given):
+        super().__post_init__(given)
         check_bounds(self, {}, positive=("beta",))
 
 
@@ -264,7 +377,11 @@ class Preference(Training):
 class Scored:
     """What a reward model reads of its data, besides."""
 
-    margin: Literal["column", "scores", "none"] = flag("column", card=(2, "margin"))
+    margin: Literal["column", "scores", "none"] = flag(
+        "column",
+        card=(2, "margin"),
+        needs=(Needs("loss", among=("bradley_terry",)), Needs("trainer", among=("reward",))),
+    )
     """Of a reward model's pairs: by how much chosen must be better. column: the column margin, where
     a row has one; scores: the difference of score_chosen and score_rejected; none: not asked for.
     """
@@ -321,7 +438,7 @@ class Policy(Training):
     """Most rollouts. None: no bound, but 8 for the built-in prompts on a CPU."""
     lr: float = flag(1e-6, card=(4, "learning rate (AdamW)"))
     """Peak learning rate of the policy. The peers take 5e-7 to 3e-6; LoRA takes ten times that."""
-    eval_every: int = 0
+    eval_every: int = flag(0, needs=HELD_OUT_ROWS)
     """Rollouts between evaluations on the held-out prompts; 0: at the start and at the end only."""
     save_every: int = flag(0, may_change=True)
     """Rollouts between checkpoints; 0: by --save_minutes alone."""
@@ -367,39 +484,43 @@ class Policy(Training):
     """Passes over a rollout's samples."""
     minibatches: int | None = None
     """Updates a pass."""
-    kl_coef: float | None = flag(None, card=(3, "KL coefficient"))
+    kl_coef: float | None = flag(None, card=(3, "KL coefficient"), needs=HAS_KL)
     """Strength of the pull towards the reference."""
-    target_kl: float = 0.0
+    target_kl: float = flag(0.0, needs=MOVES_THE_RATIO)
     """Where an update would meet a policy further than 1.5 times this from the one that drew the
     rollout (nats a token, k2), it and the rollout's later ones are left out; 0: never.
     """
-    clip_low: float | None = None
+    clip_low: float | None = flag(None, needs=(Needs("algorithm", but=("cispo",)), MOVES_THE_RATIO))
     """How far the ratio may fall below 1."""
-    clip_high: float | None = None
+    clip_high: float | None = flag(None, needs=MOVES_THE_RATIO)
     """How far the ratio may rise above 1."""
-    dual_clip: float | None = None
+    dual_clip: float | None = flag(None, needs=(CLIPS_A_RATIO, MOVES_THE_RATIO))
     """Bound of the loss where the advantage is negative, as a multiple of it; None: none."""
-    scale_advantages: Literal["group", "batch", "none"] | None = None
+    scale_advantages: Literal["group", "batch", "none"] | None = flag(None, needs=COMPARES_SAMPLES)
     """What an advantage over a group is divided by: the group's deviation, the rollout's, nothing."""
-    gamma: float = 1.0
+    gamma: float = flag(1.0, needs=DISCOUNTED)
     """Discount of a later token's reward."""
-    lam: float = 0.95
+    lam: float = flag(0.95, needs=VALUE_MODEL)
     """Lambda of generalised advantage estimation, for --algorithm ppo."""
-    value_lam: float | None = None
+    value_lam: float | None = flag(None, needs=VALUE_MODEL)
     """Lambda of the returns that the value model learns; None: --lam."""
-    value_model: str | None = None
+    value_model: str | None = flag(None, needs=VALUE_MODEL)
     """Where the value model begins: a directory for sequence classification. None: the reward model
     where it reads the same tokens, else the policy's body with a head of zeros.
     """
-    value_lr: float | None = None
+    value_lr: float | None = flag(None, needs=VALUE_MODEL)
     """Peak learning rate of the value model; None: ten times --lr."""
-    value_clip: float | None = None
+    value_clip: float | None = flag(None, needs=VALUE_MODEL)
     """How far a value may move from the rollout's before its loss is clipped; 0: no clipping."""
-    value_warmup: int = 0
+    value_warmup: int = flag(0, needs=VALUE_MODEL)
     """Rollouts at the start in which the value model learns alone."""
-    value_ds_config: str | None = flag(None, may_change=True)
+    value_ds_config: str | None = flag(None, may_change=True, needs=VALUE_MODEL)
     """DeepSpeed JSON for the value model. None: --ds_config."""
-    reference_ds_config: str | None = flag(None, may_change=True)
+    reference_ds_config: str | None = flag(
+        None,
+        may_change=True,
+        needs=(HAS_KL, Needs("kl_coef", but=(0,)), Needs("lora_rank", unset=True)),
+    )
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
     else whole on each rank.
     """
@@ -408,10 +529,10 @@ class Policy(Training):
     max_resamples: int | None = None
     """How often a prompt whose samples all have the same reward is answered anew."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self, given):
+        super().__post_init__(given)
         if self.data is None:
-            self._be_a_demonstration()
+            self._be_a_demonstration(given)
         at_least = {
             "samples_per_prompt": 1,
             "max_new_tokens": 1,
@@ -448,12 +569,12 @@ class Policy(Training):
                 f"--max_prompt_length {room} would fit"
             )
 
-    def _be_a_demonstration(self):
-        """Put the demonstration's values where the defaults stand."""
+    def _be_a_demonstration(self, given):
+        """Put the demonstration's values where the defaults stand and nothing was given."""
         by_default = defaults(self)
         changed = []
         for name, value in self.demonstration.items():
-            if getattr(self, name) == by_default[name]:
+            if getattr(self, name) == by_default[name] and name not in given:
                 setattr(self, name, value)
                 changed.append(f"--{name} {value}")
         if changed:

@@ -17,7 +17,6 @@ file for one odd row.
 """
 
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -32,6 +31,7 @@ import pyarrow
 
 from train.data import arrow
 from train.data.errors import DataError, RowError, listed, one_line
+from train.files import near_names
 
 # With an organisation always: `load_dataset("csv")` would read whatever lies in the working folder.
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
@@ -90,10 +90,10 @@ def _read(source: str, split: str) -> Iterator[Any]:
         )
     hub = HUB_NAME.fullmatch(source)
     if suffix_of(source) in READERS or source.startswith((".", "/", "~")):
-        raise DataError(f"{source}: no such file or folder{_neighbours(path)}")
+        raise DataError(f"{source}: no such file or folder{near_names(path)}")
     if hub is None:
         raise DataError(
-            f"{source}: no such file or folder{_neighbours(path)}, nor org/name as on the hub"
+            f"{source}: no such file or folder{near_names(path)}, nor org/name as on the hub"
         )
     return arrow.hub(source, hub["name"], hub["config"], hub["split"] or split)
 
@@ -114,16 +114,6 @@ def _open(path: str) -> BinaryIO:
     if path.lower().endswith(".zst"):
         return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     return open(path, "rb")
-
-
-def _neighbours(path: str) -> str:
-    """ " (did you mean ...?)" with the nearest names in the path's folder, or nothing."""
-    folder, name = os.path.split(path)
-    try:
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), 2)
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        near = []
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _open_lines(path: str) -> Iterator[tuple[int, str]]:

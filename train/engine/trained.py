@@ -45,12 +45,17 @@ class TrainedModel:
         scheduler: str,
         warmup_ratio: float,
         total_steps: int,
+        warmup_steps: int = 0,
+        num_cycles: float | None = None,
+        min_lr: float | None = None,
         tokenizer=None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
-        """config: what ds_config.resolve gives. tokenizer: saved beside the model's configuration in
-        checkpoints. Every rank calls this.
+        """config: what ds_config.resolve gives. scheduler, num_cycles, min_lr: transformers' schedule
+        and what it may be told. warmup_steps: in place of warmup_ratio, a share of total_steps.
+        tokenizer: saved beside the model's configuration in checkpoints. ValueError for a warm-up
+        longer than the run. Every rank calls this.
         """
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.stage, self.grad_clip, self.tokenizer = zero_stage(config), grad_clip, tokenizer
@@ -59,8 +64,17 @@ class TrainedModel:
         self.adamw = torch.optim.AdamW(
             groups, lr=lr, betas=betas, eps=eps, fused=on_cuda or self.stage == 0
         )
+        if warmup_steps > total_steps:
+            raise ValueError(
+                f"--warmup_steps {warmup_steps} of a run of {total_steps} steps: the rate would never "
+                "come to its peak; lower it, or take --warmup_ratio"
+            )
         self.schedule = get_scheduler(
-            scheduler, self.adamw, math.ceil(warmup_ratio * total_steps), total_steps
+            scheduler,
+            self.adamw,
+            warmup_steps or math.ceil(warmup_ratio * total_steps),
+            total_steps,
+            scheduler_specific_kwargs=schedule_options(scheduler, num_cycles, min_lr),
         )
         # DeepSpeed would advance it at every update: it does not get to know it
         self.engine, self.optimizer, *_ = deepspeed.initialize(
@@ -215,6 +229,13 @@ class TrainedModel:
             lm.generation_config.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+
+def schedule_options(scheduler: str, num_cycles: float | None, min_lr: float | None) -> dict:
+    """What transformers' schedule of that name takes besides warm-up and steps; None is its default."""
+    of_min_lr = {"polynomial": "lr_end"}.get(scheduler, "min_lr")
+    options = {"num_cycles": num_cycles, of_min_lr: min_lr}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def decay_groups(module, weight_decay: float) -> list[dict]:

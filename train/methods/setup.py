@@ -316,6 +316,9 @@ def wrap_for_training(
     """
     if settings.gradient_checkpointing:
         module.checkpoint_activations()
+    min_lr = settings.min_lr
+    if min_lr is not None and lr is not None:
+        min_lr *= lr / settings.lr  # the same share of another peak
     return TrainedModel(
         module,
         mode.config,
@@ -324,6 +327,9 @@ def wrap_for_training(
         grad_clip=settings.grad_clip,
         scheduler=settings.lr_scheduler,
         warmup_ratio=settings.warmup_ratio,
+        warmup_steps=settings.warmup_steps,
+        num_cycles=settings.num_cycles,
+        min_lr=min_lr,
         total_steps=steps,
         tokenizer=tokenizer,
     )
