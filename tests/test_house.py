@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRODUCT = sorted(p for room in ("train", "launch", "eval") for p in (ROOT / room).rglob("*.py"))
 SCRIPTS = [p for p in PRODUCT if "__main__" in p.read_text()]
 # What each room may import of the project: arrows go down only.
-BASE = {f"train.{name}" for name in ("config", "files", "other_trainers", "quiet", "settings")}
+BASE = {
+    f"train.{name}" for name in ("config", "files", "hub", "other_trainers", "quiet", "settings")
+}
 FLOORS = {
     "train": BASE,
     "train/losses": {"train.losses"},

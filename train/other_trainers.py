@@ -42,6 +42,7 @@ NO_QUANTISED = "models are not quantised"
 CHAT = "prompts and answers go through the model's chat template by themselves"
 WHOLE = "every step counts its own rows exactly; nothing to set"
 BY_LAUNCHER = "the launcher says it: deepspeed --num_gpus N"
+DRAWN = "answers are drawn from the policy as it is, at --temperature"
 LAST = "the last step's model is OUTPUT/model"
 
 # Trainers' names, by what they are about. Those that are called the same here are not in it.
@@ -116,6 +117,9 @@ NAMES: dict[str, Here] = {
     "preprocessing_num_workers": _none("tokens are made once and kept"),
     "dataloader_num_workers": _none("batches are made beside the step"),
     "dataloader_drop_last": _none(WHOLE),
+    "dataloader_prefetch_factor": _none("batches are made beside the step"),
+    "dataloader_persistent_workers": _none("batches are made beside the step"),
+    "dataset_streaming": _none("tokens are made once and kept"),
     "dataloader_pin_memory": _none("batches are made beside the step"),
     "remove_unused_columns": _none("columns that are not read stay unread"),
     "overwrite_cache": _none("tokens are found by content; nothing goes stale"),
@@ -186,6 +190,17 @@ NAMES: dict[str, Here] = {
     "reward_clip_range": _part("reward_clip", note="one number, the largest size"),
     "scale_rewards": _part("scale_advantages", note="group, batch or none"),
     "whiten_rewards": _part("algorithm", note="each has its own scale"),
+    "mask_truncated_completions": _part("missing_end_penalty", note="a penalty for cut answers"),
+    "sapo_temperature_neg": _to("clip_low"),
+    "sapo_temperature_pos": _to("clip_high"),
+    "importance_sampling_level": _part("algorithm", note="each has its own ratio"),
+    "normalize_advantages": _part("scale_advantages", note="group, batch or none"),
+    "steps_per_generation": _to("minibatches"),
+    "top_p": _none(DRAWN),
+    "top_k": _none(DRAWN),
+    "min_p": _none(DRAWN),
+    "repetition_penalty": _none(DRAWN),
+    "vllm_mode": _none("answers are decoded by the policy itself"),
     "use_vllm": _none("answers are decoded by the policy itself"),
     "vllm_num_engines": _none("answers are decoded by the policy itself"),
     "freezing_critic_steps": _to("value_warmup", note="rollouts"),
@@ -216,6 +231,8 @@ NAMES: dict[str, Here] = {
     "max_norm": _to("grad_clip"),
     "optim": _none(ADAMW),
     "optimizer": _none(ADAMW),
+    "neftune_noise_alpha": _none("embeddings get no noise"),
+    "ddp_find_unused_parameters": _none("DeepSpeed sums gradients up"),
     "adam_beta1": _none(ADAMW),
     "adam_beta2": _none(ADAMW),
     "adam_betas": _none(ADAMW),
@@ -233,6 +250,10 @@ NAMES: dict[str, Here] = {
     "adam_offload": _part("ds_config", note="ds_configs/zero3_offload.json"),
     "fsdp": _part("ds_config", note="ds_configs/zero3.json shards weights, too"),
     "fsdp_config": _part("ds_config", note="ds_configs/zero3.json shards weights, too"),
+    "activation_checkpointing": _to("gradient_checkpointing"),
+    "activation_offloading": _to("gradient_checkpointing"),
+    "use_cpu": _none("without a GPU a run computes on the CPU"),
+    "use_rslora": _none("adapters count --lora_alpha / --lora_rank times"),
     "gradient_checkpointing_kwargs": _none("nothing to choose: --gradient_checkpointing alone"),
     "use_liger_kernel": _none("the loss never holds all logits"),
     "torch_compile": _none("nothing is compiled"),
@@ -270,6 +291,8 @@ NAMES: dict[str, Here] = {
     "metric_for_best_model": _none(LAST),
     "greater_is_better": _none(LAST),
     "push_to_hub": _none("upload OUTPUT/model with `hf upload`"),
+    "hub_private_repo": _none("upload OUTPUT/model with `hf upload`"),
+    "hub_strategy": _none("upload OUTPUT/model with `hf upload`"),
     "hub_model_id": _none("upload OUTPUT/model with `hf upload`"),
     "eval_steps": _to("eval_every"),
     "eval_strategy": _part("eval_every", note="a number of steps; 0: at the start and the end"),
@@ -288,6 +311,7 @@ NAMES: dict[str, Here] = {
     "use_wandb": _none(BOARD),
     "wandb_project": _none(BOARD),
     "plot_loss": _none(BOARD),
+    "log_level": _none("ZEROPREF_VERBOSE=1 lets the libraries speak"),
     "disable_tqdm": _none("the bar shows itself on a terminal alone"),
     "ddp_timeout": _none("a silent rank ends the run after two minutes"),
 }

@@ -1,10 +1,26 @@
 """Keeps the libraries' start-up chatter off the terminal; ZEROPREF_VERBOSE=1 lets it through."""
 
+import contextlib
+import io
 import logging
 import os
 import warnings
 
 LIBRARIES = ("DeepSpeed", "deepspeed", "torch.distributed", "datasets", "transformers")
+
+
+def is_verbose() -> bool:
+    """Whether the libraries may speak."""
+    return os.environ.get("ZEROPREF_VERBOSE", "0") == "1"
+
+
+@contextlib.contextmanager
+def prints_off():
+    """Keep what the block prints to stdout off the terminal."""
+    with contextlib.ExitStack() as stack:
+        if not is_verbose():
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
 
 
 def silence_libraries():
@@ -16,7 +32,7 @@ def silence_libraries():
 
     if not torch.cuda.is_available():  # else DeepSpeed looks for an accelerator, and says so
         env.setdefault("DS_ACCELERATOR", "cpu")
-    if env.get("ZEROPREF_VERBOSE", "0") == "1":
+    if is_verbose():
         return
     env.setdefault("TRANSFORMERS_VERBOSITY", "error")
     env.setdefault("DS_LOG_LEVEL", "error")

@@ -11,7 +11,9 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 
+from train import hub as model_hub
 from train.data.errors import DataError, RowError, listed, one_line
+from train.files import near_names
 
 BATCH = 1024  # rows turned into Python objects at once
 
@@ -35,11 +37,15 @@ def saved_folder(source: str, path: str, split: str) -> Iterator[dict]:
 
 def hub(source: str, name: str, config: str | None, split: str) -> Iterator[dict]:
     """The rows of a data set on the hub, or in the hub's cache on this machine."""
+    model_hub.settle()
 
     def batches():
         return _batches(datasets.load_dataset(name, config, split=split))
 
-    return _rows(source, batches, "neither a file here nor readable from the hub")
+    offline = model_hub.why_offline()
+    problem = f"neither a file here{near_names(source)} nor "
+    problem += f"in the hub's cache ({offline})" if offline else "readable from the hub"
+    return _rows(source, batches, problem)
 
 
 def _load(path: str, split: str) -> datasets.Dataset:

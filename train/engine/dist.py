@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as td
 
+from train import quiet
 from train.engine import leftovers
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -24,7 +25,7 @@ M_MMAP_THRESHOLD = -3
 def init() -> torch.device:
     """Join the job's process group through DeepSpeed and choose this rank's device.
 
-    Every rank calls this.
+    ValueError where the port that the ranks meet at is taken. Every rank calls this.
     """
     cuda = torch.cuda.is_available()
     _set_environment()
@@ -36,12 +37,22 @@ def init() -> torch.device:
     else:
         _keep_pages()
     leftovers.remove_dead_build_locks()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=TIMEOUT,
-    )
+    try:
+        with quiet.prints_off():  # "... built successfully"
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=TIMEOUT,
+            )
+    except td.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ValueError(
+            f"port {port} is taken on this machine, by another run it may be: start with "
+            f"deepspeed --master_port {int(port) + 1} ... (torchrun's flag has the same name)"
+        ) from error
     if not cuda:
         barrier()  # now every rank has opened the others' buffers
         leftovers.unlink_shared_memory(rank())

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 import transformers
 
+from train import hub
+from train.files import near_names
+
 # File names that torch.load would unpickle.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -33,10 +36,11 @@ SCORE = Kind(transformers.AutoModelForSequenceClassification, "a reward model")
 
 def load_tokenizer(path, trust_remote_code=False):
     """The tokenizer of a model directory or hub name. Raises ValueError that names the path."""
+    _find(path)
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise a dozen types
-        raise ValueError(f"cannot load a tokenizer from {path}: {_one_line(error)}") from error
+        raise ValueError(f"cannot load a tokenizer from {path}: {_why(path, error)}") from error
 
 
 def load_causal_lm(path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False):
@@ -61,10 +65,11 @@ def load_score_model(
     transformers has drawn, is for the caller to fill. Raises ValueError besides for a model with
     another number of labels.
     """
+    _find(path)
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise a dozen types
-        raise ValueError(f"cannot load {SCORE.title} from {path}: {_one_line(error)}") from error
+        raise ValueError(f"cannot load {SCORE.title} from {path}: {_why(path, error)}") from error
     if gives_scores(config) and config.num_labels != 1:
         raise ValueError(f"{path} is no reward model: it has {config.num_labels} outputs, not 1")
     lm, missing = _load(SCORE, path, dtype, trust_remote_code, allow_pickle, num_labels=1)
@@ -90,6 +95,7 @@ def _load(kind, path, dtype, trust_remote_code, allow_pickle, **options):
     # Without this, transformers asks a service to convert a repository that has pickles only, in
     # the user's name.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    _find(path)
     try:
         # Where peft is installed, transformers would load the base model that this file names.
         if (Path(path) / "adapter_config.json").is_file():
@@ -112,7 +118,7 @@ def _load(kind, path, dtype, trust_remote_code, allow_pickle, **options):
         is_pickle = not allow_pickle and "use_safetensors" in str(error)
         advice = f"; {NO_PICKLES}" if is_pickle else ""
         raise ValueError(
-            f"cannot load {kind.title} from {path}: {_one_line(error)}{advice}"
+            f"cannot load {kind.title} from {path}: {_why(path, error)}{advice}"
         ) from error
     return lm, sorted(report["missing_keys"])
 
@@ -124,9 +130,31 @@ def _refuse_missing(path, missing):
         raise ValueError(f"{path} has no weights for {names}")
 
 
-def _one_line(error):
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
+def _find(path):
+    """Raise ValueError for a folder that is not there; of a hub's name, see whether the hub answers."""
+    name = str(path)
+    if Path(name).is_dir():
+        return
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file: a model is the directory that it lies in")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        home = "; ~ is the shell's, and it reads --model ~/x, not --model=~/x"
+        raise ValueError(
+            f"there is no folder {name}{near_names(name)}{home if name.startswith('~') else ''}"
+        )
+    hub.settle()
+
+
+def _why(path, error):
+    """An error's text on one line; of a name that the hub was not asked for, that."""
+    text = " ".join(str(error).split())
+    offline = hub.why_offline()
+    if not offline or Path(path).is_dir() or "cached files" not in text:
+        return text
+    return (
+        f"there is no such folder{near_names(path)}, and the hub's cache on this machine has no "
+        f"model of that name ({offline}); name a folder"
+    )
 
 
 def _refuse_pickles(path):

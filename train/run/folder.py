@@ -77,6 +77,10 @@ class RunFolder:
             (self.path / ".writable").touch()
             (self.path / ".writable").unlink(missing_ok=True)
             names = [path.name for path in self.path.iterdir()]
+        except OSError as error:  # FileNotFoundError too: /proc has no room for folders
+            reason = error.strerror or error
+            return f"cannot write to --output {self.path}: {reason}; choose another --output", False
+        try:
             before = json.loads(run_json.read_text(encoding="utf-8"))
             old = self._defaults | dict(before["flags"].items())
         except FileNotFoundError:
@@ -86,7 +90,7 @@ class RunFolder:
             shown = ", ".join(others[:3])
             return f"{self.path} holds other files ({shown}); choose another --output", False
         except OSError as error:
-            return f"cannot write to {self.path}: {error}", False
+            return f"{run_json} cannot be read: {error.strerror or error}", False
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{run_json} is damaged ({error}); remove it or choose another --output", False
         different = [

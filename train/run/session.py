@@ -80,7 +80,8 @@ def start(flags, kind: str = "run", interruptible: bool = True):
     and SIGUSR1 were noted since the script began (engine/preemption.py), and save. Yields a Run; exits
     with code 0 at once where OUTPUT holds this very run, finished. Every rank enters this.
     """
-    device = dist.init()
+    with refusals():
+        device = dist.init()
     if interruptible:
         preemption.start_watch()
     with refusals():
