@@ -28,7 +28,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,6 +52,10 @@ class Settings:
     """Evaluate a causal language model on preference pairs, on other text, and by what it writes; or
     a reward model on pairs.
     """
+
+    help_groups: ClassVar = settings.HELP_GROUPS
+    used_most: ClassVar = """model reference data output reward_model by ood max_rows prompts
+        ds_config"""
 
     model: str | None = None
     """The model: a directory or hub name. None: SmolLM2-135M-Instruct, or where there is a

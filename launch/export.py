@@ -10,24 +10,33 @@ is told in train/run/checkpoint.py.
 """
 
 import argparse
+import difflib
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from train import quiet
 from train.config import Exit, fail
+from train.files import near_names
 
 
 def main():
     args = read_arguments()
+    quiet.silence_libraries()
     # torch takes seconds to import: --help and a wrong flag are answered before that
     from train import files
     from train.run import checkpoint_files, checkpoint_model, export
 
+    refuse_other_folders(args.checkpoint)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         fail(f"{args.folder} exists and is not empty; nothing was overwritten", Exit.FLAGS)
     unfinished = args.folder.with_name(args.folder.name + ".tmp")
+    try:
+        args.folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {args.folder}: {error.strerror}; choose another folder")
     try:
         manifest = checkpoint_files.read_manifest(args.checkpoint)
         checkpoint_files.verify(args.checkpoint, manifest["files"], manifest)
@@ -71,11 +80,37 @@ def main():
     )
 
 
+def refuse_other_folders(checkpoint: Path):
+    """Exit where that is no checkpoint, with one that may be meant."""
+    if (checkpoint / "manifest.json").is_file():
+        return
+    if not checkpoint.is_dir():
+        why = f"there is no folder {checkpoint}{near_names(checkpoint)}"
+    else:
+        why = f"{checkpoint} is no checkpoint: it has no manifest.json"
+    run = checkpoint.parent if checkpoint.name in ("model", "checkpoints") else checkpoint
+    there = sorted(
+        run.glob("checkpoints/step-*/manifest.json"), key=lambda path: path.stat().st_mtime
+    )
+    hint = f"the newest there is {there[-1].parent}" if there else "they lie in OUTPUT/checkpoints"
+    fail(f"{why}; {hint}", Exit.CHECKPOINT)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, with the nearest flag."""
+
+    def error(self, message):
+        """Exit with the line."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        wrong = message.rpartition("unrecognized arguments: ")[2].split()[0]
+        near = difflib.get_close_matches(wrong, flags, 1) if wrong.startswith("-") else []
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        fail(f"{message}{hint}; expected: export.py CHECKPOINT FOLDER [flags], see --help")
+
+
 def read_arguments() -> argparse.Namespace:
     """The command line, or an exit with what is wrong with it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a step-N directory")
     parser.add_argument("folder", type=Path, help="the model directory to make")
     parser.add_argument(

@@ -26,7 +26,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,6 +41,9 @@ QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 @dataclasses.dataclass
 class Settings(Scored, Data):
     """Check a model and preference pairs for training; writes a JSON report to stdout."""
+
+    used_most: ClassVar = """model data columns trainer show output max_length max_prompt_length
+        eval_data eval_split"""
 
     trainer: Literal["dpo", "reward"] = "dpo"
     """Which script is to train on it: launch/train_dpo.py; or launch/train_reward.py, which reads

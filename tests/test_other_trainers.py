@@ -1,26 +1,11 @@
 """Names of other trainers: each leads to a flag that exists, and a whole recipe to one that runs."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.launch.commands import settings_of
 from train import config, other_trainers
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def settings_of(script):
-    """The Settings of a script, whose module stays: the parser looks its annotations up there."""
-    name = f"script_{Path(script).stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / script)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name].Settings
-
 
 DPO, REWARD, PPO = (settings_of(f"launch/train_{name}.py") for name in ("dpo", "reward", "ppo"))
 FLAGS = {kind: {f.name for f in dataclasses.fields(kind)} for kind in (DPO, REWARD, PPO)}

@@ -3,27 +3,19 @@ and the data where none is named.
 """
 
 import dataclasses
-import importlib.util
-import sys
+import re
 from pathlib import Path
 
 import pytest
 
+from tests.launch.commands import settings_of
 from train import config, settings
+from train.losses.composition import LOSSES as PREFERENCE_LOSSES
 from train.losses.policy import ALGORITHMS
 from train.losses.reward import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = [[str(ROOT / f"train/data/builtin/{name}.jsonl")] for name in ("train", "held_out")]
-
-
-def settings_of(script):
-    """The Settings of a script, whose module stays: the parser looks its annotations up there."""
-    name = f"script_{Path(script).stem}"
-    spec = importlib.util.spec_from_file_location(name, ROOT / script)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Settings
 
 
 SCRIPTS = {
@@ -242,6 +234,33 @@ def test_every_flag_with_needs_is_tried():
         if field.metadata.get("needs")
     }
     assert tried == declared
+
+
+@pytest.mark.parametrize("kind", BY_NAME.values(), ids=BY_NAME)
+def test_help_is_in_groups(capsys, monkeypatch, kind):
+    """The ten flags that people use first, then groups; each flag stands once, choices listed."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        config.parse(kind, ["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and max(map(len, shown.splitlines()[:-5])) <= 140
+    titles = re.findall(r"^([a-z ]+):$", shown, re.MULTILINE)
+    assert titles[0] == "used most" and titles[-1] == "help" and "flags" not in titles
+    assert titles[1:-1] == [title for title in settings.HELP_GROUPS if title in titles]
+    flags = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
+    assert flags[:10] == kind.used_most.split()
+    names = {f.name for f in dataclasses.fields(kind)}
+    assert sorted(flags) == sorted(names | {"config", "print_config"})
+    if "precision" in names:
+        assert "--precision {auto,bf16,fp32}" in shown and "--layout {packed,padded}" in shown
+    if kind is BY_NAME["dpo"]:
+        assert all(re.search(rf"\b{loss}\b", shown) for loss in PREFERENCE_LOSSES)
+
+
+def test_no_group_names_a_flag_that_no_script_has():
+    names = {f.name for kind in SCRIPTS.values() for f in dataclasses.fields(kind)}
+    grouped = [name for group in settings.HELP_GROUPS.values() for name in group.split()]
+    assert sorted(grouped) == sorted(names)
 
 
 def test_what_asks_for_nothing_is_never_refused():

@@ -27,7 +27,9 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections import deque
@@ -41,6 +43,11 @@ from train.files import near_names
 
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 PARSER_FLAGS = ("config", "print_config", "help")  # what is there besides the fields
+PARSER_HELP = (
+    "  --config FILE     a YAML file of flags; those on the command line override it",
+    "  --print_config    print all flags and their values as such a file",
+    "  -h, --help        this",
+)
 NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 # jsonargparse's words for a required flag that is missing
 REQUIRED = re.compile(r"following arguments are required: (.*)")
@@ -167,22 +174,68 @@ def _to_json_types(value):
     return str(value) if isinstance(value, Path) else value
 
 
+class _Parser(jsonargparse.ArgumentParser):
+    """A parser whose help is short and in groups: those of the class's `help_groups`, after what it
+    calls `used_most`, both names of fields in one string.
+    """
+
+    settings_class = None
+
+    def format_help(self):
+        fields = {f.name: f for f in dataclasses.fields(self.settings_class)}
+        groups = {"used most": getattr(self.settings_class, "used_most", "")}
+        groups |= getattr(self.settings_class, "help_groups", {})
+        rest = set(fields).difference(*(names.split() for names in groups.values()))
+        groups["flags"] = " ".join(name for name in fields if name in rest)
+        lines = [f"usage: {self.prog} [--config recipe.yaml] [--name value ...]", ""]
+        lines.append(self.description)
+        shown = set()
+        for title, names in groups.items():
+            names = [name for name in names.split() if name in fields and name not in shown]
+            shown.update(names)
+            if names:
+                lines += ["", f"{title}:"]
+            for name in names:
+                lines += self._explained(fields[name])
+        return "\n".join([*lines, "", "help:", *PARSER_HELP]) + "\n"
+
+    def _explained(self, field) -> list[str]:
+        """The lines on one flag: what it takes, its docstring, its default."""
+        (action,) = (each for each in self._actions if each.dest == field.name)
+        hint = _field_types(self.settings_class).get(field.name)
+        text, default = " ".join((action.help or "").split()), _to_json_types(_default(field))
+        if field.default is not dataclasses.MISSING and default is not None:
+            default = default if isinstance(default, str) else json.dumps(default)
+            text += f" (default: {default})"
+        width = min(shutil.get_terminal_size().columns, 100)
+        wrapped = textwrap.wrap(text, width - 8, break_on_hyphens=False, break_long_words=False)
+        return [f"  --{field.name} {_taken(hint)}", *(f"        {line}" for line in wrapped)]
+
+
+def _taken(hint) -> str:
+    """What a flag takes, for its help: its choices, or a word for the type."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
+    if _is_list(hint):
+        return f"{_taken(typing.get_args(hint)[0])} ..."
+    if _is_union(hint):
+        return "|".join(map(_taken, typing.get_args(hint)))
+    words = {bool: "{true,false}", int: "N", float: "X", str: "TEXT", dict: "'{key: value}'"}
+    return words.get(typing.get_origin(hint) or hint, "VALUE")
+
+
 @functools.cache
 def _parser(settings_class):
     """A parser with a flag for each field, its help the docstring under the field."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
+    parser = _Parser(
         description=inspect.cleandoc(settings_class.__doc__ or ""),
-        usage="%(prog)s [--config recipe.yaml] [--name value ...]",
         # --batch for --batch_size would mean another once there is a --batch_tokens
         allow_abbrev=False,
         exit_on_error=False,  # raise, so that `parse` says it in one line
     )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="a YAML file of flags; those on the command line override it",
-    )
+    parser.settings_class = settings_class
+    parser.add_argument("--config", action="config")
     # `given` is `parse`'s own
     parser.add_class_arguments(settings_class, as_group=False, skip={"given"})
     return parser
@@ -290,6 +343,8 @@ def _read_file(parser, path, settings_class) -> dict:
     def refuse(message):
         raise ValueError(f"{path}: {message}")
 
+    if Path(path).suffix in (".jsonl", ".csv", ".parquet"):
+        refuse("rows of data: pass it as --data")
     try:
         found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
@@ -340,7 +395,9 @@ def _unknown(what, names, types_by_name, dashes):
     said = []
     for name in names:
         hint = other_trainers.hint(name, types_by_name, dashes)
-        near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.6)
+        plain = name.replace("-", "_")
+        begun = [other for other in known if plain and other.startswith(f"{plain}_")]
+        near = begun or difflib.get_close_matches(plain, known, n=2, cutoff=0.6)
         if hint:
             hint = f": {hint}"
         elif near:

@@ -18,6 +18,26 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+# --help shows a script's `used_most` first, then these; tests/test_settings.py holds that every flag
+# of every script is in one of them.
+HELP_GROUPS = {
+    "model": """model reference reference_model reference_every reference_mixup reward_model
+        value_model lora_rank lora_alpha lora_targets chat_template trust_remote_code allow_pickle""",
+    "data": """data eval_data eval_split data_split_seed columns ood by max_length max_prompt_length
+        truncate_prompt max_rows ood_tokens max_dropped max_implausible allow_control_tokens
+        allow_template_changes trainer""",
+    "loss": """loss beta loss_args margin algorithm kl_coef clip_low clip_high dual_clip
+        scale_advantages gamma lam value_lam value_clip""",
+    "rewards": "reward reward_weights reward_clip missing_end_penalty",
+    "answers": """prompts samples_per_prompt max_new_tokens temperature epochs_per_rollout minibatches
+        max_resamples""",
+    "training": """lr lr_scheduler warmup_ratio warmup_steps num_cycles min_lr value_lr value_warmup
+        batch_size epochs max_steps weight_decay grad_clip seed""",
+    "memory": """ds_config reference_ds_config value_ds_config precision micro_tokens decode_batch
+        layout gradient_checkpointing""",
+    "saving": "output save_every save_minutes keep resume max_skipped export_dtype card",
+    "logging": "log_every eval_every show json",
+}
 
 
 class Needs(NamedTuple):
@@ -165,6 +185,7 @@ class Data:
     """The model and the data: what a run looks at before it begins."""
 
     builtin_data: ClassVar = ("train.jsonl", "held_out.jsonl")  # to train and to evaluate on
+    help_groups: ClassVar = HELP_GROUPS
 
     # The names of what the user gave, by config.parse: those stay as they are.
     given: dataclasses.InitVar[frozenset] = frozenset()
@@ -353,13 +374,16 @@ class Training(Data):
 class Preference(Training):
     """What preference training minimises, besides."""
 
-    # Here and not in the script, because a dataclass lists what it inherits first, and --help shows
+    used_most: ClassVar = "model data output loss beta lr batch_size epochs max_length ds_config"
+
+    # Here and not in the script, because a dataclass lists what it inherits first, and run.json shows
     # where a run writes before what it minimises.
     output: str = flag("runs/dpo", may_change=True)
     """Folder for the model, TensorBoard, logs and run.json."""
     loss: str = flag("sigmoid", card=(1, "loss"), inherited=True)
-    """The loss, a row of train/losses/composition.py's LOSSES, or a weighted sum:
-    sigmoid:0.8,sft:0.2.
+    """The loss, sigmoid (DPO), robust, hinge, ipo, exo_pair, nca_pair, bco_pair, sppo_hard, aot,
+    aot_unpaired, apo_zero, apo_down, discopop, sft, sigmoid_norm, simpo, orpo, cpo, kto, dpop, rpo
+    or rdpo, or a weighted sum: sigmoid:0.8,sft:0.2.
     """
     beta: float = flag(0.1, card=(2, "beta"), inherited=True)
     """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
@@ -391,6 +415,10 @@ class Scored:
 class Reward(Scored, Training):
     """What the training of a reward model minimises, besides."""
 
+    used_most: ClassVar = (
+        "model data output loss lr batch_size epochs max_length eval_split ds_config"
+    )
+
     output: str = flag("runs/reward", may_change=True)
     """Folder for the model, TensorBoard, logs and run.json."""
     loss: str = flag("bradley_terry", card=(1, "loss"))
@@ -412,6 +440,8 @@ class Policy(Training):
     """
 
     builtin_data: ClassVar = ("prompts.jsonl", "held_out_prompts.jsonl")
+    used_most: ClassVar = """model data output algorithm reward reward_model samples_per_prompt lr
+        batch_size max_new_tokens"""
     # What takes the place of defaults where no prompts are named: few short answers, and a rate at
     # which a few rollouts show something.
     demonstration: ClassVar = {

@@ -1,5 +1,6 @@
 """Runs the user's commands, each test with a cache of its own."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -30,6 +31,16 @@ def launched(command, cache):
         text=True,
         timeout=400,
     )
+
+
+def settings_of(script):
+    """The Settings of a script, whose module stays: the parser looks its annotations up there."""
+    name = f"script_{Path(script).stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / script)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].Settings
 
 
 def several(script, lines, cache):

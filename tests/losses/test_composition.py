@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from train.losses.composition import (
+    ALSO_CALLED,
     DIVERGENCES,
     LOSSES,
     RunningMean,
@@ -72,8 +73,16 @@ def test_far_margins_are_linear_not_infinite():
 
 
 def test_unknown_loss_names_the_choices():
-    with pytest.raises(ValueError, match="'sigmiod' is none of: sigmoid"):
+    with pytest.raises(ValueError, match=r"'sigmiod' \(did you mean sigmoid\?\) is none of: sig"):
         choose("sigmiod", 0.1, {})
+    with pytest.raises(ValueError, match="'zzz' is none of: sigmoid, robust"):
+        choose("zzz", 0.1, {})
+    for name, here in ALSO_CALLED.items():
+        assert name not in LOSSES
+        named = here.partition(", with ")[0].replace(" or ", ",")
+        assert {part.partition(":")[0] for part in named.split(",")} <= set(LOSSES), here
+        with pytest.raises(ValueError, match=f"'{name}', here called {re.escape(here)}, is none"):
+            choose(name, 0.1, {})
 
 
 def test_foreign_parameters_are_refused_with_the_list():

@@ -9,9 +9,10 @@ A new loss is a function in preference.py and a row of LOSSES here.
 Legend: B pairs, or B responses that are labelled one by one; M mismatched responses.
 """
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -149,6 +150,26 @@ LOSSES: dict[str, LossRow] = {
     "dpop": LossRow(preference.dpop, paper="2402.13228"),
     "rpo": LossRow(preference.rpo, paper="2404.19733"),
     "rdpo": LossRow(preference.rdpo, paper="2403.19159"),
+}
+
+
+# What losses of the table are called elsewhere: offered where a name does not exist.
+ALSO_CALLED = {
+    "dpo": "sigmoid",
+    "cdpo": "sigmoid, with --loss_args.label_smoothing",
+    "slic": "hinge",
+    "exo": "exo_pair",
+    "nca": "nca_pair",
+    "bco": "bco_pair",
+    "sppo": "sppo_hard",
+    "apo": "apo_zero or apo_down",
+    "kto_pair": "kto",
+    "nll": "sft",
+    "length_norm": "sigmoid_norm",
+    "tr_dpo": "sigmoid, with --reference_every",
+    "ld_dpo": "sigmoid, with --loss_args.ld_alpha",
+    "wpo": "sigmoid, with --loss_args.use_weighting true",
+    "mpo": "sigmoid:0.8,bco_pair:0.2,sft:1.0",
 }
 
 
@@ -361,7 +382,8 @@ def parse(spec: str) -> dict[str, float]:
     for part in spec.split(","):
         name, colon, weight = map(str.strip, part.partition(":"))
         if name not in LOSSES:
-            raise ValueError(f"loss {name!r} is none of: {', '.join(LOSSES)}")
+            hint = meant(name, LOSSES, ALSO_CALLED)
+            raise ValueError(f"loss {name!r}{hint} is none of: {', '.join(LOSSES)}")
         if name in weights:
             raise ValueError(f"loss {name!r} stands twice in {spec!r}")
         try:
@@ -373,6 +395,15 @@ def parse(spec: str) -> dict[str, float]:
                 f"the weight of loss {name!r} is a number above 0, not {weight!r}: sigmoid:1.0,sft:0.2"
             )
     return weights
+
+
+def meant(name: str, losses: Collection[str], also_called: dict[str, str]) -> str:
+    """What a loss that does not exist may be here, in words behind its name; "" where nothing is near."""
+    name = name.lower().replace("-", "_")
+    if name in also_called:
+        return f", here called {also_called[name]},"
+    near = difflib.get_close_matches(name, losses, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def choose(spec: str, beta: float, args: dict) -> Loss:

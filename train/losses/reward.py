@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from train.losses.composition import meant
+
 
 class ScoredPairs(NamedTuple):
     """What a step knows of B pairs."""
@@ -101,6 +103,17 @@ LOSSES: dict[str, RewardLoss] = {
 }
 
 
+# What they are called elsewhere: offered where a name does not exist.
+ALSO_CALLED = {
+    "bt": "bradley_terry",
+    "sigmoid": "bradley_terry",
+    "pairwise": "bradley_terry",
+    "bce": "logistic",
+    "mse": "squared",
+    "regression": "squared",
+}
+
+
 class Loss(NamedTuple):
     """What a run minimises: a row of LOSSES with its parameters bound."""
 
@@ -124,7 +137,8 @@ def choose(name: str, args: dict) -> Loss:
     range.
     """
     if name not in LOSSES:
-        raise ValueError(f"loss {name!r} is none of: {', '.join(LOSSES)}")
+        hint = meant(name, LOSSES, ALSO_CALLED)
+        raise ValueError(f"loss {name!r}{hint} is none of: {', '.join(LOSSES)}")
     row = LOSSES[name]
     for key, value in args.items():
         if key not in row.parameters:
