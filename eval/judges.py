@@ -84,7 +84,6 @@ def open_judge(settings, opened, run, device: torch.device) -> Judge:
     model = RewardModel(
         opened.path, device, autocast=autocast, trust_remote_code=settings.trust_remote_code
     )
-    model.model.config.get_text_config().use_cache = False
     # not from the free memory, as in training: the report would depend on it by a rounding error
     default_tokens = memory.CUDA_TOKENS if device.type == "cuda" else memory.CPU_TOKENS
     batch_tokens = settings.micro_tokens or default_tokens

@@ -110,7 +110,11 @@ class Parser(argparse.ArgumentParser):
 
 def read_arguments() -> argparse.Namespace:
     """The command line, or an exit with what is wrong with it."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("checkpoint", type=Path, help="a step-N directory")
     parser.add_argument("folder", type=Path, help="the model directory to make")
     parser.add_argument(

@@ -71,6 +71,7 @@ def refused(capsys, *argv):
         ("--data a.jsonl", "data", ["a.jsonl"]),
         ("--data a.jsonl 7 --beta 1", "data", ["a.jsonl", "7"]),
         ("--data [a,b]", "data", ["a", "b"]),
+        ("--model m --model null", "model", None),
         ("--layers 3 -1", "layers", [3, -1]),
         ("--deterministic", "deterministic", True),
         ("--deterministic --beta 1", "deterministic", True),

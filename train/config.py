@@ -310,7 +310,8 @@ def _take_values(tokens, many):
 
 def _join(values, field_type):
     """The values of one flag as one YAML text."""
-    if not _is_list(field_type) or (len(values) == 1 and values[0].startswith("[")):
+    is_whole = len(values) == 1 and (values[0].startswith("[") or values[0] == "null")
+    if not _is_list(field_type) or is_whole:
         return values[0]
     # Only strings are quoted: the parser reads the other elements as YAML numbers.
     if typing.get_args(field_type) == (str,):

@@ -26,7 +26,7 @@ HELP_GROUPS = {
     "data": """data eval_data eval_split data_split_seed columns ood by max_length max_prompt_length
         truncate_prompt max_rows ood_tokens max_dropped max_implausible allow_control_tokens
         allow_template_changes trainer""",
-    "loss": """loss beta loss_args margin algorithm kl_coef clip_low clip_high dual_clip
+    "loss": """loss beta loss_args margin algorithm kl_coef target_kl clip_low clip_high dual_clip
         scale_advantages gamma lam value_lam value_clip""",
     "rewards": "reward reward_weights reward_clip missing_end_penalty",
     "answers": """prompts samples_per_prompt max_new_tokens temperature epochs_per_rollout minibatches
@@ -34,7 +34,7 @@ HELP_GROUPS = {
     "training": """lr lr_scheduler warmup_ratio warmup_steps num_cycles min_lr value_lr value_warmup
         batch_size epochs max_steps weight_decay grad_clip seed""",
     "memory": """ds_config reference_ds_config value_ds_config precision micro_tokens decode_batch
-        layout gradient_checkpointing""",
+        offload_frozen layout gradient_checkpointing""",
     "saving": "output save_every save_minutes keep resume max_skipped export_dtype card",
     "logging": "log_every eval_every show json",
 }
@@ -168,6 +168,10 @@ VALUE_MODEL = Needs("algorithm", among=("ppo",))
 DISCOUNTED = Needs("algorithm", among=("ppo", "reinforce++"))
 COMPARES_SAMPLES = Needs("algorithm", but=("ppo", "reinforce++"))
 HAS_KL = Needs("algorithm", among=("ppo", "rloo", "reinforce++", "reinforce++_baseline", "grpo"))
+FROZEN = AnyOf(
+    (Needs("reward_model"), HAS_KL),
+    "without a frozen model: it counts with --reward_model, or with an algorithm that has a KL",
+)
 MOVES_THE_RATIO = AnyOf(
     (
         Needs("algorithm", but=("rloo", "grpo", "dr_grpo")),
@@ -278,7 +282,9 @@ class Training(Data):
     warmup_ratio: float = flag(0.0, card=(6, "warm-up, share of the steps"), needs=WARMS_UP)
     """Share of the steps in which the learning rate rises from 0."""
     warmup_steps: int = flag(0, needs=(WARMS_UP, Needs("warmup_ratio", unset=True)))
-    """Optimiser steps in which the learning rate rises from 0, in place of --warmup_ratio."""
+    """Steps (of train_ppo.py: rollouts) in which the learning rate rises from 0, in place of
+    --warmup_ratio.
+    """
     num_cycles: float | None = flag(
         None,
         needs=Needs("lr_scheduler", among=("cosine", "cosine_with_restarts", "cosine_with_min_lr")),
@@ -554,7 +560,7 @@ class Policy(Training):
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
     else whole on each rank.
     """
-    offload_frozen: bool = flag(False, may_change=True)
+    offload_frozen: bool = flag(False, may_change=True, needs=FROZEN)
     """Keep reference and reward model in main memory between uses. On a CPU they lie there anyway."""
     max_resamples: int | None = None
     """How often a prompt whose samples all have the same reward is answered anew."""

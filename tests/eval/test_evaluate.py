@@ -85,14 +85,15 @@ def runs(place, model_dir):
     """One evaluation by one rank and by two, in batches of other sizes, without a reference, of a
     model against itself.
     """
-    common = ["--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl", *SMALL]
+    texts = ["--data", place / "pairs.jsonl", "--ood", place / "texts.jsonl"]
+    common = [*texts, *SMALL]
     pair = ["--model", place / "run/model", "--reference", model_dir, *common]
     lines = {
         "one": [*pair, "--micro_tokens", 700],
         "512": [*pair, "--micro_tokens", 512],
         "8192": [*pair, "--micro_tokens", 8192],
         "padded": [*pair, "--layout", "padded"],
-        "alone": ["--model", model_dir, *common, *LENGTH, "--prompts", 0],
+        "alone": ["--model", model_dir, *texts, *LENGTH, "--prompts", 0],
         "itself": ["--model", model_dir, "--reference", model_dir, *common, *LENGTH, "--beta", 2],
         "bf16": [*pair, "--precision", "bf16", "--max_rows", 5],
     }
@@ -327,7 +328,7 @@ def test_nothing_that_others_read_names_a_place_on_this_machine(runs):
 
 def test_the_same_command_again_says_so(runs, model_dir):
     line = ["--model", model_dir, "--data", runs / "pairs.jsonl", "--ood", runs / "texts.jsonl"]
-    line += [*SMALL, *LENGTH, "--prompts", 0, "--output", runs / "alone"]
+    line += [*LENGTH, "--prompts", 0, "--output", runs / "alone"]
     again, other = several(SCRIPT, [line, [*line, "--beta", 3]], runs / "cache")
     code, out, _ = again
     assert code == "0" and "finished" in out

@@ -133,9 +133,9 @@ def refusals(place, model_dir):
     lengths = ["--max_length", 900, "--max_prompt_length", 600]
     shards = ["--ds_config", "ds_configs/frozen_zero3.json"]
     return [
-        (["--by", "subset"], 2, "pass --reward_model"),
+        (["--by", "subset"], 2, "--by changes nothing without --reward_model"),
         ([*other, "--reference", model_dir], 2, "stands alone: pass --model, too"),
-        ([*other, "--beta", "0.3"], 2, "--beta is for language models"),
+        ([*other, "--beta", "0.3"], 2, "--beta changes nothing where --reward_model stands alone"),
         (["--reward_model", place / "nowhere"], 2, "nowhere"),
         (["--reward_model", model_dir], 2, "is no reward model: it has no score.weight"),
         (["--reward_model", two_labels], 2, "it has 2 outputs, not 1"),

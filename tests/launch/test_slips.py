@@ -138,7 +138,9 @@ LATER = [
     (DPO, "--model {empty}", 2, "cannot load a tokenizer from {empty}"),
     (DPO, "--model {bare}", 2, "no chat template"),
     (DPO, "--reference_model {dir}/tinny", 2, "there is no folder {dir}/tinny (did you mean tiny"),
-    (DPO, "--reference_model {small}", 2, "model's vocabulary is 1,000"),
+    (DPO, "--reference_model {small}", 2, "the reference {small}'s vocabulary is 1,000"),
+    (DPO, "--reference cached --reference_model {small}", 2, "the reference {small}'s vocabulary is 1,000"),
+    (PPO, "--reward_model {judge}", 2, "and the model has 1,000: they are not of one model"),
     (DPO, "--model {small}", 2, "model's vocabulary is 1,000"),
     (REWARD, "--model {small}", 2, "model's vocabulary is 1,000"),
     (REWARD, "--model {dir}/tinny", 2, "there is no folder"),
@@ -230,6 +232,9 @@ def place(model_dir, tmp_path_factory):
     (folder / "bare/chat_template.jinja").unlink()
     # 1,000 embeddings under a tokenizer of 1,024 tokens
     names["small"] = tiny.save_model(folder / "small", vocab_size=1000)
+    names["judge"] = folder / "judge"
+    tiny.make_score_model(vocab_size=1000).save_pretrained(folder / "judge")
+    tiny.save_tokenizer(folder / "judge")
     return {name: str(path) for name, path in names.items()}
 
 

@@ -646,23 +646,24 @@ def _reserved_names(tokenizer_class: type) -> set[str]:
     return {*inspect.signature(tokenizer_class.apply_chat_template).parameters}
 
 
-def check_fit(config, tokenizer: PreTrainedTokenizerBase, max_length: int, data=()) -> None:
+def check_fit(
+    config, tokenizer: PreTrainedTokenizerBase, max_length: int, data=(), of: str = "the model"
+) -> None:
     """ValueError where a data set uses ids that the model has no embedding for, or rows may outrun
     its positions.
 
     `config`: the model's, as transformers has it; no weight is needed. `data`: every Tokenised in
     use. The size of the vocabulary says nothing: some tokenizers have tokens that no text reaches.
+    `of`: whose configuration it is, for the message.
     """
     config = config.get_text_config()
     largest = max((int(each.ids.max()) for each in data if len(each.ids)), default=-1)
     if largest >= config.vocab_size:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"the data has token {largest:,}, {token!r}, and the model's vocabulary is "
+            f"the data has token {largest:,}, {token!r}, and {of}'s vocabulary is "
             f"{config.vocab_size:,}: tokenizer and model do not belong together"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
-        raise ValueError(
-            f"--max_length {max_length} is more than the model's {positions} positions"
-        )
+        raise ValueError(f"--max_length {max_length} is more than {of}'s {positions} positions")

@@ -136,6 +136,7 @@ class RewardModel:
         if self.chat.end_id in ids:
             self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
         self.model.eval()
+        self.model.config.get_text_config().use_cache = False
         self.own = OwnClass(self.model, AT_ONCE, autocast)
         self.device, self.path = device, path
         if offload:
@@ -160,9 +161,15 @@ class RewardModel:
             )
 
     def check(self, prompts: Sequence[Prompt], max_new_tokens: int):
-        """ValueError where a conversation may outrun the model's positions."""
+        """ValueError where a conversation may outrun the model's positions, or has a token that it
+        lacks.
+        """
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max((len(self.chat.prompt_ids(prompt.messages)) for prompt in prompts), default=0)
+        longest = 0
+        for prompt in prompts:
+            ids = self.chat.prompt_ids(prompt.messages)
+            self._check_ids(ids)
+            longest = max(longest, len(ids))
         longest += max(len(self.ending) - 1, 0)  # the end token is a new one, the tail is not
         if positions and longest + max_new_tokens > positions:
             raise ValueError(
@@ -201,6 +208,8 @@ class RewardModel:
         ranks, so that no digit depends on their number.
         """
         ids = [self.ids(*each) for each in zip(conversations, texts, ended, strict=True)]
+        for each in ids:
+            self._check_ids(each)
         parts = self.own.parts([len(each) for each in ids])
         mine = []  # (number of the answer, score)
         with self._place:
@@ -212,3 +221,12 @@ class RewardModel:
         preemption.raise_if_preempted()
         everyone = sorted(pair for part in dist.all_gather(mine) for pair in part)
         return np.array([score for _, score in everyone])
+
+    def _check_ids(self, ids: Sequence[int]):
+        """ValueError for a token that the model has no embedding for."""
+        size = self.model.config.get_text_config().vocab_size
+        if max(ids, default=0) >= size:
+            raise ValueError(
+                f"the tokenizer of --reward_model {self.path} makes token {max(ids):,}, and the model "
+                f"has {size:,}: they are not of one model"
+            )

@@ -166,6 +166,15 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         )
     steps = total_steps(settings, run.device, len(data))
 
+    def check_reference(live: Live):
+        chat.check_fit(
+            live.module.lm.config,
+            tokenizer,
+            settings.max_length,
+            datasets,
+            of=f"the reference {reference_path}",
+        )
+
     reference = reference_config = None
     if settings.reference == "none":
         reference = NoReference()
@@ -180,6 +189,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
             reference_config,
             moves=bool(settings.reference_every),
         )
+        check_reference(live)
         tokens_a_batch = 2 * batch_tokens(settings, run.device, mode, live.module)
         reference = Cached(live, datasets, tokens_a_batch, mode.precision, run.say)
         del live
@@ -199,6 +209,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
             reference_config,
             moves=bool(settings.reference_every),
         )
+        check_reference(reference)
 
     same_weights = same_model and settings.reference != "none"
     run.set_plan(
