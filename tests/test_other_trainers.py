@@ -29,6 +29,7 @@ save_total_limit: 3
 output_dir: Qwen2-0.5B-DPO
 use_peft: true
 lora_r: 32
+lora_target_modules: all-linear
 lora_alpha: 16
 bf16: true
 fp16: false
@@ -71,6 +72,7 @@ def test_a_whole_recipe_becomes_one_that_runs_here(capsys, tmp_path):
         "keep": 3,
         "output": "Qwen2-0.5B-DPO",
         "lora_rank": 32,
+        "lora_targets": None,
         "lora_alpha": 16,
         "precision": "bf16",
         "beta": 0.2,

@@ -278,7 +278,7 @@ NAMES: dict[str, Here] = {
     "ckpt_path": _part("output", note="checkpoints lie in OUTPUT/checkpoints"),
     "logging_dir": _part("output", note="TensorBoard lies in OUTPUT/tensorboard"),
     "run_name": _part("output", note="the folder is the run's name"),
-    "overwrite_output_dir": _to("resume=never"),
+    "overwrite_output_dir": _none("the same command continues; --resume never starts over"),
     "resume_from_checkpoint": _to("resume", note="auto, the default, or a checkpoint's path"),
     "load_checkpoint": _to("resume", note="auto, the default, or a checkpoint's path"),
     "save_steps": _to("save_every"),
@@ -320,6 +320,7 @@ VALUES: dict[str, dict[Any, Any]] = {
     "precision": {"bfloat16": "bf16", "float32": "fp32", "float16": "bf16"},
     "loss": {"dpo": "sigmoid"},
     "lora_rank": {True: 16, "lora": 16, "full": 0},
+    "lora_targets": {"all": None, "all-linear": None},
     "resume": {True: "auto"},
     "ds_config": {stage: f"ds_configs/zero{stage}.json" for stage in range(4)},
 }
