@@ -150,6 +150,7 @@ class RewardModel:
     def _check_pooling(self):
         """Warn where a finished answer's score is not read off its last token."""
         ids = self.ids([{"role": "user", "content": "question"}], "answer", ended=True)
+        self._check_ids(ids)
         if self.own.reads_last(torch.tensor(ids, device=self.device)) is False:
             logging.getLogger("zeropref").warning(
                 "--reward_model %s reads its scores off %r, not off the last token of a finished "
