@@ -9,7 +9,7 @@ import tiny
 import torch
 import transformers
 
-from train.models import attention
+from train.models import attention, cache
 from train.models.backbone import Backbone
 from train.models.generate import (
     Completion,
@@ -219,6 +219,44 @@ def test_finished_sequences_leave_and_prompts_are_read_once():
     for width, num_running in zip(widths[1:], running, strict=True):
         assert num_running <= width < num_running / 0.875 + 1
     assert widths[-1] < 12
+
+
+def test_cache_is_transformers_own_in_place():
+    """The same keys and values as transformers' layers hold, through growth, copies for samples and
+    sequences that leave, and views of the same memory while there is room.
+    """
+    lm = tiny.make_model("gemma3")  # of its layers every other has a sliding window
+    random = torch.Generator().manual_seed(0)
+    ours, theirs = cache.make_cache(lm), transformers.DynamicCache(config=lm.config)
+    kinds = [type(layer) is cache.GrowingLayer for layer in ours.layers]
+    assert kinds == [kind == "full_attention" for kind in tiny.GEMMA3_LAYERS]
+
+    def add(rows, tokens):
+        for layer in range(len(kinds)):
+            states = torch.randn(2, rows, 2, tokens, 16, generator=random)
+            found, expected = (each.update(*states, layer) for each in (ours, theirs))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+    def keep(*places):
+        for each in (ours, theirs):
+            each.batch_select_indices(torch.tensor(places))
+
+    add(3, 7)
+    keep(0, 0, 0, 1, 1, 2, 2, 2)
+    places = set()
+    for _ in range(cache.ROOM):
+        add(8, 1)
+        places.add(ours.layers[1].keys.data_ptr())
+    assert len(places) == 1
+    add(8, 2)
+    assert ours.layers[1].keys.data_ptr() not in places
+    keep(0, 7, 2, 6, 4)
+    add(5, 1)
+    keep(3, 1, 0)
+    add(3, cache.ROOM + 2)
+    keep(2)
+    add(1, 1)
 
 
 def test_progress_and_batches():

@@ -1,5 +1,5 @@
-"""Sampling from a causal language model with transformers' own cache and attention, for rollouts
-and for evaluation.
+"""Sampling from a causal language model with transformers' own attention over a cache that grows in place
+(train/models/cache.py), for rollouts and for evaluation.
 
 A completion is a function of the weights, the prompt's tokens and (seed, the prompt's number,
 sample, position): the noise is a hash of those, not a stream, so neither the batch in which a
@@ -19,16 +19,17 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
 
 from train.models.backbone import STATEFUL, own_attention
+from train.models.cache import make_cache
 
 # Bytes of noise that are hashed at a time, by the kind of device: on a CPU a row or two of the
-# logits, which stay in its cache.
+# logits for each thread, which stay in its core's cache.
 NOISE_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 # Finished sequences leave the batch once no more than this share of it is running: not at once,
-# because the cache is copied each time.
+# because others' keys and values are moved to their places, and products of another shape are
+# planned anew.
 EVICT_BELOW = 0.875
 
 
@@ -193,7 +194,7 @@ def _decode(lm, prompts, prompt_places, keys, sampling: _Sampling) -> list[Compl
         if not num_running or position + 1 == sampling.max_new_tokens or sampling.stop():
             break
         if num_running <= EVICT_BELOW * len(active):
-            stay = running.nonzero().squeeze(1)
+            stay = _close_gaps(running, num_running)
             active = active[stay]
             token = token[stay]
             mask = mask[stay]
@@ -211,6 +212,16 @@ def _decode(lm, prompts, prompt_places, keys, sampling: _Sampling) -> list[Compl
     return [Completion(tuple(ids[:size]), has_ended) for ids, size, has_ended in results]
 
 
+def _close_gaps(running: torch.Tensor, num_running: int) -> torch.Tensor:
+    """(num_running,) the running sequences' places, of a mask (A,): the last ones where others have
+    finished, all others where they are, so that few of them move.
+    """
+    places = torch.arange(num_running, device=running.device)
+    finished = (~running[:num_running]).nonzero().squeeze(1)
+    places[finished] = running[num_running:].nonzero().squeeze(1) + num_running
+    return places
+
+
 def _prefill(lm, prompts):
     """Read prompts, padded on the left: next-token logits (P, V), the cache that holds the prompts,
     and its mask (P, W).
@@ -222,7 +233,7 @@ def _prefill(lm, prompts):
         start = longest - len(prompt)
         ids[i, start:] = torch.tensor(list(prompt), device=lm.device)
         mask[i, start:] = 1
-    cache = DynamicCache(config=lm.config.get_text_config())
+    cache = make_cache(lm)
     positions = (mask.cumsum(1) - 1).clamp_(min=0)  # (P, W), from 0 at a prompt's first token
     logits = lm(
         input_ids=ids,
@@ -247,6 +258,8 @@ def draw(
     if temperature == 0:
         return logits.argmax(1)
     num_bytes = NOISE_BYTES.get(logits.device.type, NOISE_BYTES["cuda"])
+    if logits.device.type == "cpu":
+        num_bytes *= torch.get_num_threads()
     size = max(1, num_bytes // (8 * logits.shape[1]))  # rows at a time, of int64
     parts = zip(logits.split(size), keys.split(size), strict=True)
     return torch.cat([_draw_at_once(*part, position, temperature) for part in parts])
@@ -276,20 +289,23 @@ def gumbel(keys: torch.Tensor, position: int, size: int, dtype: torch.dtype) -> 
     """(A,) keys -> (A, size) standard Gumbel noise of this position: -log(-log(u)), u uniform."""
     state = _mix(keys + _signed((position + 1) * GOLDEN))[:, None]  # (A, 1)
     bits = _mix(state + torch.arange(1, size + 1, device=keys.device) * GOLDEN)  # (A, size)
-    bits = (bits >> 11) & ((1 << 53) - 1)  # as many as fp64 holds
-    # 1 - u and not u, which is near 1 where the noise is large: 1 - u is exact near 0
-    complement = bits.to(torch.float64).add_(0.5).mul_(2.0**-53).to(dtype)
-    return complement.neg_().log1p_().neg_().log_().neg_()
+    bits = _shifted(bits, 11)  # as many as fp64 holds
+    # u - 1 and not u, which is near 1 where the noise is large: u - 1 is exact near 0
+    less_one = bits.to(torch.float64).add_(0.5).mul_(-(2.0**-53)).to(dtype)
+    return less_one.log1p_().neg_().log_().neg_()
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser on fresh int64, in place: integers wrap around, `>>` copies the sign,
-    hence the masks.
-    """
+    """SplitMix64's finaliser on fresh int64, in place: integers wrap around."""
     for shift, factor in ((30, MIX_1), (27, MIX_2)):
-        x ^= (x >> shift) & ((1 << (64 - shift)) - 1)
+        x ^= _shifted(x, shift)
         x *= factor
-    return x.bitwise_xor_((x >> 31) & ((1 << 33) - 1))
+    return x.bitwise_xor_(_shifted(x, 31))
+
+
+def _shifted(x: torch.Tensor, shift: int) -> torch.Tensor:
+    """int64 x >> shift as of unsigned integers: torch's copies the sign, hence the mask."""
+    return (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def _noise_key(seed: int, number: int, sample: int) -> int:
