@@ -12,7 +12,10 @@ import pytest
 import tiny
 import torch
 
+from tests.engine import made_rollouts
 from tests.engine.made_pairs import BETA, BUDGETS, CLIP, made_pairs, with_targets
+from tests.engine.policy_oracle import Oracle
+from train.losses.policy import ALGORITHMS
 
 WORKER = Path(__file__).parent / "gradient_worker.py"
 
@@ -67,8 +70,8 @@ def score_oracle(name, model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def check(name, path, expected, world, out):
-    """Every stage and budget gives the expected gradient, clipped."""
+def launched(name, path, world, out, algorithms=()):
+    """What the worker finds: {key: gradients} and {key: norm}."""
     subprocess.run(
         [
             sys.executable,
@@ -84,31 +87,101 @@ def check(name, path, expected, world, out):
             name,
             str(path),
             str(out),
+            *algorithms,
         ],
         check=True,
         timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     found = torch.load(out)
+    out.unlink()
     norms = json.loads(out.with_suffix(".json").read_text())
+    return found, {key: norms[",".join(map(str, key))] for key in found}
+
+
+def check(found, norms, expected):
+    """Every stage and budget gives the expected gradient, clipped."""
     assert set(found) == {(stage, budget) for stage in range(4) for budget in BUDGETS}
+    for key in found:
+        same(found[key], norms[key], expected, CLIP, key)
+
+
+def same(gradients, found_norm, expected, clip, key):
+    """The expected gradient, whose norm is clipped."""
     norm = float(torch.cat([g.flatten() for g in expected.values()]).norm())
-    assert norm > 2 * CLIP
-    for (stage, budget), gradients in found.items():
-        assert set(gradients) == set(expected)
-        for name, gradient in gradients.items():
-            clipped = expected[name] * CLIP / norm
-            gap = (gradient.double() - clipped).norm() / clipped.norm()
-            assert gap < 1e-5, (world, stage, budget, name, float(gap))
-        assert norms[f"{stage},{budget}"] == pytest.approx(norm, rel=1e-5)
+    assert norm > 2 * clip
+    assert set(gradients) == set(expected)
+    for name, gradient in gradients.items():
+        clipped = expected[name] * clip / norm
+        gap = (gradient.double() - clipped).norm() / clipped.norm()
+        assert gap < 1e-5, (key, name, float(gap))
+    assert found_norm == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "world", [pytest.param(1), pytest.param(2), pytest.param(4, marks=pytest.mark.slow)]
-)
-def test_gradient_is_the_oracle_s(models, world, tmp_path):
+@pytest.fixture(scope="module")
+def policies(models):
+    """The gradients of reinforcement learning, beside the policy what the worker reads of them."""
+    path, _ = models
+    lm = tiny.make_model("llama", seed=0, initializer_range=0.05).double()
+    critic = tiny.make_score_model("llama", seed=2, initializer_range=0.05, pad_token_id=None)
+    critic.save_pretrained(f"{path}-critic")
+    oracle = Oracle(lm, critic.double())
+    torch.save(oracle.made, f"{path}-rollouts.pt")
+    return oracle
+
+
+FEW = ("ppo", "grpo", "gspo")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def with_few(request, models, policies, tmp_path_factory):
+    """(world, gradients, norms) of one launch for DPO and a few algorithms."""
+    out = tmp_path_factory.mktemp("gradients") / "gradients.pt"
+    return request.param, *launched("dpo", models[0], request.param, out, FEW)
+
+
+def test_gradient_is_the_oracle_s(models, with_few):
+    _, found, norms = with_few
+    mine = [key for key in found if len(key) == 2]
+    check({key: found[key] for key in mine}, norms, models[1])
+
+
+def check_policies(found, norms, oracle, names):
+    """Every algorithm, stage, budget and update; the critic's too."""
+    mine = {key for key in found if len(key) > 2}
+    updates = range(made_rollouts.MINIBATCHES)
+    assert mine == {
+        (stage, name, budget, number, part)
+        for stage in range(4)
+        for name in names
+        for budget in made_rollouts.BUDGETS
+        for number in updates
+        for part in ("policy", "critic")[: 1 + ALGORITHMS[name].needs_critic]
+    }
+    for name in names:
+        for number in updates:
+            expected = oracle.gradients(name, number)
+            for key in mine:
+                if (key[1], key[3]) == (name, number):
+                    same(found[key], norms[key], expected[key[4]], made_rollouts.CLIP, key)
+
+
+def test_gradients_of_a_few_algorithms_are_the_oracle_s(policies, with_few):
+    _, found, norms = with_few
+    check_policies(found, norms, policies, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_gradients_of_all_algorithms_are_the_oracle_s(models, policies, world, tmp_path):
+    found, norms = launched("none", models[0], world, tmp_path / "gradients.pt", ALGORITHMS)
+    check_policies(found, norms, policies, ALGORITHMS)
+
+
+@pytest.mark.slow
+def test_gradient_is_the_oracle_s_on_four_ranks(models, tmp_path):
     path, expected = models
-    check("dpo", path, expected, world, tmp_path / "gradients.pt")
+    check(*launched("dpo", path, 4, tmp_path / "gradients.pt"), expected)
 
 
 @pytest.mark.parametrize(
@@ -126,4 +199,4 @@ def test_gradient_of_scores_is_the_oracle_s(name, world, tmp_path):
     lm = tiny.make_score_model("llama", initializer_range=0.05, pad_token_id=None)
     lm.save_pretrained(tmp_path / "score")
     expected = score_oracle(name, lm.double())
-    check(name, tmp_path / "score", expected, world, tmp_path / "gradients.pt")
+    check(*launched(name, tmp_path / "score", world, tmp_path / "gradients.pt"), expected)
