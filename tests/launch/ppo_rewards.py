@@ -68,3 +68,13 @@ def slow_and_chatty(response):
     print("looking at", response)
     time.sleep(0.01)
     return float(len(response))
+
+
+def begins_with_a_vowel(response):
+    """1 or 0: what is attainable is 1."""
+    return float(response.strip()[:1] in tuple("aeiouAEIOU"))
+
+
+def of_the_prompt(row):
+    """What the prompt's row says: nothing that a policy could change."""
+    return row["weight"]

@@ -12,6 +12,8 @@ test_slurm.py.
 """
 
 import contextlib
+import functools
+import importlib
 import json
 import os
 import resource
@@ -56,9 +58,9 @@ class Warm:
         self.process.stdin.close()
         self.process.wait(60)
 
-    def start(self, arguments, ranks=1, patch=None, file_bytes=None):
+    def start(self, arguments, ranks=1, patch=None, file_bytes=None, signal_after=None):
         """Fork the ranks. patch: {"module.NAME": value}, constants to set; file_bytes: no file may
-        grow beyond.
+        grow beyond; signal_after: (a signal, calls) as `send_after` takes them, on every rank.
         """
         if self.job and not self.job.done:  # a test failed and left it
             self.job.kill()
@@ -74,6 +76,7 @@ class Warm:
             "log": log.name,
             "patch": patch or {},
             "file_bytes": file_bytes,
+            "signal_after": signal_after,
         }
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -152,6 +155,8 @@ def rank(script, job, number):
             setattr(sys.modules[module], constant, value)
         if job["file_bytes"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+        if job["signal_after"]:
+            send_after(*job["signal_after"])
         sys.argv = [script, *job["arguments"]]
         runpy.run_path(script, run_name="__main__")
         code = 0
@@ -163,6 +168,37 @@ def rank(script, job, number):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def send_after(number, calls):
+    """Send this process a signal after a certain call of a function or method has returned.
+
+    calls: [["module:name", how many], ...]; each entry's calls count from when those of the entry
+    before it are done, and the signal follows the last.
+    """
+    left = [list(call) for call in calls]
+
+    def counted(function, name):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            found = function(*args, **kwargs)
+            if left and left[0][0] == name:
+                left[0][1] -= 1
+                if not left[0][1]:
+                    del left[0]
+                    if not left:
+                        os.kill(os.getpid(), number)
+            return found
+
+        return call
+
+    for name in {name for name, _ in calls}:
+        module, _, path = name.partition(":")
+        owner = importlib.import_module(module)
+        *classes, last = path.split(".")
+        for each in classes:
+            owner = getattr(owner, each)
+        setattr(owner, last, counted(getattr(owner, last), name))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class Collector:
         with self.report.timed("score"):
             tokens = self._score_tokens(step, answers, score)
             rollout = self._with_advantages(answers, scores, score, tokens)
-        facts = self._facts(rollout)
+        facts = self._facts(rollout) | {"episode": float(self._episodes(step.number + 1))}
         self.kept.take(step.number, rollout, facts)
         self.report.take(step.number, rollout, facts, samples)
         return rollout
@@ -315,7 +315,6 @@ class Collector:
             "frac_reward_zero_std": float(flat.double().mean())
             if answers.samples_per_prompt > 1
             else 0.0,
-            "episode": float((self.kept.number + 1) * len(lengths)),
         }
         if ended.any():
             of_ended = lengths[ended]
@@ -347,6 +346,12 @@ class Collector:
                 rollout.values, rollout.returns
             )
         return facts
+
+    def _episodes(self, rollouts: int) -> int:
+        """Answers in so many rollouts, of which an epoch's last may be smaller."""
+        size, count = self.settings.batch_size, len(self.prompts)
+        epochs, within = divmod(rollouts, -(-count // size))
+        return (epochs * count + min(within * size, count)) * self.algorithm.samples
 
     # Its updates.
 
