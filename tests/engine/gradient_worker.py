@@ -160,10 +160,12 @@ def updates_of(names, model, device, stage):
                     logps = policy(batch, temperature=made_rollouts.TEMPERATURE)
                     found = losses_of_policies.policy_loss(algorithm, logps, known)
                     policy.backward(found.loss / minibatch.denominator)
+                    of_values = None
                     if mine:
                         values = mine(batch, at="before")
                         of_values = losses_of_policies.value_loss(algorithm, values, known)
                         mine.backward(of_values.loss / minibatch.num_tokens)
+                    minibatch.sums(found, of_values)
                 minibatch.finish()
                 trained_ones = [("policy", policy)] + [("critic", critic)] * bool(mine)
                 for (part, each), norm in zip(trained_ones, norms[-1], strict=True):

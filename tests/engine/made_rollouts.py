@@ -14,7 +14,13 @@ PROMPTS, SAMPLES, MOST_TOKENS = 8, 4, 40
 MINIBATCHES, SEED = 2, 5
 # flags that a Collector reads for its updates
 SETTINGS = dict(
-    seed=SEED, max_new_tokens=MOST_TOKENS, gamma=0.98, lam=0.9, value_lam=0.95, value_warmup=0
+    seed=SEED,
+    max_new_tokens=MOST_TOKENS,
+    gamma=0.98,
+    lam=0.9,
+    value_lam=0.95,
+    value_warmup=0,
+    target_kl=0.0,
 )
 FLAT = 3  # a group of equal rewards
 WITHOUT = 9  # an answer that no reward applies to

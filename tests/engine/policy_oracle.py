@@ -72,13 +72,12 @@ def gradient_of(loss, model):
 
 
 def groups_of(number):
-    """The groups of an update: one rank's that has room for a whole minibatch."""
+    """The groups of an update."""
     parts = rollouts.minibatches(
         [1] * PROMPTS, made_rollouts.MINIBATCHES, 10**6, seed=made_rollouts.SEED, number=0
     )
     order = rollouts.order_of_updates(len(parts), epochs=1, seed=made_rollouts.SEED, number=0)
-    [groups] = parts[order[number]]
-    return groups
+    return parts[order[number]].groups
 
 
 def advantages_of(row, old, ref, values):

@@ -32,8 +32,8 @@ POINTS = {
     "before a save has its name": [(LISTED, 2)],
     "behind the save": [(COMMITTED, 2)],
 }
-# stage and ranks
-COMBINATIONS = [(0, 1), (2, 2), (3, 2)]
+# stage and ranks; the first takes seconds
+COMBINATIONS = [pytest.param(0, 1, marks=pytest.mark.slow), (2, 2), (3, 2)]
 
 
 @pytest.fixture(scope="module")
