@@ -102,7 +102,7 @@ class Settings:
     """
     loss: str | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """The loss, a row of train/losses/composition.py's LOSSES."""
-    loss_args: dict | None = settings.flag(None, needs=LANGUAGE_MODEL)
+    loss_args: settings.Arguments | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """The loss's own parameters."""
     max_length: int | None = None
     """Most tokens of a prompt and a response together, and of a text."""

@@ -84,7 +84,18 @@ def main():
             if settings.show is None:
                 print(text, flush=True)
             if settings.output:
-                Path(settings.output).write_text(text + "\n", encoding="utf-8")
+                write_report(settings.output, text + "\n")
+
+
+def write_report(path: str, text: str):
+    """Write the file, and its folder where it is not there. Raises ValueError."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to --output {path}: {error.strerror}; choose another file"
+        ) from error
 
 
 def examine(settings, report):

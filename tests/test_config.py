@@ -107,7 +107,7 @@ def test_a_flag_becomes_its_field(argv, name, value):
             "--deterministic perhaps",
             "error: --deterministic: expected true or false, got 'perhaps'",
         ),
-        ("--loss_args 3", "error: --loss_args: expected dict[str, int | float | str], got '3'"),
+        ("--loss_args 3", "error: --loss_args: expected {name: value}, got '3'"),
         ("--beta -1", "error: --beta must not be negative, got -1.0"),
         ("stray", "error: unexpected argument 'stray': flags are written --name value"),
         ("-beta 1", "error: unexpected argument '-beta': flags are written --name value"),

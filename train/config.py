@@ -48,6 +48,7 @@ PARSER_HELP = (
     "  --print_config    print all flags and their values as such a file",
     "  -h, --help        this",
 )
+MOST_NAMED = 20  # of what does not exist
 NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 # jsonargparse's words for a required flag that is missing
 REQUIRED = re.compile(r"following arguments are required: (.*)")
@@ -118,6 +119,8 @@ def fail(message, code=Exit.FLAGS):
 def _refuse_unwritable(settings):
     """ValueError for a value that must not, or cannot, stand in run.json, logs and model cards."""
     for name, value in as_dict(settings).items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"--{name} {value} is no 64-bit number")
         text = json.dumps(value, ensure_ascii=False)
         if SECRET.search(text):
             raise ValueError(
@@ -350,8 +353,10 @@ def _read_file(parser, path, settings_class) -> dict:
         found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8: {error.reason} at byte {error.start}")
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ValueError(f"--config {path}: there is no such file{near_names(path)}") from error
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -394,7 +399,7 @@ def _unknown(what, names, types_by_name, dashes):
     """The message for flags or keys that do not exist, with what to write in their place."""
     known = [*types_by_name, *PARSER_FLAGS] if dashes else list(types_by_name)
     said = []
-    for name in names:
+    for name in map(_shortened, names[:MOST_NAMED]):
         hint = other_trainers.hint(name, types_by_name, dashes)
         plain = name.replace("-", "_")
         begun = [other for other in known if plain and other.startswith(f"{plain}_")]
@@ -404,6 +409,8 @@ def _unknown(what, names, types_by_name, dashes):
         elif near:
             hint = f" (did you mean {' or '.join(dashes + other for other in near)}?)"
         said.append(f"there is no {what} {dashes}{name}{hint}")
+    if len(names) > MOST_NAMED:
+        said.append(f"and {len(names) - MOST_NAMED} more")
     return "; ".join(said)
 
 
@@ -419,7 +426,7 @@ def _explain(message, settings_class, dashes="--"):
         word = found[1].split(maxsplit=1)[0]
         return f"unexpected argument {word!r}: flags are written --name value"
     key = re.search(r'Parser key "([\w.]+)"', message)
-    given = re.search(r"(?:Given|Got) value: (.*)", message, re.DOTALL)
+    given = re.search(r"(?:Given|Got) value: (.*)", message)  # of one type; others follow below
     hints = typing.get_type_hints(settings_class)
     if key and given and (name := key[1].split(".")[0]) in hints:
         return f"{dashes}{key[1]}: expected {_in_words(hints[name])}, got {_shortened(given[1])!r}"
@@ -438,6 +445,8 @@ def _in_words(hint):
         return "null"
     if hint is bool:
         return "true or false"
+    if typing.get_origin(hint) is dict:
+        return "{name: value}"
     return hint.__name__ if typing.get_origin(hint) is None else str(hint).replace("typing.", "")
 
 

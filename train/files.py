@@ -77,7 +77,8 @@ def near_names(path) -> str:
     """ " (did you mean ...?)" with the nearest names in the path's folder, or nothing."""
     folder, name = os.path.split(os.path.normpath(path))
     try:
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), 2)
+        there = set(os.listdir(folder or ".")) - {name}
+        near = difflib.get_close_matches(name, sorted(there), 2)
     except (OSError, ValueError):  # ValueError: a NUL in the name
         near = []
     return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -184,6 +184,10 @@ MOVES_THE_RATIO = AnyOf(
 CLIPS_A_RATIO = Needs("algorithm", but=("cispo", "sapo"))
 
 
+# Of a loss: with the types, so that `--loss_args.tau 2` is a number.
+Arguments = dict[str, bool | int | float | str]
+
+
 @dataclasses.dataclass
 class Data:
     """The model and the data: what a run looks at before it begins."""
@@ -242,7 +246,11 @@ class Data:
     """Let the model's repository run its own Python code."""
 
     def __post_init__(self, given):
-        check_bounds(self, {}, shares=("eval_split", "max_dropped", "max_implausible"))
+        check_bounds(
+            self,
+            {"max_length": 2, "max_prompt_length": 1},
+            shares=("eval_split", "max_dropped", "max_implausible"),
+        )
         default = Data.max_prompt_length
         self.adapted = ""  # what was changed to fit, to be said
         is_default = self.max_prompt_length == default and "max_prompt_length" not in given
@@ -372,8 +380,9 @@ class Training(Data):
         check_bounds(self, at_least, shares=("warmup_ratio",), positive=("epochs", "num_cycles"))
         if self.min_lr is None and self.lr_scheduler == "cosine_with_min_lr":
             raise ValueError("--lr_scheduler cosine_with_min_lr needs --min_lr, where it ends")
-        if self.min_lr is not None and not self.min_lr < self.lr:
-            raise ValueError(f"--min_lr {self.min_lr} is not below --lr {self.lr}")
+        end = 1e-7 if self.min_lr is None and self.lr_scheduler == "polynomial" else self.min_lr
+        if end is not None and not end < self.lr:
+            raise ValueError(f"--min_lr {end} is not below --lr {self.lr}")
 
 
 @dataclasses.dataclass
@@ -393,7 +402,7 @@ class Preference(Training):
     """
     beta: float = flag(0.1, card=(2, "beta"), inherited=True)
     """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
-    loss_args: dict = flag({}, card=(3, "parameters of the loss"), inherited=True)
+    loss_args: Arguments = flag({}, card=(3, "parameters of the loss"), inherited=True)
     """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha:
     0.5}'.
     """
@@ -431,7 +440,7 @@ class Reward(Scored, Training):
     """The loss, a row of train/losses/reward.py's LOSSES: bradley_terry for pairs, logistic and
     squared for answers that have labels or scores.
     """
-    loss_args: dict = flag({}, card=(3, "parameters of the loss"))
+    loss_args: Arguments = flag({}, card=(3, "parameters of the loss"))
     """The loss's own parameters, say '{label_smoothing: 0.1, centering: 0.01}'."""
     lr: float = flag(1e-5, card=(4, "learning rate (AdamW)"))
     """Peak learning rate. 1e-5 is for all weights of a model of 135M parameters over fp32 masters:
@@ -630,6 +639,8 @@ def check_bounds(settings, at_least: dict, shares=(), positive=()):
 
     # each condition is put so that NaN fails it
     for name, value in set_values(at_least):
+        if value == math.inf:
+            raise ValueError(f"--{name} is a finite number, not {value}")
         if not value >= at_least[name]:
             raise ValueError(f"--{name} is at least {at_least[name]}, not {value}")
     for name, value in set_values(shares):

@@ -438,7 +438,7 @@ def test_hub_names(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
         DataError,
-        match="org/name: neither a file here nor readable from the hub: ConnectionError: no route",
+        match="org/name: neither a file here nor in the hub's cache \\(HF_HUB_OFFLINE is set\\): ConnectionError: no route",
     ):
         list(read_rows(["org/name"]))
 

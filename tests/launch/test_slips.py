@@ -59,7 +59,12 @@ AT_THE_DOOR = [
     (DPO, "--precision fp16", "--precision: expected one of auto, bf16, fp32, got 'fp16'"),
     (DPO, "--lr_scheduler zigzag", "--lr_scheduler: expected one of linear, cosine"),
     (DPO, "--gradient_checkpointing maybe", "--gradient_checkpointing: expected true or false"),
-    (DPO, "--loss_args 3", "--loss_args: expected dict, got '3'"),
+    (DPO, "--loss_args 3", "--loss_args: expected {{name: value}}, got '3'"),
+    (DPO, "--lr_scheduler polynomial --lr 1e-8", "--min_lr 1e-07 is not below --lr 1e-08"),
+    (DPO, "--lr 1e400", "--lr is a finite number, not inf"),
+    (DPO, "--seed 99999999999999999999", "--seed 99999999999999999999 is no 64-bit number"),
+    (DPO, "--max_length 1", "--max_length is at least 2, not 1"),
+    (DPO, "--max_prompt_length 0", "--max_prompt_length is at least 1, not 0"),
     (DPO, "--lr_scheduler cosine_with_min_lr", "cosine_with_min_lr needs --min_lr"),
     (DPO, "--lr_scheduler polynomial --min_lr 1", "--min_lr 1.0 is not below --lr 5e-06"),
     (DPO, "--data hf://x?token=hf_aaaaaaaaaaaaaaaaaaaaaaaa", "--data seems to hold a password or a token"),
@@ -68,6 +73,7 @@ AT_THE_DOOR = [
     (PPO, "--algorithm reinforce", "--algorithm: expected one of ppo, rloo, reinforce++"),
     (PPO, "--max_length 40", "--max_length 40 has no room for a prompt of"),
     (PPO, "--reward_weights 1 2 --reward ended", "--reward_weights: 2 weights for 1 sources"),
+    (PPO, "--reward_weights nan", "--reward_weights: expected list[float] or null, got 'nan'"),
     (PPO, "--samples_per_prompt 0", "--samples_per_prompt is at least 1, not 0"),
     (VALIDATE, "--show -1", "--show is at least 0, not -1"),
     (VALIDATE, "--trainer ppo", "--trainer: expected one of dpo, reward, got 'ppo'"),
@@ -103,7 +109,7 @@ AT_THE_DOOR = [
     # files
     (DPO, "--config nowhere.yaml", "--config nowhere.yaml: there is no such file"),
     (DPO, "--config {dir}/twic.yaml", "there is no such file (did you mean twice.yaml"),
-    (DPO, "--config {dir}", "there is no such file"),
+    (DPO, "--config {dir}", "--config {dir} cannot be read: Is a directory"),
     (DPO, "--config {typos}", "there is no key lose (did you mean loss"),
     (DPO, "--config {typos}", "; epochs: expected float, got 'many'"),
     (DPO, "--config {twice}", "line 2, column 1: the key beta stands twice"),
@@ -129,13 +135,15 @@ LATER = [
     (REWARD, "--output /proc/x", 2, "choose another --output"),
     (PPO, "--output /proc/x", 2, "choose another --output"),
     (EVALUATE, "--output /proc/x", 2, "choose another --output"),
-    (VALIDATE, "--output /proc/x/report.json", 2, "No such file or directory: '/proc/x/report.json'"),
+    (VALIDATE, "--output /proc/x/report.json", 2, "cannot write to --output /proc/x/report.json: No such file or directory; choose"),
     # models
     (DPO, "--model {dir}/tinny", 2, "there is no folder {dir}/tinny (did you mean tiny"),
     (DPO, "--model=~/tiny", 2, "there is no folder ~/tiny; ~ is the shell's"),
     (DPO, "--model {tiny}/model.safetensors", 2, "is a file: a model is the directory that it lies in"),
     (DPO, "--model nobody/nothing", 2, "there is no such folder, and the hub's cache on this machine has no model of that name (HF_HUB_OFFLINE is set); name a folder"),
-    (DPO, "--model {empty}", 2, "cannot load a tokenizer from {empty}"),
+    (DPO, "--model {empty}", 2, "there is no model in {empty}, which has no config.json"),
+    (DPO, "--model {run}", 2, "there is no model in {run}, which has no config.json: it is {run}/model"),
+    (EVALUATE, "--model {run}", 2, "it is {run}/model"),
     (DPO, "--model {bare}", 2, "no chat template"),
     (DPO, "--reference_model {dir}/tinny", 2, "there is no folder {dir}/tinny (did you mean tiny"),
     (DPO, "--reference_model {small}", 2, "the reference {small}'s vocabulary is 1,000"),
@@ -160,6 +168,8 @@ LATER = [
     (DPO, "--loss sigmiod", 2, "loss 'sigmiod' (did you mean sigmoid?) is none of"),
     (DPO, "--loss_args.tau 1", 2, "takes no tau; its parameters are: label_smoothing"),
     (DPO, "--reference none", 2, "--loss sigmoid needs a reference: --reference live or cached"),
+    (DPO, "--loss_args.label_smoothing 2", 2, "label_smoothing"),
+    (DPO, "--loss_args.use_weighting 3", 2, "use_weighting is a bool, not 3"),
     (REWARD, "--loss bt", 2, "loss 'bt', here called bradley_terry, is none of"),
     (REWARD, "--loss squared", 2, "squared"),
     (PPO, "--reward_weights null", 2, "--reward or --reward_model: something has to say what is good"),
@@ -183,7 +193,8 @@ LATER = [
     (EVALUATE, "--ood {dir}/none.txt", 4, "none.txt"),
     (VALIDATE, "--data {cut}", 4, "cut.jsonl, line 2"),
     # memory, resuming
-    (DPO, "--ds_config {dir}/none.json", 2, "does not exist"),
+    (DPO, "--ds_config {dir}/bf15.json", 2, "does not exist (did you mean bf16.json"),
+    (DPO, "--ds_config {dir}", 2, "{dir} cannot be read: Is a directory"),
     (DPO, "--ds_config {typos}", 2, "is not JSON"),
     (DPO, "--ds_config {bf16}", 2, "'bf16' belongs to --precision; remove it from the JSON"),
     (DPO, "--warmup_steps 500", 2, "--warmup_steps 500 of a run of 1 steps"),
@@ -227,6 +238,8 @@ def place(model_dir, tmp_path_factory):
         names[name] = folder / name
         names[name].mkdir()
     (folder / "thesis/thesis.tex").write_text("years")
+    names["run"] = folder / "run"
+    shutil.copytree(model_dir, folder / "run/model")
     names["bare"] = folder / "bare"
     shutil.copytree(model_dir, folder / "bare")
     (folder / "bare/chat_template.jinja").unlink()

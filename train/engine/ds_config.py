@@ -8,6 +8,8 @@ import torch
 from deepspeed.runtime.zero import config as zero_config
 from deepspeed.runtime.zero import offload_config
 
+from train.files import near_names
+
 PRECISIONS = ("auto", "bf16", "fp32")
 # Top-level keys of the JSON that DeepSpeed owns here. DeepSpeed itself accepts any key in silence.
 OWNED_BY_JSON = (
@@ -53,7 +55,12 @@ def read_config(path) -> dict:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"DeepSpeed configuration {path} does not exist") from error
+        near = near_names(path)
+        raise ValueError(f"DeepSpeed configuration {path} does not exist{near}") from error
+    except OSError as error:
+        raise ValueError(
+            f"DeepSpeed configuration {path} cannot be read: {error.strerror}"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"DeepSpeed configuration {path} is not JSON: {error}") from error
     if not isinstance(config, dict):

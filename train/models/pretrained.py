@@ -134,6 +134,7 @@ def _find(path):
     """Raise ValueError for a folder that is not there; of a hub's name, see whether the hub answers."""
     name = str(path)
     if Path(name).is_dir():
+        _refuse_other_folders(Path(name))
         return
     if Path(name).is_file():
         raise ValueError(f"{name} is a file: a model is the directory that it lies in")
@@ -143,6 +144,15 @@ def _find(path):
             f"there is no folder {name}{near_names(name)}{home if name.startswith('~') else ''}"
         )
     hub.settle()
+
+
+def _refuse_other_folders(folder: Path):
+    """Raise ValueError for a folder that holds neither a model nor a tokenizer nor an adapter."""
+    if any(folder.glob("*config.json")) or any(folder.glob("*token*")):
+        return
+    inside = folder / "model"
+    hint = f": it is {inside}" if (inside / "config.json").is_file() else ""
+    raise ValueError(f"there is no model in {folder}, which has no config.json{hint}")
 
 
 def _why(path, error):
