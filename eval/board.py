@@ -89,7 +89,7 @@ def _of_language_model(report: dict) -> Iterator[tuple[str, float]]:
     """The estimates of a language model's chapters."""
     preferences = report["preferences"]
     yield from _estimates("eval", preferences["model"])
-    for name in ("reference", "calibration"):
+    for name in ("reference", "change", "calibration"):
         if name in preferences:
             yield from _estimates(f"evaluation_{name}", preferences[name])
     for name in ("baselines", "distribution", "generations"):

@@ -97,8 +97,8 @@ class Settings:
     temperature: float = settings.flag(1.0, needs=ANSWERS)
     """Of the sampled answers; at 1, and only there, they give the KL to the reference."""
     beta: float | None = settings.flag(None, needs=LANGUAGE_MODEL)
-    """Reward = beta * log(pi / pi_ref). None, also in the five below: from the model's run.json,
-    else 0.1.
+    """A reward is beta * log(pi / pi_ref), or what the loss's row says. None, also in the five
+    below: from the model's run.json, else 0.1.
     """
     loss: str | None = settings.flag(None, needs=LANGUAGE_MODEL)
     """The loss, a row of train/losses/composition.py's LOSSES."""

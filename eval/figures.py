@@ -50,22 +50,24 @@ def draw(folder: Path, report: dict, tables: dict) -> list[Path]:
 
 
 def preferences(report: dict, columns: dict) -> Figure:
-    """Margins, rewards of both sides, calibration (with a reference), accuracy by length
+    """Margins, rewards of both sides and calibration (where there are rewards), accuracy by length
     difference.
     """
     section, baselines = report["preferences"], report["baselines"]
-    compared = "calibration" in section
-    figure = Figure(figsize=(10, 7.2 if compared else 4), layout="constrained")
-    axes = figure.subplots(2 if compared else 1, 2).flatten()
+    has_rewards = "calibration" in section
+    figure = Figure(figsize=(10, 7.2 if has_rewards else 4), layout="constrained")
+    axes = figure.subplots(2 if has_rewards else 1, 2).flatten()
     estimates = section["model"]
-    name = "rewards/margins" if compared else "logps/margins"
+    name = "rewards/margins" if has_rewards else "logps/margins"
     _margins(axes[0], np.asarray(columns["margin"]), estimates[name])
-    axes[0].set(title="Margin of chosen over rejected", xlabel=section["margin"])
+    axes[0].set(title="Margin of chosen over rejected")
+    axes[0].set_xlabel(section["margin"], wrap=True)
     _count_upwards(axes[0], "pairs")
-    if compared:
+    if has_rewards:
         chosen, rejected = columns["chosen_reward"], columns["rejected_reward"]
         _two_sides(axes[1], np.asarray(chosen), np.asarray(rejected))
-        axes[1].set(title="Rewards", xlabel="beta x log(model / reference)")
+        axes[1].set(title="Rewards")
+        axes[1].set_xlabel(section["reward"], wrap=True)
         _calibration(axes[2], section["calibration"])
     _by_length(axes[-1], section["by_length"], baselines)
     for panel in axes:

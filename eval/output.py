@@ -48,9 +48,7 @@ def measure(settings, inputs: Inputs, models: Models, results: Results, loss_of)
 
     loss_of: what train.losses.composition.choose gives for the recipe's loss.
     """
-    of_preferences, pair_columns = preferences.measure(
-        results.pairs, inputs.recipe["beta"], loss_of
-    )
+    of_preferences, pair_columns = preferences.measure(results.pairs, loss_of)
     of_baselines, more_columns = baselines.measure(
         inputs.chosen, inputs.rejected, pair_columns["prompt"], pair_columns["correct"]
     )

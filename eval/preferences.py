@@ -1,10 +1,16 @@
 """What the model makes of preference pairs: rewards, margins, accuracy, calibration, displacement,
 with intervals.
 
-With a reference, reward = beta * (log pi - log pi_ref) summed over a response's tokens, and the
-implied probability that chosen beats rejected is sigmoid(margin) (Bradley-Terry; Rafailov et al.
-2023, arXiv 2305.18290, equation 6). Without one there is no reward: margins are differences of
-log-probabilities, in nats, and are named so.
+Rewards are those that the loss looks at (train/losses/composition.py: Reward), as in training: of
+DPO beta * (log pi - log pi_ref) summed over a response's tokens, of SimPO beta times the log-prob a
+token, which needs no reference. The implied probability that chosen beats rejected is
+sigmoid(margin) (Bradley-Terry; Rafailov et al. 2023, arXiv 2305.18290, equation 6), under whatever
+loss. Where a loss needs a reference and there is none, there is no reward: margins are differences
+of log-probabilities, in nats, and are named so.
+
+How much more a model prefers chosen answers than its reference does is the change of the margin. A
+reward that is a log-ratio is 0 under the reference: there the margin itself says it, else a section
+of its own, "change".
 
 Legend: N pairs; `clusters` (N,) is the number of each pair's prompt (train/methods/intervals.py).
 """
@@ -17,6 +23,7 @@ import torch
 
 from eval import measures
 from train.losses import metrics
+from train.losses.logprobs import damped, sum_per_response
 from train.losses.preference import Pairs
 from train.methods import intervals
 
@@ -27,16 +34,22 @@ SIMULATIONS = 1000
 NORMAL_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
-def pairs_of(scores, model: int = 0, reference: int | None = None) -> Pairs:
+def pairs_of(scores, model: int = 0, reference: int | None = None, ld_alpha: float = 1.0) -> Pairs:
     """Pairs of fp64 tensors (N,) from eval.scores.Scores; without a reference its log-probabilities
-    are 0.
+    are 0. ld_alpha: of LD-DPO, which tokens past the shorter answer count times.
     """
-    logps = torch.from_numpy(scores.sums[model])  # (N, 2) nats, chosen and rejected
-    if reference is None:
-        ref_logps = torch.zeros_like(logps)
-    else:
-        ref_logps = torch.from_numpy(scores.sums[reference])
-    lengths = torch.from_numpy(scores.lengths)
+    lengths = torch.from_numpy(scores.lengths)  # (N, 2)
+
+    def sums_of(number):
+        """(N, 2) nats, chosen and rejected."""
+        if ld_alpha == 1:
+            return torch.from_numpy(scores.sums[number])
+        flat = lengths.flatten()
+        tokens = damped(torch.from_numpy(scores.tokens[number]), flat, ld_alpha)
+        return sum_per_response(tokens, flat).view(-1, 2)
+
+    logps = sums_of(model)
+    ref_logps = torch.zeros_like(logps) if reference is None else sums_of(reference)
     return Pairs(
         chosen=logps[:, 0],
         rejected=logps[:, 1],
@@ -47,21 +60,21 @@ def pairs_of(scores, model: int = 0, reference: int | None = None) -> Pairs:
     )
 
 
-def measure(scores, beta: float, loss_of) -> tuple[dict, dict]:
+def measure(scores, loss_of) -> tuple[dict, dict]:
     """(the report's section, columns of the pairs' table).
 
     scores: eval.scores.Scores of the model alone, or of model and reference. loss_of: what
     train.losses.composition.choose gives.
     """
     compared = len(scores.sums) == 2
+    has_rewards = compared or not loss_of.rewards_need_reference
     clusters = intervals.clusters_of(scores.prompts)
     pairs = pairs_of(scores, 0, 1 if compared else None)
-    chosen, rejected = pairs.rewards(beta if compared else 1.0)
-    margins = chosen - rejected  # (N,) beta times nats, or nats
     section = {
-        "pairs": len(margins),
+        "pairs": len(scores.rows),
         "prompts": int(clusters.max()) + 1,
         "beta": None,
+        "reward": None,
         "margin": "difference of log-probabilities, nats (there is no reference)",
         "model": likelihoods(pairs, clusters),
     }
@@ -72,18 +85,33 @@ def measure(scores, beta: float, loss_of) -> tuple[dict, dict]:
         "rejected_tokens": scores.lengths[:, 1],
         "chosen_logp": scores.sums[0, :, 0],
         "rejected_logp": scores.sums[0, :, 1],
-        "margin": margins.numpy(),
-        "correct": wins(margins),
     }
     if compared:
-        section["beta"] = beta
-        section["margin"] = "beta x difference of the log-ratios to the reference"
-        estimates, more_columns = rewards(pairs, clusters, beta, loss_of)
-        section["model"] = estimates | section["model"]
+        # likelihood displacement (Razin et al. 2024, arXiv 2410.08847)
+        fell = (pairs.chosen < pairs.ref_chosen).double().numpy()
+        lost = {"chosen_fell": intervals.ratio(fell, clusters, proportion=True)}
+        section["model"] = lost | section["model"]
         section["reference"] = likelihoods(pairs_of(scores, 1), clusters)
+        columns["ref_chosen_logp"] = pairs.ref_chosen.numpy()
+        columns["ref_rejected_logp"] = pairs.ref_rejected.numpy()
+    margins = pairs.chosen - pairs.rejected  # (N,) nats
+    if has_rewards:
+        reference = 1 if compared else None
+        as_scored = pairs_of(scores, 0, reference, loss_of.shared.ld_alpha)
+        section["beta"], section["reward"] = loss_of.beta, loss_of.formula_of_rewards
+        section["margin"] = f"difference of rewards: {loss_of.formula_of_rewards}"
+        estimates, more_columns = rewards(as_scored, clusters, loss_of)
+        section["model"] = estimates | section["model"]
+        margins = torch.from_numpy(more_columns["margin"])
         section["calibration"] = calibration(margins, clusters)
-        section["loss_by_pair"] = is_by_pair(loss_of)
         columns |= more_columns
+        if compared and not loss_of.rewards_need_reference:
+            estimates, of_reference = rewards(pairs_of(scores, 1), clusters, loss_of)
+            section["reference"] = estimates | section["reference"]
+            grown = margins - torch.from_numpy(of_reference["margin"])
+            section["change"] = change(grown, clusters)
+        section["loss_by_pair"] = is_by_pair(loss_of)
+    columns |= {"margin": margins.numpy(), "correct": wins(margins)}
     section["by_length"] = by_length(margins, pairs, clusters)
     section["length_correlation"] = length_correlation(margins, pairs)
     return section, columns
@@ -94,13 +122,11 @@ def wins(margins: torch.Tensor) -> np.ndarray:
     return metrics.wins(margins).double().numpy()
 
 
-def rewards(pairs: Pairs, clusters, beta: float, loss_of) -> tuple[dict, dict]:
-    """Estimates against the reference, by TRL's names, and their columns."""
-    chosen, rejected = (reward.numpy() for reward in pairs.rewards(beta))
+def rewards(pairs: Pairs, clusters, loss_of) -> tuple[dict, dict]:
+    """Estimates of the loss's own rewards, by TRL's names, and their columns."""
+    chosen, rejected = (reward.numpy() for reward in loss_of.rewards(pairs))
     margins = chosen - rejected
     losses = loss_of(pairs).numpy()
-    # likelihood displacement (Razin et al. 2024, arXiv 2410.08847)
-    fell = (pairs.chosen < pairs.ref_chosen).double().numpy()
     correct = wins(torch.from_numpy(margins))
     estimates = {
         "rewards/accuracies": intervals.ratio(correct, clusters, proportion=True),
@@ -108,23 +134,32 @@ def rewards(pairs: Pairs, clusters, beta: float, loss_of) -> tuple[dict, dict]:
         "rewards/chosen": intervals.ratio(chosen, clusters),
         "rewards/rejected": intervals.ratio(rejected, clusters),
         "loss": intervals.ratio(losses, clusters),
-        "chosen_fell": intervals.ratio(fell, clusters, proportion=True),
     }
     columns = {
-        "ref_chosen_logp": pairs.ref_chosen.numpy(),
-        "ref_rejected_logp": pairs.ref_rejected.numpy(),
         "chosen_reward": chosen,
         "rejected_reward": rejected,
+        "margin": margins,
         "loss": losses,
     }
     return estimates, columns
 
 
+def change(grown: torch.Tensor, clusters) -> dict:
+    """Estimates of what the margin grew by from the reference to the model, (N,), and of how often
+    it did.
+    """
+    grew = wins(grown)
+    return {
+        "accuracies": intervals.ratio(grew, clusters, proportion=True),
+        "margins": intervals.ratio(grown.numpy(), clusters),
+    }
+
+
 def is_by_pair(loss_of) -> bool:
     """Whether a pair's loss here is the one that training would take; else it lacks what steps and
-    tokens add.
+    tokens' probabilities add.
     """
-    return not loss_of.couples and not loss_of.shared.use_weighting and loss_of.shared.ld_alpha == 1
+    return not loss_of.couples and not loss_of.shared.use_weighting
 
 
 def likelihoods(pairs: Pairs, clusters) -> dict:

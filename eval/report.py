@@ -149,7 +149,7 @@ def _head(report: dict) -> list[str]:
     if report["reference"]:
         summary = f"Against the reference {report['reference']}: **{WORDS[verdict['word']]}**."
     else:
-        summary = "Without a reference, margins are differences of log-probabilities, in nats."
+        summary = f"There is no reference. A margin is the {report['preferences']['margin']}."
     measures = report["preferences"]["model"].values()
     methods = "; ".join(sorted({measure["method"] for measure in measures}))
     source = f", as in {recipe['from']}" if recipe["from"] else ""
@@ -198,6 +198,7 @@ def _preferences(report: dict) -> list[str]:
         f"{', '.join(report['data']['sources'])} ({report['data']['dropped']} rows dropped, "
         f"{report['data']['truncated']} truncated).",
         "",
+        *([f"A reward is {section['reward']}.", ""] if section.get("reward") else []),
         *table(
             ["measure", *sides.values()],
             [
@@ -209,7 +210,7 @@ def _preferences(report: dict) -> list[str]:
     if not section.get("loss_by_pair", True):
         lines += [
             "The loss is that of each pair by itself, with a step's baseline 0 and no weights of "
-            "tokens: not the one that training shows.",
+            "pairs: not the one that training shows.",
             "",
         ]
     lines += ["Without any model:", "", *_baselines(report["baselines"])]
@@ -408,8 +409,9 @@ def _closing_reward_model(chapter: dict) -> list[str]:
 def _closing_language_model(report: dict) -> list[str]:
     model, outside = report["preferences"]["model"], report["distribution"]["model"]["out"]
     names = ("rewards/accuracies", "rewards/margins", "chosen_fell")
-    if names[0] not in model:  # there is no reference
+    if names[0] not in model:  # there is no reference, and the loss's rewards need one
         names = ("logps/accuracies", "logps/margins")
+    names = [name for name in names if name in model]
     rows = [(TITLES[name], show(model[name])) for name in names]
     for name in ("longer_wins", "bag_of_words"):
         rows.append((f"{name.replace('_', ' ')}, no model", show(report["baselines"][name])))
@@ -419,4 +421,7 @@ def _closing_language_model(report: dict) -> list[str]:
     rows.append(("perplexity of other text", perplexity))
     word = WORDS[report["verdict"]["word"]]
     head = f"{report['preferences']['pairs']} pairs, {report['ood']['groups']} texts: {word}"
-    return ["", head, *(f"{title:<26} {value}" for title, value in rows)]
+    lines = ["", head, *(f"{title:<26} {value}" for title, value in rows)]
+    if formula := report["preferences"].get("reward"):
+        lines.append(f"(a reward is {formula})")
+    return lines

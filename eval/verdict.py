@@ -28,10 +28,10 @@ def verdict(
 ) -> dict:
     """{"word": one of WORDS, "reasons": sentences}, from the report's sections.
 
-    Better: accuracy above one half and margin above 0, at no price. Worse: accuracy and margin
-    below, or no gain and a price. Else merely different. A price: other text is less likely by a
-    material amount, or the reward model prefers the reference's sampled answers. unchanged: the
-    models score everything alike.
+    Better: accuracy above one half and margin above 0, at no price; where rewards are not relative to
+    the reference, accuracy and margin of the change from it. Worse: below, or no gain and a price.
+    Else merely different. A price: other text is less likely by a material amount, or the reward
+    model prefers the reference's sampled answers. unchanged: the models score everything alike.
     """
     about_baselines = _about_baselines(baselines)
     if "change" not in distribution:
@@ -39,8 +39,10 @@ def verdict(
     if unchanged:
         reason = "The model scores every response and text as the reference does."
         return {"word": "unchanged", "reasons": [reason]}
-    model = preferences["model"]
+    model, change = preferences["model"], preferences.get("change")
     accuracy, margin = model["rewards/accuracies"], model["rewards/margins"]
+    if change:
+        accuracy, margin = change["accuracies"], change["margins"]
     gain = _side(accuracy, 0.5)
     if gain != _side(margin, 0):
         gain = 0  # shown is only what both say
@@ -50,9 +52,14 @@ def verdict(
         loss = 1
     elif _side(ratio, 1 - MATERIAL) < 0:
         loss = -1
+    shown = f"reward accuracy {percent(accuracy)} (no preference: 50 %), margin {show(margin)}"
+    if change:
+        shown = (
+            f"the reward margin grew in {percent(accuracy)} of the pairs (no preference: 50 %), by "
+            f"{show(margin)} on average"
+        )
     reasons = [
-        f"The model {PREFERENCE[gain]}: reward accuracy {percent(accuracy)} (no preference: 50 %), "
-        f"margin {show(margin)}.",
+        f"The model {PREFERENCE[gain]}: {shown}.",
         *about_baselines,
         f"The chosen answer itself became less likely in {percent(model['chosen_fell'])} of the "
         "pairs.",

@@ -401,7 +401,9 @@ class Preference(Training):
     or rdpo, or a weighted sum: sigmoid:0.8,sft:0.2.
     """
     beta: float = flag(0.1, card=(2, "beta"), inherited=True)
-    """Strength of the pull towards the reference: reward = beta * log(pi / pi_ref)."""
+    """Strength of the pull towards the reference: a reward is beta * log(pi / pi_ref), or what the
+    loss's row says.
+    """
     loss_args: Arguments = flag({}, card=(3, "parameters of the loss"), inherited=True)
     """The losses' own parameters and those across losses, say '{label_smoothing: 0.1, ld_alpha:
     0.5}'.

@@ -68,7 +68,7 @@ def logs(tmp_path_factory):
         )
 
     pairs, texts = scores(2, 3), scores(1, 4)
-    preferred, columns = preferences.measure(pairs, 0.1, composition.choose("sigmoid", 0.1, {}))
+    preferred, columns = preferences.measure(pairs, composition.choose("sigmoid", 0.1, {}))
     chosen = [f"warm kitchen {i}" for i in range(n)]
     rejected = [f"office form {i}" for i in range(n)]
     trivial, _ = baselines.measure(chosen, rejected, columns["prompt"], columns["correct"])

@@ -43,7 +43,7 @@ FOUR = scores(
 
 
 def test_rewards_by_hand():
-    section, columns = preferences.measure(FOUR, 0.5, LOSS)
+    section, columns = preferences.measure(FOUR, LOSS)
     # rewards 0.5 x (2, 0, -1, 0) and 0.5 x (0, 0, 1, -1); margins 1, 0, -1, 0.5
     value = {name: estimate["value"] for name, estimate in section["model"].items()}
     assert columns["margin"].tolist() == [1, 0, -1, 0.5]
@@ -70,17 +70,59 @@ def test_a_loss_that_looks_at_a_whole_step_is_told_from_others():
     assert not is_by_pair("kto") and not is_by_pair("aot")
     assert not is_by_pair("sigmoid:0.5,bco_pair:0.5")
     assert not is_by_pair("sigmoid", use_weighting=True)
-    assert not is_by_pair("sigmoid", ld_alpha=0.5)
+    assert is_by_pair("sigmoid", ld_alpha=0.5)
+
+
+def test_rewards_that_need_no_reference():
+    simpo = composition.choose("simpo", 2.0, {})
+    section, columns = preferences.measure(FOUR, simpo)
+    # 2 x log-prob a token: -4, -4.5, -2, -7 against -2.4, -4.5, -4, -7
+    assert columns["margin"].tolist() == pytest.approx([-1.6, 0, 2, 0])
+    value = {name: estimate["value"] for name, estimate in section["model"].items()}
+    assert value["rewards/accuracies"] == (0 + 0.5 + 1 + 0.5) / 4
+    assert value["rewards/margins"] == pytest.approx(0.1)
+    assert value["rewards/chosen"] == pytest.approx(-17.5 / 4) and value["chosen_fell"] == 0.25
+    losses = [math.log1p(math.exp(0.5 - margin)) for margin in (-1.6, 0, 2, 0)]
+    assert value["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+    assert section["reward"] == "beta x log-prob, mean a token"
+    # the reference: -4.8, -4.5, -1.75, -7 against -2.4, -4.5, -5, -6; its margins -2.4, 0, 3.25, -1
+    reference = section["reference"]
+    assert reference["rewards/margins"]["value"] == pytest.approx(-0.15 / 4)
+    assert reference["rewards/accuracies"]["value"] == (0 + 0.5 + 1 + 0) / 4
+    # grown by 0.8, 0, -1.25, 1
+    assert section["change"]["margins"]["value"] == pytest.approx(0.55 / 4)
+    assert section["change"]["accuracies"]["value"] == 2.5 / 4
+    alone, columns_alone = preferences.measure(
+        FOUR._replace(sums=FOUR.sums[:1], tokens=FOUR.tokens[:1]), simpo
+    )
+    assert columns_alone["margin"].tolist() == columns["margin"].tolist()
+    for name in ("rewards/margins", "loss"):
+        assert alone["model"][name] == section["model"][name]
+    assert "change" not in alone and "chosen_fell" not in alone["model"]
+
+
+def test_rewards_of_ld_dpo_are_damped_as_in_training():
+    # chosen of 3 tokens, rejected of 1: past the first they count a half
+    tokens = [[-1.0, -2, -4, -3], [-1.5, -1, -1, -2]]
+    sums = [[[-7.0, -3]], [[-3.5, -2]]]
+    pair = scores(sums[0], [[3, 1]], sums[1], tokens=tokens)
+    section, columns = preferences.measure(
+        pair, composition.choose("sigmoid", 0.5, {"ld_alpha": 0.5})
+    )
+    chosen = 0.5 * ((-1 - 3) - (-1.5 - 1))
+    assert columns["chosen_reward"].tolist() == [chosen]
+    assert columns["margin"].tolist() == [chosen - 0.5 * (-3 + 2)]
+    assert section["model"]["logps/chosen"]["value"] == -7  # the model's own
 
 
 def test_displacement_counts_the_pairs_whose_chosen_answer_lost():
     three = scores([[-5, -9], [-6, -9], [-4, -9]], [[2, 2]] * 3, [[-4, -9], [-5, -9], [-4, -9]])
-    section, _ = preferences.measure(three, 0.5, LOSS)
+    section, _ = preferences.measure(three, LOSS)
     assert section["model"]["chosen_fell"]["value"] == 2 / 3  # -5 < -4, -6 < -5; -4 has not moved
 
 
 def test_by_length_and_its_correlation():
-    section, _ = preferences.measure(FOUR, 0.5, LOSS)
+    section, _ = preferences.measure(FOUR, LOSS)
     # (chosen - rejected) / longer: -.5, 0, .75, 0
     counts = {row["from"]: row["n"] for row in section["by_length"]}
     assert counts == {-1: 0, -0.5: 1, -0.1: 2, 0.1: 0, 0.5: 1}
@@ -93,7 +135,7 @@ def test_by_length_and_its_correlation():
 
 
 def test_calibration_of_the_implied_probability():
-    section, _ = preferences.measure(FOUR, 0.5, LOSS)
+    section, _ = preferences.measure(FOUR, LOSS)
     calibration = section["calibration"]
     # .731 right, .5 a tie, .731 wrong, .622 right
     sure = [1 / (1 + math.exp(-m)) for m in (1, 0, 1, 0.5)]
@@ -117,7 +159,7 @@ def test_a_calibrated_model_lies_within_what_chance_shows():
 
 def test_without_a_reference_margins_are_differences_of_log_probabilities():
     alone = FOUR._replace(sums=FOUR.sums[:1], tokens=FOUR.tokens[:1])
-    section, columns = preferences.measure(alone, 0.5, LOSS)
+    section, columns = preferences.measure(alone, LOSS)
     assert columns["margin"].tolist() == [2, 0, -4, 0]
     assert "nats" in section["margin"] and section["beta"] is None
     assert all(name.startswith("logps/") for name in section["model"])
@@ -304,6 +346,15 @@ def test_verdict(accuracy, margin, ratio, won, word):
     assert "right on 100.0%" in reasons and "-12.5% [-25.0%, 0.0%]" in reasons
     assert "by -7.5 [-9, -6] tokens" in reasons and "1.5 [1, 2] nats" in reasons
     assert ("reward model" in reasons) == bool(won)
+    # rewards that are not relative to the reference say nothing against it: what they grew by does
+    grown = {"accuracies": estimate(*accuracy), "margins": estimate(*margin)}
+    other = {
+        "rewards/accuracies": estimate(0.9, 0.8, 1),
+        "rewards/margins": estimate(-3, -4, -2),
+        "chosen_fell": estimate(0.1, 0, 0.2),
+    }
+    absolute = {"model": other, "reference": other, "change": grown}
+    assert verdict(absolute, trivial, text, written, unchanged=False)["word"] == word
     assert verdict(preferred, trivial, text, {}, unchanged=True)["word"] == "unchanged"
     assert verdict(preferred, trivial, {}, {}, unchanged=False)["word"] == "not compared"
 

@@ -442,6 +442,79 @@ def test_weights_multiply_the_pair():
     assert torch.equal(loss(p, torch.tensor([1.0, 0.5, 0])), loss(p) * torch.tensor([1.0, 0.5, 0]))
 
 
+DPO = choose("sigmoid", 0.5, {})
+# log pi -12 and -20, under the reference -15 and -18: log-ratios of 3 and -2; 4 and 5 tokens
+PAIR = Pairs(
+    *torch.tensor([[-12.0, -20, -15, -18]]).double().T, torch.tensor([4]), torch.tensor([5])
+)
+SUMMED = (0.5 * 3, 0.5 * -2)
+REWARDS_BY_HAND = dict.fromkeys(LOSSES, SUMMED) | {
+    "ipo": (0.5 * 3 / 4, 0.5 * -2 / 5),
+    "sigmoid_norm": (0.5 * 3 / 4, 0.5 * -2 / 5),
+    "simpo": (0.5 * -12 / 4, 0.5 * -20 / 5),
+    "orpo": (0.5 * -12 / 4, 0.5 * -20 / 5),
+    "cpo": (0.5 * -12, 0.5 * -20),
+    "sft": (-12 / 4, -20 / 5),
+    "rdpo": (0.5 * 3 + 0.01 * 4, 0.5 * -2 + 0.01 * 5),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rewards_and_what_is_shown_of_them_by_hand(name):
+    loss, (chosen, rejected) = choose(name, 0.5, {}), REWARDS_BY_HAND[name]
+    assert [float(x) for x in loss.rewards(PAIR)] == pytest.approx([chosen, rejected], rel=1e-15)
+    found = means(preference_sums(PAIR, torch.zeros(1), loss.rewards(PAIR)))
+    assert found["rewards/chosen"] == pytest.approx(chosen, rel=1e-15)
+    assert found["rewards/rejected"] == pytest.approx(rejected, rel=1e-15)
+    assert found["rewards/margins"] == pytest.approx(chosen - rejected, rel=1e-14)
+    assert found["rewards/accuracies"] == (chosen > rejected)
+    if loss.takes_labelled:
+        both = loss.rewards(PAIR.split())
+        assert both.tolist() == pytest.approx([chosen, rejected], rel=1e-15)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_reward_is_what_the_loss_looks_at(name):
+    """Pairs that differ, but not in their rewards, have the same loss."""
+    row, p = LOSSES[name], random_pairs(6)
+    args = {"nll_weight": 0.0} if "nll_weight" in row.parameters else {}  # that is no reward's
+    loss = choose(name, 0.5, args)
+    assert row.reward.of_ratio is row.needs_reference
+    if not row.reward.of_ratio:
+        other = p._replace(ref_chosen=3 * p.ref_chosen, ref_rejected=p.ref_rejected - 1)
+        assert torch.equal(loss(other), loss(p)), "the reference does not count"
+    else:
+        other = Pairs(*(x + 2.5 for x in p[:4]), *p[4:])
+        assert torch.allclose(loss(other), loss(p), rtol=1e-11), "ratios alone count"
+    longer = p._replace(chosen_len=2 * p.chosen_len, rejected_len=2 * p.rejected_len)
+    doubled = Pairs(*(2 * x for x in p))
+    if row.reward.per_token:
+        assert torch.allclose(loss(doubled), loss(p), rtol=1e-12), "means a token stand still"
+        assert not torch.allclose(loss(longer), loss(p))
+    elif not row.reward.paid_a_token:
+        assert torch.equal(loss(longer), loss(p)), "lengths do not count"
+    else:
+        assert not torch.allclose(loss(longer), loss(p))
+
+
+def test_rewards_of_sums_divergences_and_damping():
+    simpo = choose("simpo", 0.5, {})
+    for spec in ("simpo:1.0,sigmoid:2.0", "sft:2.0,simpo:0.5"):  # sft compares nothing
+        loss = choose(spec, 0.5, {})
+        assert [*map(float, loss.rewards(PAIR))] == [*map(float, simpo.rewards(PAIR))]
+        assert loss.formula_of_rewards == "beta x log-prob, mean a token: that of simpo"
+    forward = choose("sigmoid", 0.5, {"f_divergence_type": "forward_kl"})
+    expected = [0.5 * (1 - math.exp(-3)), 0.5 * (1 - math.exp(2))]
+    assert [*map(float, forward.rewards(PAIR))] == pytest.approx(expected, rel=1e-14)
+    assert "forward_kl" in forward.formula_of_rewards
+    assert "0.5 (LD-DPO)" in choose("sigmoid", 0.1, {"ld_alpha": 0.5}).formula_of_rewards
+    assert DPO.formula_of_rewards == "beta x log-ratio to the reference, summed"
+    length = choose("rdpo", 0.5, {"alpha": 0.2})
+    assert length.formula_of_rewards.endswith("+ 0.2 a token of length")
+    expected = [0.5 * 3 + 0.2 * 4, 0.5 * -2 + 0.2 * 5]
+    assert [*map(float, length.rewards(PAIR))] == pytest.approx(expected, rel=1e-14)
+
+
 def test_measures_of_labelled_responses_by_hand():
     examples = Labelled(
         logps=torch.tensor([-10.0, -9, -8, -7]).double(),
@@ -451,7 +524,7 @@ def test_measures_of_labelled_responses_by_hand():
     )
     # rewards at beta 0.5: 1, -0.5, 0 for the desired, -0.5 for the other: right, wrong, a tie,
     # right
-    sums = preference_sums(examples, torch.tensor([1.0, 2, 3, 6]), 0.5)
+    sums = preference_sums(examples, torch.tensor([1.0, 2, 3, 6]), DPO.rewards(examples))
     found = means(sums)
     assert sums[0] == 4 and len(sums) == 1 + len(PAIR_SUMS)
     assert found["loss"] == 3 and found["rewards/accuracies"] == 2.5 / 4
@@ -461,17 +534,18 @@ def test_measures_of_labelled_responses_by_hand():
         -27 / 11
     )
     assert found["logps/rejected_per_token"] == -1 and found["chosen_fell"] == pytest.approx(1 / 3)
-    none = preference_sums(Labelled(*(x[:0] for x in examples)), torch.zeros(0), 0.5)
+    empty = Labelled(*(x[:0] for x in examples))
+    none = preference_sums(empty, torch.zeros(0), DPO.rewards(empty))
     assert not none.any() and len(none) == len(sums)
     first_three = Labelled(*(x[:3] for x in examples))
-    desired_only = means(preference_sums(first_three, torch.ones(3), 0.5))
+    desired_only = means(preference_sums(first_three, torch.ones(3), DPO.rewards(first_three)))
     assert math.isnan(desired_only["rewards/rejected"]) and desired_only["loss"] == 1
 
 
 def test_measures_by_hand():
     p = pairs((-10, -9, -12, -8), (-10, -9, -10, -9), (-11, -5, -10, -9))
     # rewards at beta 0.5: (1, -0.5), (0, 0), (-0.5, 2): margins 1.5, 0, -2.5; a tie counts one half
-    sums = preference_sums(p, torch.tensor([1.0, 2.0, 6.0]), 0.5)
+    sums = preference_sums(p, torch.tensor([1.0, 2.0, 6.0]), DPO.rewards(p))
     found = means(sums)
     assert sums[0] == 3 and len(sums) == 1 + len(PAIR_SUMS)
     assert found["loss"] == 3.0
@@ -490,13 +564,13 @@ def test_measures_add_up_over_batches():
     losses = torch.tensor([1.0, 2.0, 6.0])
 
     def part(which):
-        return preference_sums(Pairs(*(x[which] for x in p)), losses[which], 0.5)
+        these = Pairs(*(x[which] for x in p))
+        return preference_sums(these, losses[which], DPO.rewards(these))
 
     none = part(slice(0, 0))
     assert none.tolist() == [0] * (1 + len(PAIR_SUMS))
-    assert torch.allclose(
-        part(slice(0, 1)) + part(slice(1, 3)) + none, preference_sums(p, losses, 0.5), rtol=1e-15
-    )
+    whole = preference_sums(p, losses, DPO.rewards(p))
+    assert torch.allclose(part(slice(0, 1)) + part(slice(1, 3)) + none, whole, rtol=1e-15)
 
 
 def test_the_table_of_metrics_names_what_is_measured():

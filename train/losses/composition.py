@@ -72,6 +72,47 @@ class RunningMean:
         self.count = state["count"]
 
 
+class Reward(NamedTuple):
+    """What a loss takes for the reward of a response: the function of one response whose values for
+    chosen and rejected it compares, or judges one by one.
+
+    It is what training, evaluation, table, card and board show. Target margins, penalties of one
+    side, smoothing and a step's baseline are not in it, nor what depends on the prompt alone.
+    """
+
+    per_token: bool  # the mean over the response's tokens, else the sum
+    of_ratio: bool = True  # of log pi - log pi_ref, else of log pi
+    scaled: bool = True  # times beta
+    paid_a_token: str = ""  # the loss's parameter that is added for each token of length
+
+    def __call__(self, responses: Labelled, beta: float, args: dict) -> torch.Tensor:
+        """(B,), of B responses. args: the loss's own parameters."""
+        values = responses.logps - responses.ref_logps if self.of_ratio else responses.logps
+        if self.per_token:
+            values = values / responses.lengths.clamp(min=1)  # an empty response: 0
+        if self.scaled:
+            values = beta * values
+        if self.paid_a_token:
+            values = values + args[self.paid_a_token] * responses.lengths.to(values.dtype)
+        return values
+
+    def formula(self, args: dict) -> str:
+        """The same in words, for people."""
+        words = "log-ratio to the reference" if self.of_ratio else "log-prob"
+        words += ", mean a token" if self.per_token else ", summed"
+        if self.scaled:
+            words = f"beta x {words}"
+        if self.paid_a_token:
+            words += f", + {args[self.paid_a_token]:g} a token of length"
+        return words
+
+
+SUMMED_RATIO = Reward(per_token=False)
+MEAN_RATIO = Reward(per_token=True)
+SUMMED_LOGP = Reward(per_token=False, of_ratio=False)
+MEAN_LOGP = Reward(per_token=True, of_ratio=False)
+
+
 class LossRow(NamedTuple):
     """A loss, and all that the rest of the house must know of it.
 
@@ -81,6 +122,8 @@ class LossRow(NamedTuple):
 
     of_pairs: Callable | None  # (Pairs, beta[, baseline], *, parameters) -> (B,)
     paper: str  # its arXiv id
+    reward: Reward = SUMMED_RATIO
+    compares: bool = True  # chosen with rejected, or each with a baseline; else it ignores rejected
     of_labelled: Callable | None = None  # (Labelled, beta[, baseline], *, parameters) -> (B,)
     # there is no `of_pairs`: a pair is two labelled responses, and its number the mean of theirs
     pair_as_two: bool = False
@@ -113,7 +156,7 @@ LOSSES: dict[str, LossRow] = {
     "sigmoid": LossRow(preference.sigmoid, paper="2305.18290", f_divergence=True),
     "robust": LossRow(preference.robust, paper="2403.00409", f_divergence=True),
     "hinge": LossRow(preference.hinge, paper="2305.10425", f_divergence=True),
-    "ipo": LossRow(preference.ipo, paper="2310.12036", f_divergence=True),
+    "ipo": LossRow(preference.ipo, paper="2310.12036", reward=MEAN_RATIO, f_divergence=True),
     "exo_pair": LossRow(preference.exo_pair, paper="2402.00856", f_divergence=True),
     "nca_pair": LossRow(preference.nca_pair, paper="2402.05369"),
     "bco_pair": LossRow(
@@ -134,11 +177,22 @@ LOSSES: dict[str, LossRow] = {
     "apo_zero": LossRow(preference.apo_zero, paper="2408.06266"),
     "apo_down": LossRow(preference.apo_down, paper="2408.06266"),
     "discopop": LossRow(preference.discopop, paper="2406.08414", f_divergence=True),
-    "sft": LossRow(preference.sft, paper="2411.10442", needs_reference=False),
-    "sigmoid_norm": LossRow(preference.sigmoid_norm, paper="2411.15124", f_divergence=True),
-    "simpo": LossRow(preference.simpo, paper="2405.14734", needs_reference=False),
-    "orpo": LossRow(preference.orpo, paper="2403.07691", needs_reference=False),
-    "cpo": LossRow(preference.cpo, paper="2401.08417", needs_reference=False),
+    # it has no beta
+    "sft": LossRow(
+        preference.sft,
+        paper="2411.10442",
+        reward=MEAN_LOGP._replace(scaled=False),
+        compares=False,
+        needs_reference=False,
+    ),
+    "sigmoid_norm": LossRow(
+        preference.sigmoid_norm, paper="2411.15124", reward=MEAN_RATIO, f_divergence=True
+    ),
+    "simpo": LossRow(preference.simpo, paper="2405.14734", reward=MEAN_LOGP, needs_reference=False),
+    # compares log odds, which are a function of the mean that rises with it: as ORPO's authors and
+    # TRL, what is shown is the mean
+    "orpo": LossRow(preference.orpo, paper="2403.07691", reward=MEAN_LOGP, needs_reference=False),
+    "cpo": LossRow(preference.cpo, paper="2401.08417", reward=SUMMED_LOGP, needs_reference=False),
     "kto": LossRow(
         of_pairs=None,
         paper="2402.01306",
@@ -149,7 +203,9 @@ LOSSES: dict[str, LossRow] = {
     ),
     "dpop": LossRow(preference.dpop, paper="2402.13228"),
     "rpo": LossRow(preference.rpo, paper="2404.19733"),
-    "rdpo": LossRow(preference.rdpo, paper="2403.19159"),
+    "rdpo": LossRow(
+        preference.rdpo, paper="2403.19159", reward=Reward(per_token=False, paid_a_token="alpha")
+    ),
 }
 
 
@@ -290,6 +346,48 @@ class Loss(NamedTuple):
         """Whether the pass that scores a step needs responses to other prompts as well."""
         return any(LOSSES[part.name].needs_mismatched for part in self.parts)
 
+    @property
+    def judge(self) -> WeightedLoss:
+        """The part whose reward is shown: the first that compares, else the first."""
+        return next((part for part in self.parts if LOSSES[part.name].compares), self.parts[0])
+
+    @property
+    def rewards_need_reference(self) -> bool:
+        """Whether `rewards` are of log-ratios to a reference."""
+        return LOSSES[self.judge.name].reward.of_ratio
+
+    @property
+    def formula_of_rewards(self) -> str:
+        """What `rewards` are, in words."""
+        row = LOSSES[self.judge.name]
+        words = row.reward.formula(row.parameters | self.judge.args)
+        if row.f_divergence and self.shared.f_divergence_type != "reverse_kl":
+            words += f", the log-ratio as {self.shared.f_divergence_type} has it (f-DPO)"
+        if self.shared.ld_alpha < 1:
+            words += f", tokens past the shorter answer x {self.shared.ld_alpha:g} (LD-DPO)"
+        if len(self.parts) > 1:
+            words += f": that of {self.judge.name}"
+        return words
+
+    def rewards(self, examples: Pairs | Labelled) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The rewards that the loss looks at: (B,) of chosen and (B,) of rejected, or (B,) of
+        labelled responses. See Reward; of a sum the `judge`'s.
+        """
+        row = LOSSES[self.judge.name]
+        args = row.parameters | self.judge.args
+        if isinstance(examples, Labelled):
+            return row.reward(examples, self.beta, args)
+        rewards = row.reward(self._diverging(row, examples).split(), self.beta, args)  # (2B,)
+        return rewards[0::2], rewards[1::2]
+
+    def _diverging(self, row: LossRow, pairs: Pairs) -> Pairs:
+        """`pairs` as a loss that takes an f-divergence sees them; as they are for another."""
+        if not row.f_divergence:
+            return pairs
+        return with_divergence(
+            pairs, self.shared.f_divergence_type, self.shared.f_alpha_divergence_coef
+        )
+
     def __call__(
         self,
         examples: Pairs | Labelled,
@@ -316,12 +414,7 @@ class Loss(NamedTuple):
         if row.pair_as_two:
             losses = row.of_labelled(examples.split(), self.beta, **args)  # (2B,)
             return losses.view(-1, 2).mean(1)
-        if row.f_divergence:
-            shared = self.shared
-            examples = with_divergence(
-                examples, shared.f_divergence_type, shared.f_alpha_divergence_coef
-            )
-        return row.of_pairs(examples, self.beta, **args)
+        return row.of_pairs(self._diverging(row, examples), self.beta, **args)
 
     def over_step(
         self,

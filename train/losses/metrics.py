@@ -1,8 +1,11 @@
 """What training and evaluation report of examples: sums and counts, so that ranks and batches add
 up exactly.
 
-    sums += preference_sums(examples, losses, beta)
+    sums += preference_sums(examples, losses, loss.rewards(examples))
     board.scalars(means(sums))
+
+Rewards of preference training are those that its loss looks at (composition.py: Reward): sums or
+means a token, log-ratios or log-probs. `reward accuracy` and `reward margin` are of these.
 
 Legend: B pairs, or B responses that are labelled one by one.
 """
@@ -89,23 +92,25 @@ PAIR_SUMS = (
 )
 
 
-def preference_sums(examples: Pairs | Labelled, losses: torch.Tensor, beta: float) -> torch.Tensor:
+def preference_sums(
+    examples: Pairs | Labelled, losses: torch.Tensor, rewards: torch.Tensor | tuple
+) -> torch.Tensor:
     """The number of examples and the sums of PAIR_SUMS over them, (1 + len(PAIR_SUMS),) fp64.
 
-    A pair is right where its margin is above 0, a labelled response where the sign of its reward is
-    its label's. A tie counts one half.
+    rewards: what the loss's `rewards` gives for the examples. A pair is right where chosen's is the
+    higher, a labelled response where the sign of its reward is its label's. A tie counts one half.
     """
     with torch.no_grad():
         of_examples = _labelled_columns if isinstance(examples, Labelled) else _pair_columns
-        columns = {"loss": losses, **of_examples(examples, beta)}
+        columns = {"loss": losses, **of_examples(examples, rewards)}
         ones = torch.ones_like(columns["rewards/chosen"])
         in_order = [ones, *(columns[name] for name in PAIR_SUMS)]
         return torch.stack([column.detach().double() for column in in_order]).sum(1)
 
 
-def _pair_columns(pairs, beta):
+def _pair_columns(pairs, rewards):
     """PAIR_SUMS of each pair by name, (B,) each, without the loss."""
-    chosen, rejected = pairs.rewards(beta)
+    chosen, rejected = rewards
     ones = torch.ones_like(chosen)
     return {
         "rewards/accuracies": wins(chosen - rejected),
@@ -121,9 +126,9 @@ def _pair_columns(pairs, beta):
     }
 
 
-def _labelled_columns(examples, beta):
+def _labelled_columns(examples, rewards):
     """The same of labelled responses, each of which is 0 on the side that is not its label's."""
-    rewards, desired = examples.rewards(beta), examples.desired
+    desired = examples.desired
     columns = {
         "rewards/accuracies": wins(torch.where(desired, rewards, -rewards)),
         "chosen_fell": (examples.logps < examples.ref_logps) & desired,

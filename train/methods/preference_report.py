@@ -7,6 +7,7 @@ import torch
 
 from train.engine import dist
 from train.losses import metrics
+from train.losses.composition import Loss
 from train.losses.preference import Labelled
 from train.methods.preference import HeldOut
 from train.run.report import Measures, Report
@@ -17,20 +18,23 @@ def open_report(run, settings, objective, held_out) -> Report:
 
     objective: a methods.preference.Objective. held_out: a Tokenised, or None.
     """
-    policy, reference, beta = objective.policy, objective.reference, settings.beta
+    policy, reference, loss = objective.policy, objective.reference, objective.loss
+    about_rewards = f"a reward is {loss.formula_of_rewards}"
+    run.note(rewards=about_rewards)
     measures = Measures(
         metrics=metrics.METRICS,
         columns=1 + len(metrics.PAIR_SUMS),
-        sums=partial(metrics.preference_sums, beta=beta),
+        sums=partial(sums, loss),
         means=partial(means, has_reference=settings.reference != "none"),
-        distributions=partial(distributions, beta=beta),
-        intervals=partial(intervals, beta=beta),
+        distributions=partial(distributions, loss),
+        intervals=partial(intervals, loss),
         bar={
             "loss": ("loss", ".4f"),
             "margin": ("rewards/margins", ".3f"),
             "acc": ("rewards/accuracies", ".2f"),
         },
-        closing=closing,
+        closing=partial(closing, about_rewards),
+        about=about_rewards,
     )
 
     def next_commands():
@@ -53,6 +57,11 @@ def open_report(run, settings, objective, held_out) -> Report:
     )
 
 
+def sums(loss: Loss, examples, losses: torch.Tensor) -> torch.Tensor:
+    """metrics.preference_sums with the loss's own rewards."""
+    return metrics.preference_sums(examples, losses, loss.rewards(examples))
+
+
 def means(sums: torch.Tensor, has_reference: bool) -> dict[str, float]:
     """METRICS by name; those that compare with a reference only where there is one."""
     mean = metrics.means(sums)
@@ -61,21 +70,22 @@ def means(sums: torch.Tensor, has_reference: bool) -> dict[str, float]:
     return mean
 
 
-def distributions(examples, beta: float) -> dict[str, torch.Tensor]:
+def distributions(loss: Loss, examples) -> dict[str, torch.Tensor]:
     """What histograms show, (B,) each.
 
     Margins and log-probs of pairs, rewards and log-probs of responses that are labelled one by one.
     """
     if isinstance(examples, Labelled):
-        return {"rewards": examples.rewards(beta), "logps": examples.logps}
+        return {"rewards": loss.rewards(examples), "logps": examples.logps}
+    chosen, rejected = loss.rewards(examples)
     return {
-        "margins": examples.margin(beta),
+        "margins": chosen - rejected,
         "logps_chosen": examples.chosen,
         "logps_rejected": examples.rejected,
     }
 
 
-def intervals(mean: dict, examples, beta: float) -> dict[str, list[float]]:
+def intervals(loss: Loss, mean: dict, examples) -> dict[str, list[float]]:
     """95 % intervals of the accuracy (Wilson) and of the mean margin (normal), for the table.
 
     Quick ones; evaluation bootstraps (train/methods/intervals.py).
@@ -85,7 +95,8 @@ def intervals(mean: dict, examples, beta: float) -> dict[str, list[float]]:
     accuracy = list(metrics.wilson(mean["rewards/accuracies"], n))
     if labelled:
         return {"rewards/accuracies_interval": accuracy}
-    margins = examples.margin(beta)
+    chosen, rejected = loss.rewards(examples)
+    margins = chosen - rejected
     half = 1.959964 * float(margins.std()) / math.sqrt(n) if n > 1 else math.nan
     middle = float(margins.mean())
     return {
@@ -94,11 +105,14 @@ def intervals(mean: dict, examples, beta: float) -> dict[str, list[float]]:
     }
 
 
-def closing(last: dict) -> list[str]:
-    """Below the closing table: how many chosen answers did not become less likely."""
-    if "chosen_fell" not in last:
-        return []
-    return [f"{'chosen not less likely':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}"]
+def closing(about_rewards: str, last: dict) -> list[str]:
+    """Below the closing table: how many chosen answers did not become less likely, and what a reward
+    is.
+    """
+    lines = []
+    if "chosen_fell" in last:
+        lines.append(f"{'chosen not less likely':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}")
+    return [*lines, f"({about_rewards})"]
 
 
 def bf16_weights_moved(run, policy, reference) -> dict[str, float | None]:

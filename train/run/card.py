@@ -456,7 +456,11 @@ def _results(record: dict) -> str:
         noun = "answers"  # judged one by one
     table += _compared(record.get("comparison") or {})
     examples = _before_and_after(record.get("answers") or {})
-    return f"## Results of training\n\n{last.get('pairs')} held-out {noun} of {dataset}:\n\n{table}{examples}"
+    about = f"\nHere {record['rewards']}.\n" if "rewards" in record else ""
+    return (
+        f"## Results of training\n\n{last.get('pairs')} held-out {noun} of {dataset}:\n\n"
+        f"{table}{about}{examples}"
+    )
 
 
 def _compared(comparison: dict) -> str:
@@ -580,6 +584,8 @@ def _evaluation(report: dict, figures: Sequence[str]) -> str:
     parts.append(f"\nPairs of {shown_sources(report.get('data'))}{compared}.\n")
     if rows:
         parts.append(_table(("", "before", "after", "95 % interval", "n"), rows))
+    if reward := (report.get("preferences") or {}).get("reward"):
+        parts.append(f"Here a reward is {reward}.\n")
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({FIGURES}/{name})\n" for name in figures]
     if examples := (report.get("generations") or {}).get("examples"):
         parts += ["### Answers\n", *map(_example, examples)]

@@ -32,6 +32,7 @@ class Measures(NamedTuple):
     noun: str = "pairs"  # what examples are called
     # the last evaluation -> lines below the closing table
     closing: Callable[[dict], list[str]] | None = None
+    about: str = ""  # what the numbers are, for TensorBoard's texts
 
 
 class HeldOut(Protocol):
@@ -84,6 +85,8 @@ class Report:
             self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
         if not plan.begun:
             self.board.text("data/first_rows", self.run.sample)
+            if self.measures.about:
+                self.board.text("train/what_is_shown", self.measures.about)
         if self._events is not None:
             self.board.cut(self._events)
             self.run.note(evaluations=self.evaluated)
