@@ -114,7 +114,8 @@ def test_each_loss_learns_the_rule(warm, model_dir, tmp_path, loss):
         warm, line(model_dir, data, held_out, tmp_path / "out", loss, *extra), tmp_path / "out"
     )
     low, high = first["rewards/accuracies_interval"]
-    assert low <= 0.5 <= high, first  # chance before
+    if not LOSSES[loss].reward.paid_a_token:  # which has an opinion on lengths
+        assert low <= 0.5 <= high, first  # chance before
     if loss == "sft":
         assert last["loss"] < first["loss"] - 0.5
     else:

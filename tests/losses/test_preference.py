@@ -360,18 +360,6 @@ def test_the_empty_batch_stays_in_the_graph(name):
         assert scores.grad.shape == (0,)
 
 
-def test_orpo_of_certain_answers():
-    # probability 1: chosen's term is 0 with slope -beta odds_l (odds of rejected, a_l = log(1/3):
-    # 1/2), rejected's is infinite
-    def at(c, r):
-        columns = torch.tensor([[c, r, -1, -1]], dtype=torch.float64).T
-        return Pairs(*columns, *torch.ones(2, 1))
-
-    losses, (slope, _) = value_and_gradient(choose("orpo", BETA, {}), at(0.0, math.log(1 / 3)))
-    assert losses.item() == 0 and slope.item() == pytest.approx(-1 - BETA / 2)
-    assert choose("orpo", BETA, {})(at(-1.0, 0.0)).item() == math.inf
-
-
 def labelled(n=64):
     """64 labelled responses, 23 of them desired."""
     pairs = made(n // 2, seed=3).split()

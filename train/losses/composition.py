@@ -264,8 +264,8 @@ DIVERGENCES: dict[str, Callable] = {
 
 def _expm1(x):
     # as TRL's alpha_divergence, and here forward_kl's too: cut before infinity, from where on the
-    # gradient is 0
-    return torch.expm1(x.clamp(max=80.0 if x.dtype == torch.float32 else 700.0))
+    # gradient is 0; where the square, which ipo takes, is finite too
+    return torch.expm1(x.clamp(max=40.0 if x.dtype == torch.float32 else 350.0))
 
 
 class SharedParameters(NamedTuple):

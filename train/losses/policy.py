@@ -230,12 +230,12 @@ def clipped_loss(algorithm: Algorithm, ratio, advantages, logps):
 
 def kl_in_loss(estimator: str, logps, ref, ratio) -> torch.Tensor:
     """(T,) nats. k3 counts with the token's ratio, with which its gradient is the divergence's also
-    after the first update.
+    after the first update; its exponential is bounded as ratios are.
     """
     d = logps - ref
     if estimator == "k2":
         return d.square() / 2
-    return ratio * (torch.expm1(-d) + d)
+    return ratio * (torch.expm1(bounded(-d)) + d)
 
 
 def value_loss(algorithm: Algorithm, values: torch.Tensor, known) -> ValueSums:

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+# Nats a token: the mean of log-probs that come in fp32 is 0, or further from it.
+CERTAIN = -(2.0**-52)
+
 
 class Pairs(NamedTuple):
     """Log-probabilities of both responses of B pairs, under the policy and the reference."""
@@ -292,10 +295,30 @@ def orpo(pairs: Pairs, beta: float) -> torch.Tensor:
     odds term is the same.
     """
     a_w, a_l = pairs.per_token(pairs.chosen, pairs.rejected)
-    # odds(y_l) / odds(y_w), whose gradient, unlike that of log odds, is finite where y_w is certain.
-    # 0 - x and not -x, which at x = 0 is -0 and would make an infinite ratio a negative one.
-    ratio = torch.exp(a_l - a_w) * (0 - torch.expm1(a_w)) / (0 - torch.expm1(a_l))
-    return -a_w + beta * torch.log1p(ratio)
+    return -a_w + beta * _log1p_odds_ratio(a_l, a_w)
+
+
+def _log1p_odds_ratio(a, b):
+    """log(1 + odds(e^a) / odds(e^b)) of mean log-probabilities (B,), as they are: 0 down to -inf.
+
+    An answer of `a` = 0 is certain: infinite odds, with an infinite slope. Its odds are taken at
+    CERTAIN instead, without a slope: what comes before, log pi of tokens of probability 1, has none
+    either. Where both are certain, they are level.
+    """
+    b = torch.where(a > CERTAIN, b.clamp(max=CERTAIN), b).clamp(max=0)
+    a = a.clamp(max=CERTAIN)
+    # where b is likely, 1 / odds(e^b) = e^-b - 1, which is 0 where b is certain, with a finite slope
+    likely = b > -1
+    inverse_odds = torch.expm1(-torch.where(likely, b, -1.0))
+    near = torch.log1p(torch.exp(a) / -torch.expm1(a) * inverse_odds)
+    # elsewhere by the logarithms, which hold where the odds themselves are 0 or infinite
+    far = F.softplus(_log_odds(a) - _log_odds(torch.where(likely, -1.0, b)))
+    return torch.where(likely, near, far)
+
+
+def _log_odds(a):
+    """log(p / (1 - p)) at p = e^a < 1, any shape."""
+    return a - torch.log(-torch.expm1(a))
 
 
 def cpo(pairs: Pairs, beta: float, *, nll_weight: float = 1.0) -> torch.Tensor:
