@@ -66,8 +66,8 @@ class Settings:
     log-prob differences.
     """
     data: list[str] | None = None
-    """Pairs: jsonl, json, csv, parquet files, save_to_disk folders or hub names. None: the built-in
-    held-out pairs.
+    """Pairs: jsonl, json, csv, parquet files, save_to_disk folders or hub names. None: those that
+    the model's training held out, as its run.json says, else the built-in held-out pairs.
     """
     columns: list[str] | None = None
     """Columns that have other names in --data, say prompt=question chosen=better rejected=worse."""

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from eval import generations
+from eval import generations, held_out
 from train import config
+from train.data import prompts as data_prompts
 from train.data import tokens
 from train.data.dataset import Tokenised
 from train.data.errors import DataError
@@ -24,7 +25,6 @@ from train.run import card, folder
 from train.settings import Preference, inherited_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = ROOT / "train/data/builtin/held_out.jsonl"
 PASSAGES = ROOT / "eval/passages.jsonl"
 # Texts as people say their names -> the hub's full name, with the split that is made for evaluation.
 KNOWN_TEXTS = dict.fromkeys(
@@ -60,25 +60,21 @@ def open_inputs(settings, run) -> Inputs:
     path = run.model_path(settings.model)
     tokenizer = pretrained.load_tokenizer(path, settings.trust_remote_code)
     run.note(model=path, reference_model=settings.reference, recipe=recipe)
-    pair_sources = settings.data or [str(PAIRS)]
+    chosen_rows = held_out.choose(settings, record, check_pair)
     text_sources = settings.ood or [str(PASSAGES)]
     with dist.main_process_first():  # rank 0 tokenises, the others find it in the cache
-        pairs = read_pairs(
-            pair_sources,
-            tokenizer,
-            recipe,
-            columns=settings.columns,
-            max_dropped=settings.max_dropped,
-            most=settings.max_rows,
-        )
+        all_pairs = read_pairs(chosen_rows, tokenizer, recipe)
+        pairs = first_rows(all_pairs, settings.max_rows)
         texts = read_texts(
             text_sources, tokenizer, recipe, folder=run.path / "texts", most=settings.max_rows
         )
         texts = first_tokens(texts, settings.ood_tokens)
     run.note_dropped({"data": pairs.dropped, "ood": texts.dropped})
+    which = chosen_rows.said(all_pairs)
+    run.say(f"data: {which}: {', '.join(map(str, chosen_rows.sources))}, {len(pairs):,} pairs")
     for note in pairs.notes():
         run.say(f"data: {note}")
-    chosen, rejected = texts_of_pairs(pairs, pair_sources, settings.columns)
+    chosen, rejected = texts_of_pairs(pairs, chosen_rows)
     if settings.reference:
         setup.check_same_tokens(
             tokenizer,
@@ -89,16 +85,19 @@ def open_inputs(settings, run) -> Inputs:
             run.say,
         )
     described = {
-        "data": folder.describe(pairs, pair_sources),
+        "data": folder.describe(pairs, chosen_rows.sources) | {"which": which},
         "ood": folder.describe(texts, text_sources),
     }
     described["ood"]["begin_with"] = beginning(tokenizer, texts)
-    run.note(**described)
     prompts = []
     if settings.prompts:
-        prompts = generations.prompts_of(
-            pair_sources, pairs, settings.prompts, columns=settings.columns
+        prompts, of_prompts = prompts_to_answer(
+            settings, record, tokenizer, recipe, pairs, chosen_rows
         )
+        if of_prompts:
+            described["prompts"] = of_prompts
+            run.say(f"prompts: {of_prompts['which']}: {', '.join(of_prompts['sources'])}")
+    run.note(**described)
     return Inputs(
         path=path,
         record=record,
@@ -115,7 +114,8 @@ def open_inputs(settings, run) -> Inputs:
 
 def training_record(model: str | None, task: str = "preference") -> tuple[dict, str | None]:
     """What training wrote beside a model directory (MODEL/../run.json, as OUTPUT/model has it) or
-    in it, and where; ({}, None) where there is nothing. task: "preference" or "reward".
+    in it, and where; ({}, None) where there is nothing. task: "reward", or "preference", which
+    stands for all that makes a language model.
     """
     if not model or not Path(model).is_dir():
         return {}, None
@@ -130,8 +130,9 @@ def training_record(model: str | None, task: str = "preference") -> tuple[dict, 
             raise ValueError(f"{path} is damaged: {error}") from error
         if not isinstance(record, dict) or not record.get("flags"):
             continue
-        is_reward = record.get("task") == "reward"
-        if is_reward if task == "reward" else "beta" in record["flags"]:
+        found = record.get("task")
+        is_language = found == "policy" or (found != "reward" and "beta" in record["flags"])
+        if found == "reward" if task == "reward" else is_language:
             return record, f"{place.name}/run.json"
     return {}, None
 
@@ -177,6 +178,7 @@ def trained(record: dict) -> dict | None:
     return {
         "from": card.base_of(record)[0],
         "loss": flags.get("loss"),
+        **({"algorithm": flags["algorithm"]} if "algorithm" in flags else {}),
         "beta": flags.get("beta"),
         "lr": flags.get("lr"),
         "steps": record.get("steps"),
@@ -187,41 +189,67 @@ def trained(record: dict) -> dict | None:
     }
 
 
-def read_pairs(
-    sources: list[str],
-    tokenizer,
-    recipe: dict,
-    *,
-    columns: list[str] | None,
-    max_dropped: float,
-    most: int | None,
-    **options,
-) -> Tokenised:
-    """The first `most` pairs, tokenised. options: more of train.data.tokens.collect."""
+def read_pairs(rows: held_out.Rows, tokenizer, recipe: dict, **options) -> Tokenised:
+    """The pairs of `rows`, tokenised. options: more of train.data.tokens.collect."""
     data = tokens.prepare(
-        sources,
+        rows.sources,
         tokenizer,
-        max_length=recipe["max_length"],
-        max_prompt_length=recipe["max_prompt_length"],
-        truncate_prompt=recipe["truncate_prompt"],
-        columns=columns,
-        max_dropped=max_dropped,
+        columns=rows.columns,
+        max_dropped=rows.max_dropped,
         max_implausible=recipe["max_implausible"],
-        allow_control_tokens=recipe["allow_control_tokens"],
-        allow_template_changes=recipe["allow_template_changes"],
+        **token_options(recipe),
         **options,
     )
-    return data.select(range(min(len(data), most or len(data))))
+    return rows.held_out(data)
 
 
-def texts_of_pairs(
-    data: Tokenised, sources: list[str], columns: list[str] | None
-) -> tuple[list[str], list[str]]:
+def token_options(recipe: dict) -> dict:
+    """What decides which tokens a row becomes, but for --columns, as tokens.collect takes it."""
+    names = (
+        "max_length",
+        "max_prompt_length",
+        "truncate_prompt",
+        "allow_control_tokens",
+        "allow_template_changes",
+    )
+    return {name: recipe[name] for name in names}
+
+
+def first_rows(data: Tokenised, most: int | None) -> Tokenised:
+    """The first `most` groups; all of them for None."""
+    return data if most is None or most >= len(data) else data.select(range(most))
+
+
+def texts_of_pairs(data: Tokenised, rows: held_out.Rows) -> tuple[list[str], list[str]]:
     """The chosen and the rejected answers of the tokenised pairs as text."""
-    rows, _ = tokens.check_rows(sources, check_pair, PAIR_COLUMNS, columns=columns)
-    items = {row.number: row.item for row in rows}
+    checked, _ = tokens.check_rows(rows.sources, check_pair, PAIR_COLUMNS, columns=rows.columns)
+    items = {row.number: row.item for row in checked}
     pairs = [items[number] for number in data.rows.tolist()]
     return [pair.chosen["content"] for pair in pairs], [pair.rejected["content"] for pair in pairs]
+
+
+def prompts_to_answer(
+    settings, record: dict, tokenizer, recipe: dict, pairs: Tokenised, rows: held_out.Rows
+) -> tuple[list[Prompt], dict | None]:
+    """The first distinct prompts of the pairs, and None; or, of a policy whose training held out
+    prompts without answers, the first of those, and what the report says of them.
+    """
+    if not settings.data and record.get("task") == "policy" and not rows.is_own:
+        own, _ = held_out.of_run(settings, record)
+        if own:
+            options = token_options(recipe) | {"max_dropped": own.max_dropped}
+            found = data_prompts.prepare(own.sources, tokenizer, columns=own.columns, **options)
+            if own.split:
+                found = found.split(*own.split)[1]
+            which = own.said(found.data)
+            found = dataclasses.replace(found, data=first_rows(found.data, settings.prompts))
+            described = folder.describe(found.data, own.sources) | {"which": which}
+            return [
+                Prompt(int(found.data.rows[i]), found.ids(i), found.messages(i))
+                for i in range(len(found))
+            ], described
+    prompts = generations.prompts_of(rows.sources, pairs, settings.prompts, columns=rows.columns)
+    return prompts, None
 
 
 def read_texts(

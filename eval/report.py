@@ -9,6 +9,7 @@ from eval import reward_measures
 from eval.verdict import WORDS
 from train.losses.metrics import LABELS
 from train.methods.intervals import show
+from train.run import commands
 
 # Training's metrics, and what evaluation adds of its own.
 TITLES = LABELS | {
@@ -75,7 +76,7 @@ def _language_model(report: dict, drawn: dict) -> list[str]:
         *drawn.get("distribution", []),
         "## Generations",
         "",
-        *_generations(report["generations"]),
+        *_generations(report["generations"], report.get("prompts")),
     ]
 
 
@@ -99,8 +100,7 @@ def _reward_model(chapter: dict, judge: dict, drawn: dict, level: str) -> list[s
         f"are 95 % intervals ({methods}).",
         "",
         f"{section['rows']} rows of {section['prompts']} prompts with {section['answers']} answers "
-        f"from {', '.join(data['sources'])} ({data['dropped']} rows dropped, {data['truncated']} "
-        "truncated).",
+        f"from {_source(data)} ({data['dropped']} rows dropped, {data['truncated']} truncated).",
         "",
         *table(
             ["measure", "value"],
@@ -173,17 +173,17 @@ def _training(report: dict) -> list[str]:
     trained = report["trained"]
     if not trained:
         return []
+    noun = "prompts" if "algorithm" in trained else "pairs"
     facts = {
         "the {} loss": trained["loss"],
+        "the algorithm {}": trained.get("algorithm"),
         "beta {:g}": trained["beta"],
         "learning rate {:g}": trained["lr"],
         "{} steps": trained["steps"],
-        "{} pairs a step": trained["batch_size"],
+        f"{{}} {noun} a step": trained["batch_size"],
     }
     known = ", ".join(form.format(value) for form, value in facts.items() if value is not None)
-    line = (
-        f"Trained from {trained['from']}: {known}, on {trained['data']} ({trained['pairs']} pairs)."
-    )
+    line = f"Trained from {trained['from']}: {known}, on {trained['data']} ({trained['pairs']} {noun})."
     reference = trained["reference"]
     if reference and report["reference"] and reference != report["reference"]:
         line += f" Its reference in training was another: {reference}."
@@ -194,9 +194,8 @@ def _preferences(report: dict) -> list[str]:
     section = report["preferences"]
     sides = _sides(section)
     lines = [
-        f"{section['pairs']} pairs of {section['prompts']} prompts from "
-        f"{', '.join(report['data']['sources'])} ({report['data']['dropped']} rows dropped, "
-        f"{report['data']['truncated']} truncated).",
+        f"{section['pairs']} pairs of {section['prompts']} prompts from {_source(report['data'])} "
+        f"({report['data']['dropped']} rows dropped, {report['data']['truncated']} truncated).",
         "",
         *([f"A reward is {section['reward']}.", ""] if section.get("reward") else []),
         *table(
@@ -218,6 +217,12 @@ def _preferences(report: dict) -> list[str]:
     if "calibration" in section:
         lines += _calibration(section["calibration"])
     return lines
+
+
+def _source(described: dict) -> str:
+    """The sources of a data set, and which rows of theirs they are."""
+    which = described.get("which", "--data")
+    return ", ".join(described["sources"]) + (f" ({which})" if which != "--data" else "")
 
 
 def _by_length(section: dict) -> list[str]:
@@ -306,12 +311,13 @@ def _distribution(report: dict) -> list[str]:
     return lines
 
 
-def _generations(section: dict) -> list[str]:
+def _generations(section: dict, prompts: dict | None) -> list[str]:
+    """prompts: the data set that they are of, where it is not that of the pairs."""
     if "skipped" in section:
         return [f"None: {section['skipped']}.", ""]
     both = ", the same prompts and noise for both" if "reference" in section["greedy"] else ""
     lines = [
-        f"{section['prompts']} prompts, at most {section['max_new_tokens']} tokens{both}; the "
+        f"{section['prompts']} prompts{f' of {_source(prompts)}' if prompts else ''}, at most {section['max_new_tokens']} tokens{both}; the "
         f"sampled answers at temperature {section['temperature']:g}, seed {section['seed']}.",
         "",
     ]
@@ -387,7 +393,7 @@ def closing(report: dict, folder: Path, model_dirs: list[str]) -> list[str]:
         run = Path(model_dir).resolve().parent
         if folder.resolve().is_relative_to(run):  # training's curves beside the evaluation's
             logs = run
-    return [*lines, "", f"  tensorboard --logdir {logs}"]
+    return [*lines, "", f"  {commands.tensorboard(logs)}"]
 
 
 def _closing_reward_model(chapter: dict) -> list[str]:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from eval import benchmarks
-from eval.inputs import PAIRS, read_pairs, recipe_of, training_record
+from eval import benchmarks, held_out
+from eval.inputs import first_rows, read_pairs, recipe_of, training_record
 from train.data import shapes, tokens
 from train.data.dataset import Tokenised
 from train.data.errors import DataError, listed
@@ -48,34 +48,35 @@ def open_inputs(settings, run) -> RewardInputs:
     record, where = training_record(path, task="reward")
     recipe = recipe_of(settings, record, where, INHERITED)
     tokenizer = pretrained.load_tokenizer(path, settings.trust_remote_code)
-    sources = settings.data or [str(PAIRS)]
+    chosen_rows = held_out.choose(settings, record, check_candidates)
+    sources, columns = chosen_rows.sources, chosen_rows.columns
     with dist.main_process_first():  # rank 0 tokenises, the others find it in the cache
-        data = read_pairs(
-            sources,
+        all_rows = read_pairs(
+            chosen_rows,
             tokenizer,
             recipe,
-            columns=settings.columns,
-            max_dropped=settings.max_dropped,
-            most=settings.max_rows,
             kind="candidates",
             keep_tail=True,  # scores are read at the end of what the template renders
         )
+        data = first_rows(all_rows, settings.max_rows)
     run.note_dropped({"reward_data": data.dropped})
+    which = chosen_rows.said(all_rows)
+    run.say(
+        f"data of the reward model: {which}: {', '.join(map(str, sources))}, {len(data):,} rows"
+    )
     for note in data.notes():
         run.say(f"data of the reward model: {note}")
-    checked, _ = tokens.check_rows(
-        sources, check_candidates, PAIR_COLUMNS, columns=settings.columns
-    )
+    checked, _ = tokens.check_rows(sources, check_candidates, PAIR_COLUMNS, columns=columns)
     by_number = {row.number: row.item for row in checked}
     rows = [by_number[number] for number in data.rows.tolist()]
     by = benchmark = ids = None
     if settings.by:
-        by = column_of(sources, settings.by, data, settings.columns)
+        by = column_of(sources, settings.by, data, columns)
         _refuse_many(settings.by, by)
         benchmark = benchmarks.name_of(by, any(len(row.answers) > 2 for row in rows))
         if benchmark == "RewardBench 2":
-            ids = column_of(sources, "id", data, settings.columns)
-    described = folder.describe(data, sources)
+            ids = column_of(sources, "id", data, columns)
+    described = folder.describe(data, sources) | {"which": which}
     run.note(reward_model={"path": path, "recipe": recipe, "data": described})
     return RewardInputs(
         path=path,

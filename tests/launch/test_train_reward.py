@@ -150,7 +150,7 @@ def test_scores_are_measured_on_the_training_data_where_nothing_is_held_out(
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert (run["scores"]["answers"], run["scores"]["data"]) == (10, "training")
     assert list(run["results"]) == ["train_loss"] and "longer answer wins" not in text
-    command = f"eval/evaluate.py --reward_model {tmp_path}/out/model --data PAIRS.jsonl --output"
+    command = f"eval/evaluate.py --reward_model {tmp_path}/out/model --output {tmp_path}/out/eval"
     assert command in text
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     data = collect([str(few)], tokenizer, max_length=512, max_prompt_length=256, keep_tail=True)

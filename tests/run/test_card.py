@@ -138,8 +138,13 @@ def loaded(folder):
     return found, yaml.safe_load(content.split("---\n")[1]), content
 
 
-def results(found):
-    return {r.metric_type: (r.metric_value, r.metric_args) for r in found.data.eval_results}
+def results(found, name=None):
+    """The model-index by measure, of the data set `name` or of all."""
+    return {
+        r.metric_type: (r.metric_value, r.metric_args)
+        for r in found.data.eval_results
+        if name in (None, r.dataset_name)
+    }
 
 
 def rows_of(text, title):
@@ -276,11 +281,13 @@ def test_evaluation_fills_its_section_and_only_that(tmp_path):
     assert card.update(folder, report(0.5), [], RECORD) == path
     assert card.update(folder, report(), [figure], RECORD) == path
     found, metadata, text = loaded(folder)
-    assert results(found) == {
+    assert results(found, "held.jsonl") == {
         "reward_accuracy": (0.875, {"n": 40, "interval_95": [0.75, 0.95]}),
         "kl": (2.25, {"n": 40, "interval_95": [2.0, 2.5]}),
         "win_rate": (0.625, {"n": 40, "interval_95": [0.5, 0.75]}),
     }
+    # training's own, which are of other data, stand as they were
+    assert results(found, "held|out.jsonl")["reward_accuracy"][0] == 0.796875
     for once in ("## Evaluation", "A line by hand.", "## Training"):
         assert text.count(once) == 1, once
     assert [text.count(mark) for mark in card.MARKS] == [1, 1]
@@ -309,6 +316,60 @@ def test_evaluation_fills_its_section_and_only_that(tmp_path):
     # a fence in the answer stays inside
     assert "After (greedy)\n\n````text\n```\n# Hey\n```\n````" in section
     assert HOME not in text and not (folder / "README.md.tmp").exists()
+
+
+def test_each_data_set_has_a_section_of_its_own(tmp_path):
+    """Other data, of the same name or another, replaces nothing; the same data does."""
+    figures = [tmp_path / "margins.png"]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    record = copy.deepcopy(RECORD)
+    record["eval_data"] |= {"sources": [f"{HOME}/held.jsonl"], "rows_fingerprint": "1" * 64}
+    card.from_run(record)(folder)
+
+    def evaluated(accuracy, source, fingerprint):
+        figures[0].write_bytes(f"{accuracy} of {source}".encode())
+        found = report(accuracy)
+        found["data"] = {"sources": [source], "rows_fingerprint": fingerprint, "which": "--data"}
+        card.update(folder, found, figures, record)
+        return loaded(folder)
+
+    evaluated(0.25, "other.jsonl", "2" * 64)
+    evaluated(0.5, "held.jsonl", "3" * 64)  # the same name as training's, other rows
+    evaluated(0.75, "held.jsonl", "1" * 64)  # what training held out
+    found, metadata, text = evaluated(0.875, "other.jsonl", "2" * 64)
+    by_data = {
+        (r.dataset_name, r.dataset_revision): r.metric_value
+        for r in found.data.eval_results
+        if r.metric_type == "reward_accuracy"
+    }
+    assert by_data == {
+        ("other.jsonl", "2" * 12): 0.875,
+        ("held.jsonl", "3" * 12): 0.5,
+        ("held.jsonl", "1" * 12): 0.75,
+    }
+    sections = text[text.index(card.MARKS[0]) : text.index(card.MARKS[1])].split("<!-- data: ")[1:]
+    assert [rows_of(each, "reward accuracy")[2] for each in sections] == ["0.875", "0.5", "0.75"]
+    titles = re.findall("^## Evaluation on .*$", text, re.M)
+    assert titles == [f"## Evaluation on {name}.jsonl" for name in ("other", "held", "held")]
+    for each, content in zip(
+        sections, ("0.875 of other", "0.5 of held", "0.75 of held"), strict=True
+    ):
+        (name,) = re.findall(r"!\[margins\]\((.*)\)", each)
+        assert (folder / name).read_text() == f"{content}.jsonl"
+    json.dumps(metadata, allow_nan=False)
+
+
+def test_a_section_of_before_data_sets_were_told_apart_stays(tmp_path):
+    card.from_run(RECORD)(tmp_path)
+    path = tmp_path / "README.md"
+    old = f"{card.MARKS[0]}\n## Evaluation\n\nOld words.\n{card.MARKS[1]}"
+    path.write_text(path.read_text().replace("\n".join(card.MARKS), old))
+    card.update(tmp_path, report(0.25), [], RECORD)
+    card.update(tmp_path, report(0.5), [], RECORD)
+    found, _, text = loaded(tmp_path)
+    assert text.count("Old words.") == 1 and text.count("## Evaluation on held.jsonl") == 1
+    assert results(found, "held.jsonl")["reward_accuracy"][0] == 0.5
 
 
 def test_evaluation_of_models_that_this_project_did_not_train(tmp_path):
@@ -383,7 +444,7 @@ def test_an_interval_that_is_no_number_is_left_out(tmp_path, interval):
     found = report()
     found["preferences"]["model"]["rewards/accuracies"] = measure(0.5, interval)
     card.update(tmp_path, found, [], RECORD)
-    assert results(loaded(tmp_path)[0])["reward_accuracy"] == (0.5, {"n": 40})
+    assert results(loaded(tmp_path)[0], "held.jsonl")["reward_accuracy"] == (0.5, {"n": 40})
     assert rows_of(loaded(tmp_path)[2].partition(card.MARKS[0])[2], "reward accuracy")[1:4] == [
         "",
         "0.5",

@@ -32,6 +32,8 @@ class Tokenised:
     starts: tuple = ()  # (source, number of its first row over all sources), in order
     remarks: tuple = ()  # (how rows were read or rendered, number of rows), worth saying once
     suspicions: tuple[Suspicion, ...] = ()  # rows that nobody can have meant, by sort
+    # (N,) int64 hash of the prompt's and the answers' texts, whatever the kind of data and tokenizer
+    contents: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -77,7 +79,8 @@ class Tokenised:
         """A view of the groups `indices`, in that order. Raises IndexError."""
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         digest = hashlib.sha256(self.fingerprint.encode() + index.tobytes()).hexdigest()
-        per_group = ("offsets", "lengths", "truncated", "rows", "prompts", "labels", "targets")
+        per_group = ["offsets", "lengths", "truncated", "rows", "prompts", "labels", "targets"]
+        per_group += ["contents"]
         columns = {name: getattr(self, name) for name in per_group}
         selected = {name: column[index] for name, column in columns.items() if column is not None}
         return dataclasses.replace(self, fingerprint=digest, **selected)

@@ -170,6 +170,7 @@ def collect(
         **arrays,
         dropped=dropped,
         fingerprint=key,
+        contents=np.array([_content_hash(row.item) for row in used], np.int64),
         starts=tuple(
             sorted({(row.source, row.number - row.index) for row in rows}, key=itemgetter(1))
         ),
@@ -309,6 +310,14 @@ def _prompt_hash(item: Any) -> int:
     """What two rows with the same prompt have in common, for splitting: the turns, or a text."""
     prompt = item if isinstance(item, str) else turns_of(item.messages)
     return int.from_bytes(sha256_of_text(json.dumps(prompt))[:8], "big", signed=True)
+
+
+def _content_hash(item: Any) -> int:
+    """What two rows with the same prompt and answers have in common, also as another kind of data."""
+    if isinstance(item, str):
+        return _prompt_hash(item)
+    said = [turns_of(item.messages), turns_of(item.answers)]
+    return int.from_bytes(sha256_of_text(json.dumps(said))[:8], "big", signed=True)
 
 
 def _encode(rows: list[Row], kind: Kind, encoder, tokenizer) -> tuple[dict, dict]:

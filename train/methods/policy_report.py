@@ -21,7 +21,7 @@ from train.methods.answers import COMPARED, against, columns_of, summary
 from train.methods.intervals import show
 from train.methods.policy_setup import Models, Rewards, samples_of
 from train.methods.rollout import Rollout, per_answer
-from train.run import card, report
+from train.run import card, commands, report
 from train.run.meter import peak_memory
 from train.run.tensorboard import Board
 
@@ -348,10 +348,15 @@ class PolicyReport:
         yield f"run          {self.run.folder.path / 'run.json'}, logs/, tensorboard/"
         yield ""
         yield "next"
-        reward_model = self.settings.reward_model
-        with_rewards = f" --reward_model {reward_model}" if reward_model else ""
-        yield f"  deepspeed eval/evaluate.py --model {model}{with_rewards}"
-        yield f"  tensorboard --logdir {self.run.folder.path}"
+        folder, settings = self.run.folder, self.settings
+        models = {
+            "model": model,
+            "reference": folder.record["model"],
+            "reward_model": settings.reward_model,
+        }
+        config = self.models.policy.module.lm.config
+        yield f"  {commands.evaluation(settings, folder.path, config, **models)}"
+        yield f"  {commands.tensorboard(folder.path)}"
 
 
 def no_sums() -> torch.Tensor:

@@ -10,6 +10,7 @@ from train.losses import metrics
 from train.losses.composition import Loss
 from train.losses.preference import Labelled
 from train.methods.preference import HeldOut
+from train.run import commands
 from train.run.report import Measures, Report
 
 
@@ -39,10 +40,8 @@ def open_report(run, settings, objective, held_out) -> Report:
 
     def next_commands():
         folder = run.folder
-        return [
-            f"deepspeed eval/evaluate.py --model {folder.path / 'model'} "
-            f"--reference {folder.record['model']} --output {folder.path}/eval"
-        ]
+        models = {"model": folder.path / "model", "reference": folder.record["model"]}
+        return [commands.evaluation(settings, folder.path, policy.module.lm.config, **models)]
 
     return Report(
         run,

@@ -11,6 +11,8 @@ from train.losses.metrics import wilson
 from train.losses.reward import Loss, ScoredAnswers
 from train.methods import baselines
 from train.methods.reward import HeldOut
+from train.models import pretrained
+from train.run import commands
 from train.run.card import BASELINES
 from train.run.report import Measures, Report
 
@@ -41,13 +43,18 @@ def open_report(run, settings, loss: Loss, model, data, held_out) -> Report:
 
     def next_commands():
         folder = run.folder.path
-        command = f"deepspeed eval/evaluate.py --reward_model {folder / 'model'}"
-        if settings.data:  # else it takes the built-in held-out pairs
-            command += f" --data {' '.join(settings.eval_data or ['PAIRS.jsonl'])}"
-        policy = f" --model {settings.model}" if settings.model else ""
+        trust = commands.trust(settings)
+        judge = {"reward_model": folder / "model"}
+        policy = {}
+        began_with = run.folder.record["model"]
+        if not pretrained.is_reward_model(began_with, settings.trust_remote_code):
+            policy |= {"model": settings.model}  # else the built-in one: that writes nothing
+        policy |= commands.same_data(settings) | commands.lengths_of_rollouts(settings)
         return [
-            f"{command} --output {folder}/eval",
-            f"deepspeed launch/train_ppo.py{policy} --reward_model {folder / 'model'}",
+            commands.deepspeed(commands.EVALUATE, judge | {"output": folder / "eval"} | trust),
+            commands.deepspeed(
+                "launch/train_ppo.py", policy | judge | {"output": folder / "ppo"} | trust
+            ),
         ]
 
     return Report(

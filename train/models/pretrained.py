@@ -80,6 +80,13 @@ def load_score_model(
     return lm, has_head
 
 
+def is_reward_model(path, trust_remote_code: bool = False) -> bool:
+    """Whether a model directory or hub name, which has been loaded before, is one that gives scores."""
+    return gives_scores(
+        transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    )
+
+
 def gives_scores(config) -> bool:
     """Whether a model of `config` is for sequence classification, by what it says of itself."""
     return any("SequenceClassification" in name for name in config.architectures or ())

@@ -6,8 +6,10 @@ its evaluation found.
 
 Nothing in it is guessed: a fact that run.json or report.json lacks is left out. Of a local path the
 last component is shown, and of the flags those alone that train/settings.py gives a title for the
-card, so that nothing else of a command line can slip in. What stands between the two MARKS is
-replaced by each evaluation; the rest of a README.md, edited by hand or not, is left alone.
+card, so that nothing else of a command line can slip in. What stands between the two MARKS belongs
+to evaluations, a section a data set: another evaluation on the same data replaces its section, and
+its figures in the model-index, and leaves those on other data. The rest of a README.md, edited by
+hand or not, is left alone.
 """
 
 import math
@@ -30,6 +32,8 @@ from train.settings import Policy, Preference, Reward, card_titles
 README = "README.md"
 FIGURES = "figures"
 MARKS = ("<!-- evaluation: begin -->", "<!-- evaluation: end -->")
+# before the section of a data set, between the MARKS, with what identifies the data
+SECTION = re.compile(r"^<!-- data: (\S+) -->\n", re.M)
 # org/name; a path that exists goes before it, as where data are read (train/data/sources.py)
 EXAMPLES = 3  # answers before and after that a card shows
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -192,8 +196,8 @@ def from_run(record: dict, **later) -> Callable[[Path], None]:
 def update(
     model_dir, report: dict, figures: Sequence[Path] = (), record: dict | None = None
 ) -> Path | None:
-    """Put an evaluation's report.json and figures into the card of `model_dir`; the card's path.
-    Rank 0 calls this.
+    """Put an evaluation's report.json and figures into the card of `model_dir`, in the place of its
+    data set; the card's path. Rank 0 calls this.
 
     `record`: the run.json of the run that made the model, whose card is written anew where
     README.md has none of our marks or is not there. Without it a README.md that is there is added
@@ -209,22 +213,53 @@ def update(
         metadata, body = _metadata(record), _body(record)
     else:
         metadata, body = card.data, card.text
-    dataset = shown_sources(report.get("data"))
     task = task_of(record or {})
+    data = report.get("data")
     results = [
-        _result(name, title, measure, dataset, task)
+        _result(name, title, measure, data, task)
         for title, name, keys in MEASURES
         if name and (measure := _at(report, keys))
     ]
     if results:
         metadata.model_name = metadata.model_name or folder.resolve().name
-        metadata.eval_results = results
+        others = [r for r in metadata.eval_results or () if not _same_data(r, results[0])]
+        metadata.eval_results = others + results
+    sections = _sections(body)
+    key = _key_of(data)
+    place = f"{FIGURES}/{key}" if [*sections][:1] not in ([], [key]) else FIGURES
     for figure in figures:
-        (folder / FIGURES).mkdir(exist_ok=True)
-        shutil.copyfile(figure, folder / FIGURES / Path(figure).name)
-    section = _evaluation(report, [Path(figure).name for figure in figures])
-    _write(folder, metadata, _between(body, section))
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(figure, folder / place / Path(figure).name)
+    section = _evaluation(report, [f"{place}/{Path(figure).name}" for figure in figures])
+    sections[key] = section
+    text = "\n\n".join(
+        f"<!-- data: {key} -->\n{each.strip()}" if key else each.strip()
+        for key, each in sections.items()
+    )
+    _write(folder, metadata, _between(body, text))
     return path
+
+
+def _sections(body: str) -> dict[str, str]:
+    """The sections of evaluations by what identifies their data, in the card's order; under "" what
+    an earlier version wrote, which knew of one section only.
+    """
+    inside = body.partition(MARKS[0])[2].partition(MARKS[1])[0]
+    before, *parts = SECTION.split(inside)  # ..., key, section, key, section
+    old = {"": before} if before.strip() else {}
+    return old | dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _key_of(described: dict | None) -> str:
+    """What identifies a data set in a card: which rows it is of, else its name, without a space."""
+    fingerprint = (described or {}).get("rows_fingerprint")
+    return fingerprint[:12] if fingerprint else re.sub(r"\W+", "-", shown_sources(described))
+
+
+def _same_data(one: EvalResult, other: EvalResult) -> bool:
+    """Whether two entries of the model-index are of the same rows."""
+    names = ("dataset_name", "dataset_revision")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _write(folder: Path, metadata: ModelCardData, body: str):
@@ -301,7 +336,6 @@ def _metadata(record: dict) -> ModelCardData:
     base, on_hub = base_of(record)
     method, paper = _method(record)
     datasets = [re.split("[:@]", source)[0] for source in flags.get("data") or () if is_hub(source)]
-    dataset = shown_sources(record.get("eval_data"))
     last = _evaluations(record)[-1]
     title_of = {metric.name: metric.label for metric in task.metrics}
     results = []
@@ -312,7 +346,7 @@ def _metadata(record: dict) -> ModelCardData:
                 "n": last.get("pairs"),
                 "interval": last.get(f"{metric}_interval"),
             }
-            results.append(_result(name, title_of[metric], measure, dataset, task))
+            results.append(_result(name, title_of[metric], measure, record.get("eval_data"), task))
     builtin_only = flags.get("model") is None and flags.get("data") is None
     tags = ["zeropref", "deepspeed", task.tag, method]
     return ModelCardData(
@@ -330,9 +364,13 @@ def _metadata(record: dict) -> ModelCardData:
 
 
 def _result(
-    name: str, title: str, measure: dict, dataset: str, task: Task = TASKS["preference"]
+    name: str, title: str, measure: dict, data: dict | None, task: Task = TASKS["preference"]
 ) -> EvalResult:
-    """An entry of the model-index. An interval that is no number is left out: JSON has no NaN."""
+    """An entry of the model-index. An interval that is no number is left out: JSON has no NaN.
+
+    data: what folder.describe says of the data; the revision tells rows of the same name apart.
+    """
+    dataset = shown_sources(data)
     interval = measure.get("interval")
     args = {}
     if measure.get("n") is not None:
@@ -344,6 +382,7 @@ def _result(
         task_name=task.title,
         dataset_type=dataset,
         dataset_name=dataset,
+        dataset_revision=((data or {}).get("rows_fingerprint") or "")[:12] or None,
         metric_type=name,
         metric_name=title,
         metric_value=measure["value"],
@@ -572,7 +611,10 @@ def _evaluation(report: dict, figures: Sequence[str]) -> str:
             )
     reference = report.get("reference")
     verdict = report.get("verdict") or {"reasons": ()}
-    parts = ["## Evaluation\n"]
+    data = report.get("data") or {}
+    which = data.get("which", "--data")
+    named = shown_sources(data) + (f", {which}" if which != "--data" else "")
+    parts = [f"## Evaluation on {named}\n"]
     if reference and "word" in verdict:
         parts.append(f"Against {shown(reference)}: **{verdict['word']}**.\n")
     parts += [f"* {reason}" for reason in verdict["reasons"]]
@@ -581,12 +623,12 @@ def _evaluation(report: dict, figures: Sequence[str]) -> str:
         compared = f"; before is {shown(reference)}, after this model"
     elif "reference" not in report:  # of a reward model, which has none
         compared = ""
-    parts.append(f"\nPairs of {shown_sources(report.get('data'))}{compared}.\n")
+    parts.append(f"\nPairs of {named}{compared}.\n")
     if rows:
         parts.append(_table(("", "before", "after", "95 % interval", "n"), rows))
     if reward := (report.get("preferences") or {}).get("reward"):
         parts.append(f"Here a reward is {reward}.\n")
-    parts += [f"![{Path(name).stem.replace('_', ' ')}]({FIGURES}/{name})\n" for name in figures]
+    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in figures]
     if examples := (report.get("generations") or {}).get("examples"):
         parts += ["### Answers\n", *map(_example, examples)]
     return "\n".join(parts)
@@ -608,6 +650,5 @@ def _literal(text: str) -> str:
     """A fenced block whose fence is longer than any in `text`; our marks in it are broken up."""
     # what a model writes must neither end its block nor look like a place for an evaluation
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    for mark in MARKS:
-        text = text.replace(mark, mark.replace("--", "- -"))
+    text = re.sub("<!--(?= (evaluation|data): )", "<!- -", text)
     return f"{fence}text\n{text}\n{fence}\n"

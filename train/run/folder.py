@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -224,7 +225,16 @@ def describe(data, sources) -> dict:
         "truncated": int(data.truncated.any(1).sum()),
         "tokens": int(data.lengths.sum()),
         "fingerprint": data.fingerprint,
+        "rows_fingerprint": rows_fingerprint(data),
     }
+
+
+def rows_fingerprint(data) -> str:
+    """A hash of which rows these are and of their texts, the same under any tokenizer, template and
+    lengths.
+    """
+    texts = data.prompts if data.contents is None else data.contents
+    return hashlib.sha256(data.rows.tobytes() + texts.tobytes()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from train.engine import dist
 from train.losses.metrics import Metric
 from train.models.flops import FlopCounter
-from train.run import card
+from train.run import card, commands
 from train.run.meter import Meter, peak_flops
 from train.run.tensorboard import Board
 
@@ -269,7 +269,7 @@ class Report:
             "",
             "next",
             *(f"  {command}" for command in self.next_commands()),
-            f"  tensorboard --logdir {folder.path}",
+            f"  {commands.tensorboard(folder.path)}",
         ]
         for line in lines:
             self.run.say(line)
