@@ -149,7 +149,9 @@ def _head(report: dict) -> list[str]:
     if report["reference"]:
         summary = f"Against the reference {report['reference']}: **{WORDS[verdict['word']]}**."
     else:
-        summary = f"There is no reference. A margin is the {report['preferences']['margin']}."
+        summary = "Without a reference, margins are differences of log-probabilities, in nats."
+        if reward := report["preferences"].get("reward"):
+            summary = f"There is no reference to compare with. A reward is {reward}."
     measures = report["preferences"]["model"].values()
     methods = "; ".join(sorted({measure["method"] for measure in measures}))
     source = f", as in {recipe['from']}" if recipe["from"] else ""

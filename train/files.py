@@ -43,6 +43,16 @@ def fsync(path: Path):
         os.close(descriptor)
 
 
+def follow_umask(*paths: Path):
+    """Give files the mode of any new file there: safetensors makes its own for the owner alone."""
+    for path in paths:
+        probe = path.with_name(f"{path.name}.mode-{os.getpid()}")
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        os.chmod(path, mode)
+
+
 def sha256(path) -> str:
     """The hex sha256 of a file."""
     digest = hashlib.sha256()

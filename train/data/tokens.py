@@ -49,7 +49,7 @@ from train.data.rows import (
     turns_of,
 )
 from train.data.sources import read_rows
-from train.files import user_cache
+from train.files import follow_umask, user_cache
 
 FORMAT = 4  # raise it when the same rows would give other ids or another file
 # Rows rendered and tokenised at once: enough for every core, and a bounded peak of memory.
@@ -417,6 +417,7 @@ def _save(path: Path, key: str, arrays: dict, notes: dict) -> None:
         try:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             save_file(tensors, temporary, metadata)
+            follow_umask(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

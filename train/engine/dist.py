@@ -145,6 +145,13 @@ def broadcast(value=None):
     return values[0]
 
 
+def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with rank 0's values, in place. Every rank calls this, with the same shape."""
+    if world_size() > 1:
+        td.broadcast(tensor, 0)
+    return tensor
+
+
 def all_gather(value) -> list:
     """Every rank's `value` (anything that pickles), in order of rank. Every rank calls this."""
     if world_size() == 1:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import deepspeed
 import torch
@@ -53,7 +54,20 @@ def load_backbone(
             path, weight_dtype(policy_stage, precision), trust_remote_code, allow_pickle
         )
     _settle(lm, config, device, change)
-    return Backbone(lm, layout, autocast=autocast_dtype(policy_stage, precision))
+    backbone = Backbone(lm, layout, autocast=autocast_dtype(policy_stage, precision))
+    if not change and _is_rounded(path, policy_stage, precision, trust_remote_code):
+        backbone.load_in_fp32 = partial(
+            load_backbone,
+            path,
+            _in_fp32(config),
+            "fp32",
+            policy_stage,
+            torch.device("cpu"),
+            layout=layout,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+    return backbone
 
 
 def load_score_model(
@@ -96,7 +110,38 @@ def load_score_model(
             with torch.no_grad():
                 weight.div_(deviation)
     _settle(lm, config, device, change)
-    return heads.ScoreModel(lm, layout, autocast_dtype(policy_stage, precision))
+    model = heads.ScoreModel(lm, layout, autocast_dtype(policy_stage, precision))
+    is_made_here = not has_head or deviation != 1
+    if _is_rounded(path, policy_stage, precision, trust_remote_code, is_made_here):
+        model.load_in_fp32 = partial(
+            load_score_model,
+            path,
+            _in_fp32(config),
+            "fp32",
+            policy_stage,
+            torch.device("cpu"),
+            layout=layout,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            seed=seed,
+            in_deviations=in_deviations,
+        )
+    return model
+
+
+def _is_rounded(
+    path, policy_stage: int, precision: str, trust_remote_code: bool, is_made_here: bool = False
+) -> bool:
+    """Whether the module's weights have fewer digits than their files, or than what made them here."""
+    held = weight_dtype(policy_stage, precision)
+    if held != torch.bfloat16:
+        return False
+    return is_made_here or pretrained.is_wider(path, held, trust_remote_code)
+
+
+def _in_fp32(config: dict) -> dict:
+    """The configuration of the same sharding for fp32 weights."""
+    return {key: value for key, value in config.items() if key not in ("bf16", "data_types")}
 
 
 def _settle(lm, config: dict, device: torch.device, change: Callable | None):

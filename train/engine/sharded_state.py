@@ -83,6 +83,30 @@ def restore(model, read: Callable[[str], torch.Tensor], updates: int):
         persistent[0].all_gather(persistent)
 
 
+@torch.no_grad()
+def set_masters(model, load: Callable):
+    """Let the fp32 masters of stages 1 to 3 begin from the weights as their files have them; DeepSpeed
+    makes them of the module's own, which are rounded to bf16. Every rank calls this.
+
+    load: gives the module again, in fp32, sharded at stage 3. Below that rank 0 alone calls it and
+    tells the others, for a node need not hold as many whole models as it has ranks. Parameters that
+    are not in it, such as adapters, stay as they are.
+    """
+    tells = dist.is_main() or model.stage == 3
+    found = dict(load().named_parameters()) if tells else {}
+    names = dist.broadcast([*found])
+    for name, p in _trained_params(model):
+        if name not in names:
+            continue
+        if model.stage == 3:
+            safe_set_local_fp32_param(p, found[name].ds_tensor.to(p.ds_tensor.device))
+            continue
+        value = torch.empty(p.shape, dtype=torch.float32, device=p.device)
+        if dist.is_main():
+            value.copy_(found[name])
+        safe_set_full_fp32_param(p, dist.broadcast_tensor(value))
+
+
 def untrained_state(lm) -> dict[str, torch.Tensor]:
     """What training leaves as it is and an export needs: buffers, and how each frozen weight begins.
 

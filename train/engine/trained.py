@@ -87,6 +87,8 @@ class TrainedModel:
             # summed up in `step`, once, because nothing in DeepSpeed checks or reports the norm
             self.engine.enable_backward_allreduce = False
             accumulate_in_place(module)
+        if module.load_in_fp32 is not None:
+            sharded_state.set_masters(self, module.load_in_fp32)
 
     @property
     def module(self):

@@ -191,6 +191,17 @@ def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, floa
     return (middle - half) / scale, (middle + half) / scale
 
 
+def normal_interval(name: str, values: torch.Tensor) -> dict[str, list[float]]:
+    """{NAME_interval: the 95 % interval of the mean of `values` (N,), by the normal distribution}; {}
+    for a single value, which has no spread.
+    """
+    if len(values) < 2:
+        return {}
+    half = 1.959964 * float(values.std()) / math.sqrt(len(values))
+    middle = float(values.mean())
+    return {f"{name}_interval": [middle - half, middle + half]}
+
+
 # The sums that `score_means` makes REWARD_METRICS of, after the number of examples; of pairs the
 # first six, of judged answers all but those of chosen and rejected.
 SCORE_SUMS = (

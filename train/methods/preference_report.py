@@ -1,6 +1,5 @@
 """What preference training measures, for its report (run/report.py)."""
 
-import math
 from functools import partial
 
 import torch
@@ -34,7 +33,7 @@ def open_report(run, settings, objective, held_out) -> Report:
             "margin": ("rewards/margins", ".3f"),
             "acc": ("rewards/accuracies", ".2f"),
         },
-        closing=partial(closing, about_rewards),
+        closing=closing,
         about=about_rewards,
     )
 
@@ -91,27 +90,18 @@ def intervals(loss: Loss, mean: dict, examples) -> dict[str, list[float]]:
     """
     labelled = isinstance(examples, Labelled)
     n = len(examples.logps if labelled else examples.chosen)
-    accuracy = list(metrics.wilson(mean["rewards/accuracies"], n))
-    if labelled:
-        return {"rewards/accuracies_interval": accuracy}
-    chosen, rejected = loss.rewards(examples)
-    margins = chosen - rejected
-    half = 1.959964 * float(margins.std()) / math.sqrt(n) if n > 1 else math.nan
-    middle = float(margins.mean())
-    return {
-        "rewards/accuracies_interval": accuracy,
-        "rewards/margins_interval": [middle - half, middle + half],
-    }
+    found = {"rewards/accuracies_interval": list(metrics.wilson(mean["rewards/accuracies"], n))}
+    if not labelled:
+        chosen, rejected = loss.rewards(examples)
+        found |= metrics.normal_interval("rewards/margins", chosen - rejected)
+    return found
 
 
-def closing(about_rewards: str, last: dict) -> list[str]:
-    """Below the closing table: how many chosen answers did not become less likely, and what a reward
-    is.
-    """
-    lines = []
-    if "chosen_fell" in last:
-        lines.append(f"{'chosen not less likely':<22} {'':>9}  {1 - last['chosen_fell']:>9.4f}")
-    return [*lines, f"({about_rewards})"]
+def closing(last: dict) -> list[tuple]:
+    """Below the closing table: how many chosen answers did not become less likely."""
+    if "chosen_fell" not in last:
+        return []
+    return [("chosen not less likely", "", f"{1 - last['chosen_fell']:.4f}", "")]
 
 
 def bf16_weights_moved(run, policy, reference) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from train.data.packing import DIGEST
-from train.files import fsync, user_cache
+from train.files import follow_umask, fsync, user_cache
 
 FORMAT = 1
 MOST_BYTES = 20 << 30  # of all folders together; the least recently used ones go first
@@ -82,6 +82,7 @@ def write_records(folder: Path, records: dict[bytes, np.ndarray]):
         unfinished,
         metadata={"zeropref": metadata},
     )
+    follow_umask(unfinished)
     fsync(unfinished)
     unfinished.rename(unfinished.with_suffix(".safetensors"))
 

@@ -1,6 +1,5 @@
 """What the training of a reward model measures, for its report (run/report.py)."""
 
-import math
 from functools import partial
 
 import torch
@@ -85,17 +84,14 @@ def intervals(mean: dict, examples) -> dict[str, list[float]]:
     if "rewards/accuracies" in mean:
         found["rewards/accuracies_interval"] = list(wilson(mean["rewards/accuracies"], n))
     if not isinstance(examples, ScoredAnswers):
-        margins = examples.difference()
-        half = 1.959964 * float(margins.std()) / math.sqrt(n) if n > 1 else math.nan
-        middle = float(margins.mean())
-        found["rewards/margins_interval"] = [middle - half, middle + half]
+        found |= metrics.normal_interval("rewards/margins", examples.difference())
     return found
 
 
-def closing(record: dict, last: dict) -> list[str]:
+def closing(record: dict, last: dict) -> list[tuple]:
     """Below the closing table: the accuracies that need no model. record: of run.json."""
     return [
-        f"{title:<22} {'':>9}  {record['baselines'][name]:>9.4f}   accuracy without a model"
+        (title, "", f"{record['baselines'][name]:.4f}", "accuracy without a model")
         for name, title in BASELINES.items()
         if "baselines" in record
     ]

@@ -8,6 +8,7 @@ vocabulary, H hidden size.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,9 @@ class PackedModel(nn.Module):
     helps.
     """
 
+    # Gives the module again with its weights in fp32, where those of this one are rounded: what a
+    # trained model's fp32 masters begin from (engine/loading.py).
+    load_in_fp32: Callable | None = None
     # Options of the forward passes that are compared at a run's start and after its export.
     compared_with: tuple[dict, ...] = ({},)
 

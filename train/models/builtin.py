@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import safetensors
 
-from train.files import sha256
+from train.files import follow_umask, sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "SmolLM2-135M-Instruct"
@@ -426,6 +426,7 @@ def dequantise(gguf, model):
     )
     tokenizer.model_max_length = lm.config.max_position_embeddings
     lm.save_pretrained(model)
+    follow_umask(*Path(model).glob("*.safetensors"))
     tokenizer.save_pretrained(model)
     _check_conversion(Path(model), lm, tokenizer)
 

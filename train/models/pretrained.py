@@ -12,10 +12,13 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from train import hub
 from train.files import near_names
 
+SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+WITHOUT_DIGITS = ("BOOL", "U8", "I8", "I16", "I32", "I64")  # of which nothing is lost
 # File names that torch.load would unpickle.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -78,6 +81,20 @@ def load_score_model(
         raise ValueError(f"{path} is no reward model: it has no score.weight")
     _refuse_missing(path, [name for name in missing if name != "score.weight"])
     return lm, has_head
+
+
+def is_wider(path, dtype: torch.dtype, trust_remote_code: bool = False) -> bool:
+    """Whether some weight of a model directory or hub name has another type than `dtype`, in whose
+    conversion digits are lost; of a directory by its safetensors, else by what it says of itself.
+    """
+    found = set()
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}
+    if found:
+        return not found <= {SAFETENSORS_NAMES[dtype], *WITHOUT_DIGITS}
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return config.dtype != dtype
 
 
 def is_reward_model(path, trust_remote_code: bool = False) -> bool:

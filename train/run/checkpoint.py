@@ -65,6 +65,7 @@ from safetensors.torch import load_file, save_file
 
 from train.config import Exit, fail
 from train.engine import dist, preemption
+from train.files import follow_umask
 from train.run import checkpoint_files as files
 from train.run import rng
 from train.run.checkpoint_files import Place
@@ -310,6 +311,7 @@ class Checkpointer:
             tensors |= {f"{part}/{key}": value for key, value in make().items()}
         others = [rank_file(dist.rank())]
         save_file(tensors, folder / others[0])
+        follow_umask(folder / others[0])
         if dist.is_main():
             for part_name, part in self.state.items():
                 if hasattr(part, "save_outline"):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from train.engine import dist, sharded_state
-from train.files import replace_directory, write_json
+from train.files import follow_umask, replace_directory, write_json
 from train.models import lora
 from train.models.backbone import outputs_to_compare
 from train.models.matmul import release_memory
@@ -112,6 +112,7 @@ def write_weights(folder: Path, lm, state: dict, dtype: torch.dtype | None = Non
         }
         file = folder / "adapter/adapter_model.safetensors"
         save_file(adapters, file, metadata={"format": "pt"})
+    follow_umask(*folder.rglob("*.safetensors"))
     return state
 
 

@@ -30,9 +30,9 @@ class Measures(NamedTuple):
     intervals: Callable  # (means, examples) -> {METRIC_interval: [low, high]}, 95 %
     bar: dict[str, tuple[str, str]]  # what the bar shows: label -> (metric, format)
     noun: str = "pairs"  # what examples are called
-    # the last evaluation -> lines below the closing table
-    closing: Callable[[dict], list[str]] | None = None
-    about: str = ""  # what the numbers are, for TensorBoard's texts
+    # the last evaluation -> more rows of the closing table: title, before, after, what is behind them
+    closing: Callable[[dict], list[tuple]] | None = None
+    about: str = ""  # what the numbers are, below that table and among TensorBoard's texts
 
 
 class HeldOut(Protocol):
@@ -260,9 +260,13 @@ class Report:
             **{module.gap_name: gap},
         )
         model = folder.path / "model"
+        changed = []
+        if last:
+            more = self.measures.closing(last) if self.measures.closing else []
+            changed = table(in_table, first, last, self.measures.noun, more)
+            changed += [f"({self.measures.about})"] if self.measures.about else []
         lines = [
-            *(table(in_table, first, last, self.measures.noun) if last else ()),
-            *(self.measures.closing(last) if last and self.measures.closing else ()),
+            *changed,
             "",
             f"model        {model}  (reloaded: {gap:.1g} {module.unit} from the trained one)",
             f"run          {folder.path / 'run.json'}, logs/, tensorboard/",
@@ -284,14 +288,27 @@ def with_nan(value):
     return math.nan if value is None else value
 
 
-def table(metrics: list[Metric], first: dict, last: dict, noun: str) -> list[str]:
-    """What the held-out data say, before and after, as lines of text."""
-    lines = ["", f"{last['pairs']} held-out {noun}".ljust(26) + "before      after   95 % interval"]
+def table(
+    metrics: list[Metric], first: dict, last: dict, noun: str, more: list[tuple] = ()
+) -> list[str]:
+    """What the held-out data say, before and after, as lines of text. more: rows below the metrics'."""
+    rows = [(f"{last['pairs']} held-out {noun}", "before", "after", "95 % interval")]
     for metric in metrics:
         if metric.name not in last:
             continue
         before, after = first[metric.name], last[metric.name]
         interval = last.get(f"{metric.name}_interval")
-        shown = f"   [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-        lines.append(f"{metric.title:<22} {before:>9.4f}  {after:>9.4f}{shown}")
+        shown = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        rows.append((metric.title, f"{before:.4f}", f"{after:.4f}", shown))
+    return ["", *columns([*rows, *more])]
+
+
+def columns(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    """Rows of the closing table as lines: a title, two numbers, and what stands behind them."""
+    # wide enough for what most runs have, so that their tables look alike
+    widths = [max(least, *(len(row[i]) for row in rows)) for i, least in enumerate((22, 9, 9))]
+    lines = []
+    for title, before, after, behind in rows:
+        line = f"{title:<{widths[0]}} {before:>{widths[1]}}  {after:>{widths[2]}}   {behind}"
+        lines.append(line.rstrip())
     return lines

@@ -1,0 +1,55 @@
+"""The closing table: columns that hold at any size of number, and no interval where there is none."""
+
+import math
+
+import pytest
+import torch
+
+from train.losses import metrics
+from train.losses.composition import choose
+from train.losses.preference import Pairs
+from train.losses.reward import ScoredPairs
+from train.methods import preference_report, reward_report
+from train.run import report
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e5, 1e9])
+def test_columns_stand_below_each_other(size):
+    def evaluation(factor):
+        found = {metric.name: 0.5 * factor for metric in metrics.METRICS}
+        return found | {"logps/chosen": -1.25 * size * factor, "pairs": 64}
+
+    last = evaluation(1.5) | {"rewards/margins_interval": [-1.0, 2.0], "chosen_fell": 0.25}
+    in_table = [metric for metric in metrics.METRICS if metric.in_table]
+    more = preference_report.closing(last) + [("longer answer wins", "", "0.5000", "no model")]
+    blank, head, *lines = report.table(in_table, evaluation(1.0), last, "pairs", more)
+    assert not blank and len(lines) == len(in_table) + 2
+    ends = [head.index("before") + 6, head.index("after") + 5]
+    for line in lines:
+        # the last digit of either column stands under the last letter of its title
+        assert line[ends[1] - 1].isdigit() and line[ends[1] : ends[1] + 1] in ("", " "), line
+        assert line[ends[0]] == " " and line[ends[0] - 1] in " 0123456789", line
+    (margin,) = (line for line in lines if line.startswith("reward margin"))
+    assert margin.endswith("[-1.000, 2.000]") and margin.index("[") == head.index("95 %")
+    (chosen,) = (line for line in lines if line.startswith("log-prob of chosen"))
+    assert chosen.split()[-2:] == [f"{-1.25 * size:.4f}", f"{-1.875 * size:.4f}"]
+    if size == 1:  # as README shows it
+        assert head == "64 held-out pairs".ljust(26) + "before      after   95 % interval"
+
+
+def test_one_pair_has_no_interval_of_its_margin():
+    one = Pairs(*torch.tensor([[-3.0, -5, -4, -4]]).double().T, *torch.tensor([[4], [5]]))
+    two = Pairs(*(torch.cat([x, 2 * x]) for x in one))
+    mean = {"rewards/accuracies": 1.0}
+    loss = choose("sigmoid", 0.5, {})
+    assert preference_report.intervals(loss, mean, one).keys() == {"rewards/accuracies_interval"}
+    # margins 1 and 2: mean 1.5, deviation sqrt(1/2), over sqrt(2): 1/2
+    found = preference_report.intervals(loss, mean, two)["rewards/margins_interval"]
+    assert found == pytest.approx([1.5 - 1.959964 / 2, 1.5 + 1.959964 / 2])
+    scores = ScoredPairs(*torch.tensor([[1.0], [0.0], [0.0]]).double())
+    assert reward_report.intervals(mean, scores).keys() == {"rewards/accuracies_interval"}
+    low, high = found
+    assert math.isfinite(low + high)
+    last = {metric.name: 1.0 for metric in metrics.METRICS} | {"pairs": 1}
+    last |= preference_report.intervals(loss, mean, one)
+    assert "nan" not in "\n".join(report.table(list(metrics.METRICS), last, last, "pairs"))
