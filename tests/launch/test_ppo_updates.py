@@ -157,3 +157,15 @@ def test_a_reward_that_one_rank_cannot_import(
     with Warm(tmp_path_factory.mktemp("cache"), SCRIPT) as warm:
         codes, text = warm.run(flags(model_dir, prompts, tmp_path / "out"), 2)
     assert codes == [2, 2] and "cannot be imported: ImportError: not on this rank" in text
+
+
+@pytest.mark.slow
+def test_a_value_model_that_a_run_left_goes_on(warm, stopped, model_dir, prompts, tmp_path):
+    given = stopped[0] / "value_model"
+    ppo = ("--algorithm", "ppo", "--max_steps", 1, "--value_model", given, "--value_lr", 0)
+    trained(warm, flags(model_dir, prompts, tmp_path / "out", *ppo))
+    mine, theirs = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out/value_model", given)
+    )
+    same_bits(mine, theirs)
+    assert mine["score.weight"].abs().sum() > 0

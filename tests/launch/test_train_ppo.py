@@ -60,8 +60,11 @@ def test_what_a_run_leaves(finished):
         *("policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg"),
         *("val/ratio", "val/explained_variance", "completions/mean_length", "train/grad_norm"),
         *(f"rewards/vowels/{each}" for each in ("mean", "std")),
+        *("reward_std", "sampling/importance_sampling_ratio/max"),
     ):
         assert [step for step, _ in found[name]] == [1, 2, 3], name
+    # decoding and training compute the same, but for rounding
+    assert all(0 < gap < 1e-4 for _, gap in found["sampling/sampling_logp_difference/max"])
     assert [step for step, _ in found["eval/reward"]] == [0, 3]
     assert found["episode"] == [(1, 4), (2, 8), (3, 12)]
     assert found["objective/kl"][0][1] == 0  # the policy is the reference as it begins

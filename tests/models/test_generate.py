@@ -174,6 +174,28 @@ def test_draw_works_in_parts_and_in_bf16():
     assert torch.equal(draw(logits, keys, 4, 0), logits.argmax(1))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_those_of_a_whole_forward_pass(temperature):
+    """One sequence at a time, unpadded; and asking for them changes no token."""
+    lm = tiny.make_model("llama", dtype=torch.float64)
+    asked = prompts()
+    ends = common_tokens(lm, asked, 8)
+    options = dict(
+        eos_token_ids=ends, max_new_tokens=12, temperature=temperature, samples_per_prompt=2
+    )
+    plain = generate(lm, asked, **options, batch_size=8)
+    found = generate(lm, asked, **options, batch_size=8, logps=True)
+    assert [(c.ids, c.ended) for c in found] == [(c.ids, c.ended) for c in plain]
+    assert all(c.logps is None for c in plain) and len({len(c.ids) for c in found}) > 3
+    for i, completion in enumerate(found):
+        ids = [*asked[i // 2], *completion.ids]
+        with torch.no_grad():
+            exact = (lm(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
+        size = len(completion.ids)
+        wanted = [exact[len(ids) - size - 1 + n, token] for n, token in enumerate(completion.ids)]
+        assert completion.logps == pytest.approx([float(x) for x in wanted], abs=2e-5)  # fp32 sums
+
+
 def test_packed_backbone_is_left_as_it_was():
     """A module that trains packed, with recomputed activations, decodes as the plain model does,
     and trains on.

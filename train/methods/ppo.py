@@ -179,6 +179,7 @@ class Collector:
                 [first + i for i in places],
                 samples_per_prompt=self.algorithm.samples,
                 seed=self.settings.seed,
+                logps=True,
             )
 
     def _reward(self, step, answers: Answers):
@@ -316,6 +317,7 @@ class Collector:
             if answers.samples_per_prompt > 1
             else 0.0,
         }
+        facts |= _sampling_gap(answers, rollout.old)
         if ended.any():
             of_ended = lengths[ended]
             facts |= {
@@ -431,3 +433,20 @@ class Collector:
 def _tokens(answers: Answers) -> list[int]:
     """(P,) tokens of each group."""
     return [answers.group(i).tokens for i in range(len(answers.prompts))]
+
+
+def _sampling_gap(answers: Answers, old: torch.Tensor) -> dict[str, float]:
+    """How far the log-probabilities that tokens were drawn at are from those that are trained from, by
+    TRL's names: rounding, since both are of the same weights.
+    """
+    drawn = [value for c in answers.completions for value in c.logps]
+    gap = old.double() - torch.tensor(drawn, dtype=torch.float64)  # (T,) nats
+    ratio = gap.exp()
+    difference, weight = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+    return {
+        f"{difference}/mean": float(gap.abs().mean()),
+        f"{difference}/max": float(gap.abs().max()),
+        f"{weight}/min": float(ratio.min()),
+        f"{weight}/mean": float(ratio.mean()),
+        f"{weight}/max": float(ratio.max()),
+    }

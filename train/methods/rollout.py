@@ -152,12 +152,12 @@ class Sampler:
         *,
         samples_per_prompt: int,
         seed: int,
-        greedy: bool = False,
+        logps: bool = False,
         progress: Callable[[int], object] = lambda num_done: None,
     ) -> Answers:
         """Answer every prompt `samples_per_prompt` times, on every rank. Every rank calls this.
 
-        draws: what the noise knows each prompt by. Batches are planned for the whole job and dealt to
+        draws: what the noise knows each prompt by. logps: as `generate`'s. Batches are planned for the whole job and dealt to
         the ranks. Raises Preempted between two batches where a rank has been told to stop; a rank
         that is told while it decodes leaves the batch at once.
         """
@@ -181,7 +181,7 @@ class Sampler:
                     [prompts[i] for i in places],
                     eos_token_ids=self.ends,
                     max_new_tokens=settings.max_new_tokens,
-                    temperature=0.0 if greedy else settings.temperature,
+                    temperature=settings.temperature,
                     seed=seed,
                     samples_per_prompt=samples_per_prompt,
                     prompt_numbers=[draws[i] for i in places],
@@ -189,6 +189,7 @@ class Sampler:
                     autocast=self.policy.module.autocast,
                     progress=progress,
                     stop=preemption.told_to_stop,
+                    logps=logps,
                 )
             for n, i in enumerate(places):
                 mine.append((i, done[n * samples_per_prompt : (n + 1) * samples_per_prompt]))

@@ -38,6 +38,9 @@ class Completion(NamedTuple):
 
     ids: tuple[int, ...]  # at least one token; the end token included where there is one
     ended: bool  # an end token was drawn; else the completion was cut at max_new_tokens
+    # of each token as it was drawn, nats, where they were asked for: not what is trained on, whose
+    # batches have other shapes
+    logps: tuple[float, ...] | None = None
 
 
 class _Sampling(NamedTuple):
@@ -47,6 +50,7 @@ class _Sampling(NamedTuple):
     max_new_tokens: int
     temperature: float
     stop: Callable[[], bool]  # asked before each token
+    logps: bool  # whether the tokens' log-probabilities are wanted
 
 
 @torch.no_grad()
@@ -64,6 +68,7 @@ def generate(
     autocast: torch.dtype | None = None,
     progress: Callable[[int], object] = lambda num_done: None,
     stop: Callable[[], bool] = lambda: False,
+    logps: bool = False,
 ) -> list[Completion]:
     """Completions of prompts (token ids) by a whole model: sample s of prompt i at i *
     samples_per_prompt + s.
@@ -71,7 +76,8 @@ def generate(
     `eos_token_ids`: token ids that end a completion. `temperature` 0 is greedy. `prompt_numbers`:
     what the noise knows the prompts by, by default their places. `batch_size`: sequences decoded at
     once. `progress` gets the number of sequences just done. `stop`: asked before each token; where it
-    says so, sequences end there and the result is of no use. Raises ValueError for prompts that are
+    says so, sequences end there and the result is of no use. `logps`: give the tokens'
+    log-probabilities at `temperature` as well. Raises ValueError for prompts that are
     empty or too long for the model, and for models that cannot be decoded here.
     """
     check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt)
@@ -84,7 +90,7 @@ def generate(
     ]
     prompt_of = [i // samples_per_prompt for i in range(len(keys))]  # of each sequence
     lengths = [len(prompts[i]) for i in prompt_of]
-    sampling = _Sampling(sorted(eos_token_ids), max_new_tokens, temperature, stop)
+    sampling = _Sampling(sorted(eos_token_ids), max_new_tokens, temperature, stop, logps)
     completions = [None] * len(keys)
     with decoding(lm, autocast):
         for batch in batches(lengths, batch_size):
@@ -180,12 +186,15 @@ def _decode(lm, prompts, prompt_places, keys, sampling: _Sampling) -> list[Compl
 
     active = torch.arange(num_sequences, device=device)  # (A,) sequences, in the cache's order
     written = torch.zeros(num_sequences, sampling.max_new_tokens, dtype=torch.int64, device=device)
+    logps = torch.zeros(written.shape, device=device) if sampling.logps else None  # nats
     length = torch.full_like(active, sampling.max_new_tokens)  # (N,) tokens of each completion
     ended = torch.zeros_like(active, dtype=torch.bool)  # (N,)
     for position in range(sampling.max_new_tokens):
         token = draw(logits, keys[active], position, sampling.temperature)  # (A,)
         # what a finished sequence draws before it leaves lies behind its `length`
         written[active, position] = token
+        if logps is not None:
+            logps[active, position] = _logps(logits, token, sampling.temperature)
         stops = torch.isin(token, end_ids) & ~ended[active]  # (A,)
         length[active[stops]] = position + 1
         ended[active[stops]] = True
@@ -209,7 +218,17 @@ def _decode(lm, prompts, prompt_places, keys, sampling: _Sampling) -> list[Compl
         ).logits[:, -1]  # (A, V)
     # one copy each from the device, not one a sequence
     results = zip(written.tolist(), length.tolist(), ended.tolist(), strict=True)
-    return [Completion(tuple(ids[:size]), has_ended) for ids, size, has_ended in results]
+    done = [Completion(tuple(ids[:size]), has_ended) for ids, size, has_ended in results]
+    if logps is None:
+        return done
+    each = zip(done, logps.tolist(), strict=True)
+    return [c._replace(logps=tuple(values[: len(c.ids)])) for c, values in each]
+
+
+def _logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(A,) nats: the log-probabilities of tokens (A,) under logits (A, V)."""
+    scaled = logits.float() / (temperature or 1.0)
+    return scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(1)
 
 
 def _close_gaps(running: torch.Tensor, num_running: int) -> torch.Tensor:
