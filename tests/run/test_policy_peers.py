@@ -214,9 +214,9 @@ def ours(start, case, scale):
     updates = []
     for number, answers in enumerate(start.answers[case.temperature]):
         sizes = [answers.group(i).tokens for i in range(PROMPTS)]
-        (plan,) = rollout.minibatches(sizes, 1, max(sizes), seed=0, number=number)
-        assert len(plan) > 1
-        tokens = rollout.score_tokens(answers, [plan], device, models)
+        (part,) = rollout.minibatches(sizes, 1, max(sizes), seed=0, number=number)
+        assert len(part.batches) > 1
+        tokens = rollout.score_tokens(answers, part.batches, device, models)
         score = torch.tensor([reward_of(c.ids, scale) for c in answers.completions]).double()
         drawn = collector._with_advantages(answers, score[:, None].numpy(), score.numpy(), tokens)
         lengths = answers.lengths
@@ -225,7 +225,7 @@ def ours(start, case, scale):
         )
         for _ in range(EPOCHS):
             mean, clipped = 0.0, 0.0
-            for groups in plan:
+            for groups in part.batches:
                 batch = ppo.pack([answers.group(i) for i in groups])
                 known = drawn.of_batch(batch)
                 logps = module(batch, temperature=case.temperature)
