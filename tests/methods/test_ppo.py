@@ -94,7 +94,8 @@ def test_prompts_whose_answers_are_worth_the_same_are_answered_anew(collector):
                 break
         attempts.append(attempt)
         mine = slice(place * K, (place + 1) * K)
-        assert [*answers.completions[mine]] == expected
+        drawn = [(c.ids, c.ended) for c in answers.completions[mine]]
+        assert drawn == [(c.ids, c.ended) for c in expected]
         assert [sample.response for sample in samples[mine]] == texts
         assert score[mine].tolist() == scores[mine, 0].tolist() == worth
         assert answers.group(place).prompt == collector.prompts.ids(prompt)
