@@ -309,8 +309,7 @@ class Training(Data):
     grad_clip: float = flag(1.0, card=(8, "largest gradient norm"))
     """Largest 2-norm of a step's gradient; 0 does not clip."""
     precision: Literal["auto", "bf16", "fp32"] = flag("auto", inherited=True)
-    """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. Master weights and sums are fp32 in any
-    case.
+    """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. Master weights are fp32 in any case.
     """
     ds_config: str = flag(str(ROOT / "ds_configs" / "zero0.json"), may_change=True)
     """DeepSpeed JSON: the ZeRO stage, offload, buckets."""
