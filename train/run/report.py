@@ -14,7 +14,7 @@ from tqdm import tqdm
 from train.engine import dist
 from train.losses.metrics import Metric
 from train.models.flops import FlopCounter
-from train.run import card, commands
+from train.run import card, commands, worries
 from train.run.meter import Meter, peak_flops
 from train.run.tensorboard import Board
 
@@ -75,6 +75,7 @@ class Report:
         self.evaluated_at = -1  # the last step after which `evaluate` ran
         self.last = {}  # the last reading of training's measures
         self.health = {}  # the last look at it
+        self._nothing_left = worries.NothingLeft()
         self._histogram_names = ()
         self._events = None  # where TensorBoard's files of an interrupted run are to be cut
 
@@ -107,6 +108,9 @@ class Report:
         if number % self.settings.log_every == 0 or number == self.run.plan.steps:
             sums, perf = self.meter.read()
             mean = self.measures.means(sums)
+            first = number - (number - 1) % self.settings.log_every
+            if line := self._nothing_left.look(first, number, mean["loss"]):
+                self.run.say(line)
             bar = {label: mean[name] for label, (name, _) in self.measures.bar.items()}
             self.last = bar | perf
             self._scalars(mean, number, "train/", "health/")
@@ -265,6 +269,8 @@ class Report:
             more = self.measures.closing(last) if self.measures.closing else []
             changed = table(in_table, first, last, self.measures.noun, more)
             changed += [f"({self.measures.about})"] if self.measures.about else []
+            worry = worries.chosen_fell(self.evaluated)
+            changed += ["", worry] if worry else []
         lines = [
             *changed,
             "",
