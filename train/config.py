@@ -39,7 +39,7 @@ import jsonargparse
 import yaml
 
 from train import other_trainers
-from train.files import near_names
+from train.files import near_names, shipped
 
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 PARSER_FLAGS = ("config", "print_config", "help")  # what is there besides the fields
@@ -350,7 +350,7 @@ def _read_file(parser, path, settings_class) -> dict:
     if Path(path).suffix in (".jsonl", ".csv", ".parquet"):
         refuse("rows of data: pass it as --data")
     try:
-        found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        found = yaml.load(shipped(path).read_text(encoding="utf-8"), _Loader)
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8: {error.reason} at byte {error.start}")
     except FileNotFoundError as error:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 VERSION = "0.2.0"  # of the project: setup.cfg takes it from here
+ROOT = Path(__file__).resolve().parent.parent  # the clone, or zeropref/ of an installed wheel
 
 
 def write_text(path: Path, text: str):
@@ -81,6 +82,15 @@ def user_cache(name: str, cache_dir=None) -> Path:
     """The subfolder `name` of `cache_dir`, $ZEROPREF_CACHE or ~/.cache/zeropref."""
     root = cache_dir or os.environ.get("ZEROPREF_CACHE") or "~/.cache/zeropref"
     return Path(root).expanduser() / name
+
+
+def shipped(path) -> Path:
+    """`path`, or where nothing stands there the file of that name in the project: a wheel's
+    ds_configs/zero3.json and launch/recipes/NAME.yaml are found from any folder.
+    """
+    path = Path(path)
+    ours = ROOT / path
+    return ours if not path.exists() and ours.is_file() else path
 
 
 def near_names(path) -> str:

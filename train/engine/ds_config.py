@@ -2,13 +2,12 @@
 
 import difflib
 import json
-from pathlib import Path
 
 import torch
 from deepspeed.runtime.zero import config as zero_config
 from deepspeed.runtime.zero import offload_config
 
-from train.files import near_names
+from train.files import near_names, shipped
 
 PRECISIONS = ("auto", "bf16", "fp32")
 # Top-level keys of the JSON that DeepSpeed owns here. DeepSpeed itself accepts any key in silence.
@@ -53,7 +52,7 @@ def read_config(path) -> dict:
     ValueError names an unknown key, its nearest neighbour, or the flag that owns it.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(shipped(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         near = near_names(path)
         raise ValueError(f"DeepSpeed configuration {path} does not exist{near}") from error

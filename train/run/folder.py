@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from train.engine import dist
-from train.files import write_json, write_text
+from train.files import VERSION, write_json, write_text
 from train.models import builtin
 
 PACKAGES = (
@@ -240,7 +240,7 @@ def rows_fingerprint(data) -> str:
 def versions() -> dict[str, str]:
     """The versions of what computes, for run.json."""
     packages = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"python": platform.python_version()} | packages
+    return {"zeropref": VERSION, "python": platform.python_version()} | packages
 
 
 def hardware(device: torch.device) -> dict:
