@@ -350,7 +350,7 @@ def _read_file(parser, path, settings_class) -> dict:
     if Path(path).suffix in (".jsonl", ".csv", ".parquet"):
         refuse("rows of data: pass it as --data")
     try:
-        found = yaml.load(shipped(path).read_text(encoding="utf-8"), _Loader)
+        found = _Loader(shipped(path).read_text(encoding="utf-8")).get_single_data()
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8: {error.reason} at byte {error.start}")
     except FileNotFoundError as error:

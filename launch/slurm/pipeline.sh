@@ -6,7 +6,7 @@
 #   launch/slurm/pipeline.sh --gpus-per-node=8 launch/train_reward.py --config recipe.yaml --output runs/r \
 #       then --gpus-per-node=1 eval/evaluate.py --reward_model runs/r/model --data pairs.jsonl --output runs/r/eval
 #   launch/slurm/pipeline.sh --gpus-per-node=8 launch/train_reward.py --config recipe.yaml --output runs/r \
-#       then --gpus-per-node=8 launch/train_ppo.py --algorithm ppo --reward_model runs/r/model --data prompts.jsonl --output runs/p \
+#       then --gpus-per-node=8 launch/train_ppo.py --config ppo.yaml --reward_model runs/r/model --output runs/p \
 #       then --gpus-per-node=1 eval/evaluate.py --model runs/p/model --reward_model runs/r/model --output runs/p/eval
 #
 # A stage is what would stand after `sbatch`, less launch/slurm/train.sbatch: options of sbatch, written --name=value, a

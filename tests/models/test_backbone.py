@@ -252,7 +252,9 @@ def test_flops_of_attention_by_hand():
 
 
 def test_a_directory_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"cannot load a causal language model from {tmp_path}"):
+    with pytest.raises(
+        ValueError, match=f"there is no model in {tmp_path}, which has no config.json"
+    ):
         load_causal_lm(tmp_path)
 
 
