@@ -160,7 +160,10 @@ def test_a_sum_without_a_reference_in_memory(warm, model_dir, tmp_path):
             ("sigmoid:0.5,nothing", "--reference", "live"),
             "loss 'nothing' (did you mean hinge?) is none of: sigmoid, robust",
         ),
-        (("simpo", "--reference", "none", "--reference_every", 2), "--reference none: it counts with live"),
+        (
+            ("simpo", "--reference", "none", "--reference_every", 2),
+            "--reference none: it counts with live",
+        ),
     ):
         codes, text = warm.run(line(model_dir, data, held_out, tmp_path / "refused", *extra), 1)
         assert codes == [2] and said in text and "Traceback" not in text, text[-2000:]
