@@ -330,7 +330,7 @@ def _check_exported(model_dir, out, folder):
     for model, word in (
         ("wider", "is not the base"),
         ("same shapes", "is not the base"),
-        ("nowhere", "cannot load"),
+        ("nowhere", "there is no folder"),
     ):
         model = folder / model
         done = export(folder / "other", "--model", model)
