@@ -115,7 +115,7 @@ def test_a_row_says_which_functions_there_are():
 
 
 def test_readme_lists_every_loss():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "train/README.md").read_text()
     table = readme.split("## Losses")[1].split("\n\nParameters that go with many")[0]
     listed = {row.split("`")[1]: row for row in table.splitlines() if row.startswith("| `")}
     del listed["--loss"]  # the table's head
