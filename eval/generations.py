@@ -21,8 +21,7 @@ from train.data.dataset import Tokenised
 from train.data.rows import PAIR_COLUMNS, check_pair
 from train.data.tokens import check_rows
 from train.engine import dist, memory
-from train.methods.answers import against, ends_of, summary, without_end
-from train.methods.answers import columns_of as columns_of_tokens
+from train.methods.answers import against, columns_of_tokens, ends_of, summary, without_end
 from train.methods.rewards import Prompt
 from train.models.generate import Completion, batches, generate
 

@@ -5,7 +5,6 @@ as run.json says; the built-in held-out pairs where there are none, and why.
 import itertools
 import os
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,11 +12,11 @@ from train.data import shapes
 from train.data.dataset import Tokenised, split_by_prompt
 from train.data.errors import DataError, RowError
 from train.data.sources import read_rows
+from train.files import ROOT
 from train.run import card
 from train.run.folder import rows_fingerprint
 from train.settings import Data, Policy, sources
 
-ROOT = Path(__file__).resolve().parent.parent
 BUILT_IN = str(ROOT / "train/data/builtin/held_out.jsonl")
 LOOKED_AT = 50  # first rows of the data that are asked whether they are pairs
 

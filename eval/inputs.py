@@ -5,6 +5,7 @@ reference shares, pairs, texts and prompts.
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from train.methods import setup
 from train.methods.rewards import Prompt
 from train.models import pretrained
 from train.run import card, folder
-from train.settings import Preference, inherited_defaults
+from train.settings import Preference, inherited_defaults, token_options
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSAGES = ROOT / "eval/passages.jsonl"
@@ -194,25 +195,17 @@ def read_pairs(rows: held_out.Rows, tokenizer, recipe: dict, **options) -> Token
     data = tokens.prepare(
         rows.sources,
         tokenizer,
-        columns=rows.columns,
-        max_dropped=rows.max_dropped,
         max_implausible=recipe["max_implausible"],
-        **token_options(recipe),
+        **reading(rows, recipe),
         **options,
     )
     return rows.held_out(data)
 
 
-def token_options(recipe: dict) -> dict:
-    """What decides which tokens a row becomes, but for --columns, as tokens.collect takes it."""
-    names = (
-        "max_length",
-        "max_prompt_length",
-        "truncate_prompt",
-        "allow_control_tokens",
-        "allow_template_changes",
-    )
-    return {name: recipe[name] for name in names}
+def reading(rows: held_out.Rows, recipe: dict) -> dict:
+    """How `rows` are read as tokens, as train.data.tokens.collect takes it."""
+    flags = SimpleNamespace(**recipe, columns=rows.columns)
+    return token_options(flags) | {"max_dropped": rows.max_dropped}
 
 
 def first_rows(data: Tokenised, most: int | None) -> Tokenised:
@@ -237,8 +230,7 @@ def prompts_to_answer(
     if not settings.data and record.get("task") == "policy" and not rows.is_own:
         own, _ = held_out.of_run(settings, record)
         if own:
-            options = token_options(recipe) | {"max_dropped": own.max_dropped}
-            found = data_prompts.prepare(own.sources, tokenizer, columns=own.columns, **options)
+            found = data_prompts.prepare(own.sources, tokenizer, **reading(own, recipe))
             if own.split:
                 found = found.split(*own.split)[1]
             which = own.said(found.data)

@@ -81,14 +81,17 @@ def open_judge(settings, opened, run, device: torch.device) -> Judge:
         opened.path,
         recipe["max_length"],
     )
-    model = RewardModel(
-        opened.path, device, autocast=autocast, trust_remote_code=settings.trust_remote_code
-    )
     # not from the free memory, as in training: the report would depend on it by a rounding error
     default_tokens = memory.CUDA_TOKENS if device.type == "cuda" else memory.CPU_TOKENS
     batch_tokens = settings.micro_tokens or default_tokens
+    model = RewardModel(
+        opened.path,
+        device,
+        autocast=autocast,
+        trust_remote_code=settings.trust_remote_code,
+        batch_tokens=batch_tokens,
+    )
     own = model.own
-    own.batch_tokens = batch_tokens
     reads = check_place(own, opened, run, device)
     packed = None
     first = pack([opened.data.group(i) for i in range(min(2, len(opened.data)))]).to(device)

@@ -31,7 +31,6 @@ from train.methods import intervals
 LENGTH_EDGES = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
 CONFIDENCE_EDGES = tuple(0.5 + 0.05 * i for i in range(11))
 SIMULATIONS = 1000
-NORMAL_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 def pairs_of(scores, model: int = 0, reference: int | None = None, ld_alpha: float = 1.0) -> Pairs:
@@ -261,7 +260,7 @@ def length_correlation(margins: torch.Tensor, pairs: Pairs) -> dict:
     if size < 4 or np.ptp(length) == 0 or np.ptp(margin) == 0:
         return intervals.as_estimate(None, (size,), "none: too few pairs, or all alike")
     rho = float(scipy.stats.spearmanr(length, margin).statistic)
-    half = NORMAL_975 * np.sqrt((1 + rho * rho / 2) / (size - 3))
+    half = metrics.NORMAL_975 * np.sqrt((1 + rho * rho / 2) / (size - 3))
     # rank orders that agree wholly have z infinite
     z = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
     ends = [float(np.tanh(z - half)), float(np.tanh(z + half))]

@@ -318,8 +318,9 @@ def _generations(section: dict, prompts: dict | None) -> list[str]:
     if "skipped" in section:
         return [f"None: {section['skipped']}.", ""]
     both = ", the same prompts and noise for both" if "reference" in section["greedy"] else ""
+    of = f" of {_source(prompts)}" if prompts else ""
     lines = [
-        f"{section['prompts']} prompts{f' of {_source(prompts)}' if prompts else ''}, at most {section['max_new_tokens']} tokens{both}; the "
+        f"{section['prompts']} prompts{of}, at most {section['max_new_tokens']} tokens{both}; the "
         f"sampled answers at temperature {section['temperature']:g}, seed {section['seed']}.",
         "",
     ]

@@ -14,10 +14,10 @@ Imports the standard library only: scripts read their flags before torch.
 import copy
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from train.files import ROOT
+
 # --help shows a script's `used_most` first, then these; tests/test_settings.py holds that every flag
 # of every script is in one of them.
 HELP_GROUPS = {
@@ -507,8 +507,8 @@ class Policy(Training):
     """
     reward: list[str] | None = flag(None, card=(2, "reward"))
     """Sources of reward: regex:PATTERN, exact:COLUMN, number:COLUMN, length:LO-HI, ended,
-    overlong:BUFFER, repetition, json, or MODULE:FUNCTION. None: --reward_model, or with built-in prompts regex:[?], a question
-    back.
+    overlong:BUFFER, repetition, json, or MODULE:FUNCTION. None: --reward_model, or with built-in
+    prompts regex:[?], a question back.
     """
     reward_model: str | None = None
     """A reward model as one more source: a directory or hub name for sequence classification."""

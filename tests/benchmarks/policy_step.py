@@ -189,11 +189,7 @@ def check(args) -> str | None:
 
 def report(args, names, runs):
     """The table, and whether gradient norms agree."""
-    lines = [
-        f"{Path(args.model).name}, {args.prompts} prompts by {args.samples} samples, at most "
-        f"{args.max_new_tokens} tokens, {contest.device_name()} with {contest.threads(runs)} threads, "
-        f"torch {torch.__version__}, {args.rounds} rounds."
-    ]
+    lines = [replay.header(args, runs)]
     columns = ("contender", "precision", "s/step: median (min-max)", "ours is faster by", "of it sampling",
                "peak GB", "gradient norm 1", "gradient norm 2")  # fmt: skip
     rows, verdicts, agreed = [], [], True

@@ -39,6 +39,15 @@ def file(job) -> Path:
     return Path(job["shared"]) / f"samples_{job['precision']}.json"
 
 
+def header(args, runs) -> str:
+    """What was drawn, where, and how often."""
+    return (
+        f"{Path(args.model).name}, {args.prompts} prompts by {args.samples} samples, at most "
+        f"{args.max_new_tokens} tokens, {contest.device_name()} with {contest.threads(runs)} threads, "
+        f"torch {torch.__version__}, {args.rounds} rounds."
+    )
+
+
 def lengths(answers) -> dict:
     """What is said of (ids, ended) of answers."""
     sizes = [len(ids) for ids, _ in answers]

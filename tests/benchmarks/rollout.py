@@ -128,11 +128,7 @@ def add_arguments(parser):
 
 def report(args, names, runs):
     """The table, and nothing that could be wrong."""
-    lines = [
-        f"{Path(args.model).name}, {args.prompts} prompts by {args.samples} samples, at most "
-        f"{args.max_new_tokens} tokens, {contest.device_name()} with {contest.threads(runs)} threads, "
-        f"torch {torch.__version__}, {args.rounds} rounds."
-    ]
+    lines = [replay.header(args, runs)]
     columns = (
         "contender",
         "precision",

@@ -56,13 +56,11 @@ def load_backbone(
     _settle(lm, config, device, change)
     backbone = Backbone(lm, layout, autocast=autocast_dtype(policy_stage, precision))
     if not change and _is_rounded(path, policy_stage, precision, trust_remote_code):
-        backbone.load_in_fp32 = partial(
+        backbone.load_in_fp32 = _in_fp32(
             load_backbone,
             path,
-            _in_fp32(config),
-            "fp32",
+            config,
             policy_stage,
-            torch.device("cpu"),
             layout=layout,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
@@ -113,13 +111,11 @@ def load_score_model(
     model = heads.ScoreModel(lm, layout, autocast_dtype(policy_stage, precision))
     is_made_here = not has_head or deviation != 1
     if _is_rounded(path, policy_stage, precision, trust_remote_code, is_made_here):
-        model.load_in_fp32 = partial(
+        model.load_in_fp32 = _in_fp32(
             load_score_model,
             path,
-            _in_fp32(config),
-            "fp32",
+            config,
             policy_stage,
-            torch.device("cpu"),
             layout=layout,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
@@ -139,9 +135,10 @@ def _is_rounded(
     return is_made_here or pretrained.is_wider(path, held, trust_remote_code)
 
 
-def _in_fp32(config: dict) -> dict:
-    """The configuration of the same sharding for fp32 weights."""
-    return {key: value for key, value in config.items() if key not in ("bf16", "data_types")}
+def _in_fp32(load: Callable, path, config: dict, policy_stage: int, **options) -> Callable:
+    """What loads the same module with fp32 weights, sharded alike, in main memory."""
+    same = {key: value for key, value in config.items() if key not in ("bf16", "data_types")}
+    return partial(load, path, same, "fp32", policy_stage, torch.device("cpu"), **options)
 
 
 def _settle(lm, config: dict, device: torch.device, change: Callable | None):

@@ -16,10 +16,10 @@ class Offloaded:
 
     def __init__(self, module: torch.nn.Module, device: torch.device):
         self.device, self._depth = device, 0
-        self._tensors = [*module.parameters(), *module.buffers()]
-        self._at_rest = []
-        if device.type != "cpu":
-            self._at_rest = [self._pinned(each.detach()) for each in self._tensors]
+        tensors = [] if device.type == "cpu" else [*module.parameters(), *module.buffers()]
+        self._moving = [
+            (each, self._pinned(each.detach())) for each in tensors
+        ]  # and where it rests
         self._leave()
 
     def _pinned(self, tensor):
@@ -32,7 +32,7 @@ class Offloaded:
     def __enter__(self):
         self._depth += 1
         if self._depth == 1:
-            for each, host in zip(self._tensors[: len(self._at_rest)], self._at_rest, strict=True):
+            for each, host in self._moving:
                 each.data = self._brought(host)
         return self
 
@@ -42,5 +42,5 @@ class Offloaded:
             self._leave()
 
     def _leave(self):
-        for each, host in zip(self._tensors[: len(self._at_rest)], self._at_rest, strict=True):
+        for each, host in self._moving:
             each.data = host

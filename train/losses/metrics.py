@@ -18,6 +18,8 @@ import torch
 from train.losses.preference import Labelled, Pairs
 from train.losses.reward import ScoredAnswers, ScoredPairs
 
+NORMAL_975 = 1.959964  # the 97.5 % quantile of the normal distribution
+
 
 class Metric(NamedTuple):
     """A mean over examples, and how people see it."""
@@ -177,7 +179,7 @@ def _ratio(value, count):
     return value / count if count else math.nan
 
 
-def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+def wilson(share: float, count: float, z: float = NORMAL_975) -> tuple[float, float]:
     """The Wilson score interval of a share among `count` independent cases, 95 % unless `z` says
     otherwise.
 
@@ -197,7 +199,7 @@ def normal_interval(name: str, values: torch.Tensor) -> dict[str, list[float]]:
     """
     if len(values) < 2:
         return {}
-    half = 1.959964 * float(values.std()) / math.sqrt(len(values))
+    half = NORMAL_975 * float(values.std()) / math.sqrt(len(values))
     middle = float(values.mean())
     return {f"{name}_interval": [middle - half, middle + half]}
 

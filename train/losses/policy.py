@@ -13,6 +13,7 @@ import torch
 
 from train.losses.logprobs import sum_per_response
 
+KL_SLACK = 1.5  # times --target_kl: where updates stop, as in OpenAI's Spinning Up
 MOST_NATS = 20.0  # of a log-ratio, either way: e^20 is far outside every clip
 
 
@@ -256,8 +257,8 @@ def value_loss(algorithm: Algorithm, values: torch.Tensor, known) -> ValueSums:
     return ValueSums(loss=errors.sum() / 2, clipped=is_clipped.sum().double())
 
 
-SUMS = ("updates", "loss", "tokens", "clipped", "moved", "ratio", "squared_ratio", "kl", "value_loss",
-        "value_clipped")  # fmt: skip
+OF_TOKENS = ("tokens", "clipped", "moved", "ratio", "squared_ratio", "kl")  # of PolicySums
+SUMS = ("updates", "loss", *OF_TOKENS, "value_loss", "value_clipped")
 
 
 def sums(found: PolicySums, of_values: ValueSums | None, denominator: float, num_tokens: int):
@@ -269,7 +270,7 @@ def sums(found: PolicySums, of_values: ValueSums | None, denominator: float, num
     if of_values is not None:
         value_sums = of_values.loss.detach() / num_tokens, of_values.clipped
     loss = found.loss.detach() / denominator
-    columns = [getattr(found, name) for name in SUMS[2:8]]
+    columns = [getattr(found, name) for name in OF_TOKENS]
     return torch.stack([zero, loss, *columns, *value_sums]).double()
 
 

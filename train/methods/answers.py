@@ -14,14 +14,13 @@ import numpy as np
 import torch
 
 from train.data.chat import Chat
-from train.losses.metrics import wilson, wins
+from train.losses.metrics import NORMAL_975, wilson, wins
 from train.methods.intervals import as_estimate, ratio
 from train.models.generate import Completion
 
 # measures of an answer that are compared prompt by prompt
 COMPARED = ("length", "ended", "repetition", "reward")
 REPEATED = 4  # tokens of an n-gram that counts as a repetition (seq-rep-4)
-NORMAL_975 = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 def ends_of(tokenizer, *lms) -> set[int]:
@@ -40,7 +39,7 @@ def without_end(answer: Completion) -> tuple[int, ...]:
     return answer.ids[:-1] if answer.ended else answer.ids
 
 
-def columns_of(answers: Sequence[Completion]) -> dict[str, list]:
+def columns_of_tokens(answers: Sequence[Completion]) -> dict[str, list]:
     """What is known of each answer by its tokens alone, N values each; the end token is left out."""
     ids = [without_end(answer) for answer in answers]
     return {

@@ -17,7 +17,7 @@ from train.engine import dist
 from train.losses import policy
 from train.losses.metrics import POLICY_METRICS, Metric
 from train.methods import rollout
-from train.methods.answers import COMPARED, against, columns_of, summary
+from train.methods.answers import COMPARED, against, columns_of_tokens, summary
 from train.methods.intervals import show
 from train.methods.policy_setup import Models, Rewards, samples_of
 from train.methods.rollout import Rollout, per_answer
@@ -66,7 +66,7 @@ class PolicyReport:
         shown["eps"] = number / max(self.run.plan.steps, 1)
         self.board.scalars(shown, number)
         ratios = torch.cat([torch.zeros(0), *(each.cpu() for each in self.ratios)])
-        everyone = torch.cat([each for each in dist.all_gather(ratios)])
+        everyone = torch.cat(dist.all_gather(ratios))
         if len(everyone):  # none where the run was interrupted after the rollout's last update
             self.board.histogram("train/histogram/ratios", everyone, number)
         seconds = sum(self.seconds.values())
@@ -122,7 +122,7 @@ class PolicyReport:
             answers, prompts, models.policy.tokenizer, self.settings.max_new_tokens
         )
         scores, score = self.rewards.score(samples)
-        columns = columns_of(answers.completions) | {"reward": score.tolist()}
+        columns = columns_of_tokens(answers.completions) | {"reward": score.tolist()}
         if self.algorithm.kl.coef:
             columns["kl_k1"] = self._kl(answers).tolist()
             columns["kl_tokens"] = answers.lengths.tolist()
@@ -179,8 +179,8 @@ class PolicyReport:
 
     def _kl(self, answers) -> np.ndarray:
         """(B,) nats, k1 of each answer against the reference. Every rank calls this."""
-        sizes = [answers.group(i).tokens for i in range(len(answers.prompts))]
-        plan = rollout.batches_of(range(len(sizes)), sizes, self.run.plan.batch_tokens)
+        everyone = range(len(answers.prompts))
+        plan = rollout.batches_of(everyone, answers.sizes, self.run.plan.batch_tokens)
         scored = rollout.Scored(
             self.models.policy, self.models.reference, None, self.settings.temperature
         )
@@ -253,7 +253,7 @@ class PolicyReport:
         self._warn(
             "kl",
             f"rollout {number + 1}: {update} updates took the policy {moved:.4f} nats a token from where "
-            f"the rollout was drawn, over 1.5 times --target_kl {self.settings.target_kl}: the rest of "
+            f"the rollout was drawn, over {policy.KL_SLACK} times --target_kl {self.settings.target_kl}: the rest of "
             "its updates are left out, as those of later rollouts may be",
         )
 

@@ -13,7 +13,7 @@ from train.data import chat, prompts
 from train.engine import checks, dist, ds_config, loading
 from train.engine.trained import TrainedModel
 from train.methods import reward_functions, setup
-from train.methods.answers import ends_of
+from train.methods.answers import ends_of, without_end
 from train.methods.reference import AdaptersOff, NoReference, Reference
 from train.methods.reward_functions import Sample, Source
 from train.methods.rewards import Prompt, RewardModel
@@ -254,7 +254,7 @@ def samples_of(answers: Answers, of: prompts.Prompts, tokenizer, most: int) -> l
     """
     k = answers.samples_per_prompt
     texts = tokenizer.batch_decode(
-        [c.ids[:-1] if c.ended else c.ids for c in answers.completions], skip_special_tokens=True
+        [list(without_end(c)) for c in answers.completions], skip_special_tokens=True
     )
     found = []
     for n, (completion, text) in enumerate(zip(answers.completions, texts, strict=True)):

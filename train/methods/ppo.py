@@ -19,12 +19,10 @@ from train.methods.policy_setup import Models, Rewards, samples_of
 from train.methods.rollout import Answers, Kept, Part, Rollout, per_answer
 from train.run import export
 
-KL_SLACK = 1.5  # times --target_kl: where updates stop, as in OpenAI's Spinning Up
-
 
 def choose_algorithm(settings) -> Algorithm:
     """The row that --algorithm names with the numbers that flags override. ValueError where they do not
-    go together.
+    go together; flags that change nothing under it are refused by their `needs` (train/settings.py).
     """
     row = ALGORITHMS[settings.algorithm]
     given = {
@@ -40,15 +38,7 @@ def choose_algorithm(settings) -> Algorithm:
     }
     row = row._replace(**{name: value for name, value in given.items() if value is not None})
     if settings.kl_coef is not None:
-        if settings.kl_coef and row.kl.place == "none":
-            raise ValueError(
-                f"--kl_coef: {settings.algorithm} has no KL to the reference; leave it out"
-            )
         row = row._replace(kl=row.kl._replace(coef=settings.kl_coef))
-    if settings.scale_advantages and not row.needs_groups:
-        raise ValueError(
-            f"--scale_advantages: {settings.algorithm} does not compare samples of a prompt"
-        )
     if row.needs_groups and row.samples < 2:
         raise ValueError(
             f"--samples_per_prompt {row.samples}: {settings.algorithm} compares samples of a prompt, "
@@ -68,8 +58,6 @@ def choose_algorithm(settings) -> Algorithm:
         row.kl.check()
     if row.ratio == "weight" and settings.clip_low is not None:
         raise ValueError(f"--clip_low: {settings.algorithm} bounds its weight above only")
-    if row.ratio in ("weight", "gate") and row.dual_clip:
-        raise ValueError(f"--dual_clip: {settings.algorithm} clips no ratio")
     if row.ratio == "gate" and not min(row.clip_low, row.clip_high) > 0:
         raise ValueError(
             f"--clip_low, --clip_high: of {settings.algorithm} they are the gate's temperatures for "
@@ -223,7 +211,7 @@ class Collector:
     def _parts(self, step_number: int, answers: Answers, idle: list[int]) -> list[Part]:
         """The rollout's minibatches."""
         return rollouts.minibatches(
-            _tokens(answers),
+            answers.sizes,
             self.algorithm.minibatches,
             self.run.plan.batch_tokens,
             seed=self.settings.seed,
@@ -243,7 +231,7 @@ class Collector:
         parts = self._parts(step.number, answers, idle)
         plan = [batch for part in parts for batch in part.batches]
         if idle:  # measured, but not trained on
-            plan += rollouts.batches_of(idle, _tokens(answers), self.run.plan.batch_tokens)
+            plan += rollouts.batches_of(idle, answers.sizes, self.run.plan.batch_tokens)
         with (
             memory.room_for("scoring a rollout", "lower --micro_tokens"),
             models.reference.at_hand(),
@@ -395,7 +383,7 @@ class Collector:
         self.report.ratios = minibatch.ratios
         if self.settings.target_kl and minibatch.trains_policy:
             moved = minibatch.moved()
-            if moved > KL_SLACK * self.settings.target_kl:
+            if moved > losses.KL_SLACK * self.settings.target_kl:
                 batch = minibatch.first_batch()
                 policy.drop(batch, temperature=self.settings.temperature)
                 if critic is not None:
@@ -428,11 +416,6 @@ class Collector:
             trust_remote_code=self.settings.trust_remote_code,
         )
         return gap, folder
-
-
-def _tokens(answers: Answers) -> list[int]:
-    """(P,) tokens of each group."""
-    return [answers.group(i).tokens for i in range(len(answers.prompts))]
 
 
 def _sampling_gap(answers: Answers, old: torch.Tensor) -> dict[str, float]:

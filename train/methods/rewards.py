@@ -117,8 +117,9 @@ class RewardModel:
         autocast: torch.dtype | None = None,
         trust_remote_code: bool = False,
         offload: bool = False,
+        batch_tokens: int = AT_ONCE,
     ):
-        """offload: it lies in main memory between uses. ValueError: not loadable, no head in it, more
+        """offload: it lies in main memory between uses. batch_tokens: as OwnClass's. ValueError: not loadable, no head in it, more
         than one output, no chat template.
         """
         self.model, _ = load_score_model(path, torch.float32, trust_remote_code)
@@ -137,7 +138,7 @@ class RewardModel:
             self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
         self.model.eval()
         self.model.config.get_text_config().use_cache = False
-        self.own = OwnClass(self.model, AT_ONCE, autocast)
+        self.own = OwnClass(self.model, batch_tokens, autocast)
         self.device, self.path = device, path
         if offload:
             self._place = Offloaded(self.model, device)

@@ -49,6 +49,11 @@ class Answers(NamedTuple):
         responses = tuple(c.ids for c in self.completions[i * k : (i + 1) * k])
         return Group(self.prompts[i], responses, row=i)
 
+    @property
+    def sizes(self) -> list[int]:
+        """(P,) tokens of each prompt with its samples."""
+        return [self.group(i).tokens for i in range(len(self.prompts))]
+
     def replaced(self, places: Sequence[int], others: "Answers") -> "Answers":
         """These with the answers to the prompts at `places` taken from `others`, which has only
         those.

@@ -4,12 +4,12 @@ import os
 import shlex
 from pathlib import Path
 
-from train.settings import defaults
+from train.files import ROOT
+from train.settings import Data, Policy, defaults
 
-ROOT = Path(__file__).resolve().parents[2]
 EVALUATE = "eval/evaluate.py"
-NEW_TOKENS = 128  # the default of evaluation's and of train_ppo.py's --max_new_tokens
-LENGTH, PROMPT_LENGTH = 1024, 256  # the defaults of --max_length and --max_prompt_length
+NEW_TOKENS = Policy.max_new_tokens  # by default, and by evaluation's
+LENGTH, PROMPT_LENGTH = Data.max_length, Data.max_prompt_length  # by default
 # flags by which another run reads the same rows
 DATA = ("data", "columns", "eval_data", "eval_split", "data_split_seed", "truncate_prompt",
         "allow_control_tokens", "allow_template_changes", "max_dropped", "max_implausible")  # fmt: skip
