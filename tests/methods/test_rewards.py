@@ -67,3 +67,13 @@ def test_texts_scored_together_have_the_scores_of_each_alone(tmp_path, pad):
     parts = judge.own.parts([len(judge.ids(ask, *each)) for each in zip(texts, ended, strict=True)])
     assert sorted(i for part in parts for i in part) == list(range(len(texts)))
     assert (max(map(len, parts)) == 1) == (pad is None)
+
+
+def test_an_answer_with_a_token_that_the_model_lacks(tmp_path):
+    """Its tokenizer is of another model; the class would index beyond its embedding."""
+    judge = RewardModel(saved(tmp_path, vocab_size=1000), torch.device("cpu"))
+    ask = [{"role": "user", "content": "question"}]
+    text = judge.tokenizer.decode([1010])
+    assert max(judge.ids(ask, text, True)) == 1010
+    with pytest.raises(ValueError, match="makes token 1,010, and the model has 1,000"):
+        judge.score([ask], [text], [True])
