@@ -13,7 +13,7 @@ what it was when it was drawn:
     loss = - mean over tokens of min(r A, clip(r, 1 - low, 1 + high) A)
 
 How advantages are made, what the ratio is of, what is clipped, and what the mean is over, are the
-columns of train/losses/policy.py's ALGORITHMS, a row of which --algorithm names.
+columns of train/losses/algorithms.py's ALGORITHMS, a row of which --algorithm names.
 
 The prompt's tokens stand once for all of its samples, packed without padding
 (train/data/packing.py). Old log-probabilities come from the very batches that are trained on: in a

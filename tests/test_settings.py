@@ -4,15 +4,18 @@ and the data where none is named.
 
 import dataclasses
 import re
+import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.launch.commands import settings_of
 from train import config, settings
+from train.losses.algorithms import ALGORITHMS
 from train.losses.composition import LOSSES as PREFERENCE_LOSSES
-from train.losses.policy import ALGORITHMS
 from train.losses.reward import LOSSES
+from train.methods import ppo
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = [[str(ROOT / f"train/data/builtin/{name}.jsonl")] for name in ("train", "held_out")]
@@ -273,25 +276,36 @@ def test_what_asks_for_nothing_is_never_refused():
     config.parse(BY_NAME["evaluate"], ["--prompts", "0", "--reward_model", "r"])
 
 
-def test_needs_name_the_algorithms_and_losses_of_the_tables():
-    """train/settings.py imports no torch, and writes the names down."""
-
-    def holding(need):
-        make = dataclasses.make_dataclass("Flags", ["algorithm"])
-        return {name for name in ALGORITHMS if need.holds(make(name))}
-
-    def rows(is_one):
-        return {name for name, row in ALGORITHMS.items() if is_one(row)}
-
-    assert holding(settings.VALUE_MODEL) == rows(lambda row: row.needs_critic)
-    assert holding(settings.DISCOUNTED) == rows(lambda row: row.advantage != "group")
-    assert holding(settings.COMPARES_SAMPLES) == rows(lambda row: row.needs_groups)
-    assert holding(settings.HAS_KL) == rows(lambda row: row.kl.place != "none")
-    assert holding(settings.CLIPS_A_RATIO) == rows(lambda row: row.ratio not in ("weight", "gate"))
-    # by the number of updates alone: of the others the first need of each flag says more
-    several = settings.MOVES_THE_RATIO.needs[0]
-    assert holding(several) == rows(lambda row: row.epochs * row.minibatches > 1)
+def test_a_margin_needs_a_loss_of_pairs():
+    """train/settings.py imports no torch, and writes the name down."""
     assert {name for name, row in LOSSES.items() if row.takes_pairs} == {"bradley_terry"}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("data", [[], ["--data", "d.jsonl", "--reward_model", "r"]], ids=len)
+def test_print_config_shows_what_the_algorithm_decides(capsys, tmp_path, name, data):
+    """Its row of the table, under the flags' names; the file asks for the same run."""
+    row, kind, argv = ALGORITHMS[name], BY_NAME["ppo"], [*data, "--algorithm", name]
+    with pytest.raises(SystemExit) as stop:
+        config.parse(kind, [*argv, "--print_config"])
+    assert stop.value.code == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(capsys.readouterr().out)
+    shown = yaml.safe_load(recipe.read_text())
+    assert set(shown) == {f.name for f in dataclasses.fields(kind)}
+    read = config.parse(kind, ["--config", str(recipe)])
+    for settings_of_run in (types.SimpleNamespace(**shown), read):
+        assert ppo.choose_algorithm(settings_of_run) == row
+    assert shown["samples_per_prompt"] == row.samples and shown["minibatches"] == row.minibatches
+    assert shown["kl_coef"] == (row.kl.coef if row.kl.place != "none" else None)
+    assert shown["value_lr"] == (10 * shown["lr"] if name == "ppo" else None)
+    assert shown["value_lam"] == (0.95 if name == "ppo" else None)
+    assert shown["clip_low"] == (None if name == "cispo" else row.clip_low)
+    assert shown["reward"] == (None if data else ["regex:[?]"])
+    # what was given goes before the row
+    with pytest.raises(SystemExit):
+        config.parse(kind, [*argv, "--samples_per_prompt", "3", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["samples_per_prompt"] == 3
 
 
 def test_what_is_given_stays_beside_a_demonstration():

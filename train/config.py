@@ -25,6 +25,7 @@ import functools
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -45,7 +46,7 @@ LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 PARSER_FLAGS = ("config", "print_config", "help")  # what is there besides the fields
 PARSER_HELP = (
     "  --config FILE     a YAML file of flags; those on the command line override it",
-    "  --print_config    print all flags and their values as such a file",
+    "  --print_config    print all flags, and what they come to, as such a file",
     "  -h, --help        this",
 )
 MOST_NAMED = 20  # of what does not exist
@@ -82,8 +83,9 @@ def parse(settings_class, argv=None):
         files = [_read_file(parser, path, settings_class) for path in paths]
         # the files first: what is parsed later wins
         configs = [f"--config={json.dumps(values, default=str)}" for values in files if values]
+        to_print = [flag for flag in flags if flag.partition("=")[0] == "--print_config"]
         with contextlib.redirect_stdout(stdout):
-            values = parser.parse_args(configs + flags)
+            values = parser.parse_args(configs + [flag for flag in flags if flag not in to_print])
         values = {name: values[name] for name in types_by_name}
         given |= _changed(settings_class, values, {name for each in files for name in each})
         if "given" in inspect.signature(settings_class).parameters:
@@ -92,6 +94,9 @@ def parse(settings_class, argv=None):
             settings = settings_class(**values)
         _refuse_unwritable(settings)
         _refuse_idle(settings, given)
+        if to_print:
+            print(_as_recipe(settings), end="", file=stdout)
+            raise SystemExit(int(Exit.DONE))
         return settings
     except jsonargparse.ArgumentError as error:
         fail(f"{_explain(str(error), settings_class)}; see --help")
@@ -132,11 +137,35 @@ def _refuse_unwritable(settings):
 
 
 def _changed(settings_class, values: dict, names: set[str]) -> set[str]:
-    """Those of a file's names that have another value than the default: --print_config writes the
-    defaults, too, and they ask for nothing.
+    """Those of a file's names that have another value than the default, or than what a None comes to:
+    --print_config writes those, too, and they ask for nothing.
     """
-    fields = dataclasses.fields(settings_class)
-    return {f.name for f in fields if f.name in names and values[f.name] != _default(f)}
+    found = set()
+    for field in dataclasses.fields(settings_class):
+        name, default = field.name, _default(field)
+        if name in names and values[name] != default:
+            as_if_unset = types.SimpleNamespace(**values | {name: default})
+            resolved = _resolved(settings_class, as_if_unset)
+            if name not in resolved or values[name] != resolved[name]:
+                found.add(name)
+    return found
+
+
+def _resolved(settings_class, flags) -> dict:
+    """What flags that are None come to, by name, where the class says so."""
+    return settings_class.resolve(flags) if hasattr(settings_class, "resolve") else {}
+
+
+def _as_recipe(settings) -> str:
+    """All flags and their values as a YAML file; what a None comes to is marked."""
+    resolved = _to_json_types(_resolved(type(settings), settings))
+    values = as_dict(settings) | resolved
+    lines = []
+    for name, value in values.items():
+        text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=math.inf)
+        first, *rest = text.splitlines()
+        lines += [f"{first}  # null comes to this" if name in resolved else first, *rest]
+    return "\n".join(lines) + "\n"
 
 
 def _default(field):

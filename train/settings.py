@@ -8,7 +8,7 @@ Settings inherit them and add its own.
 In --print_config those of `Data` come first, a script's own last; --help has them by HELP_GROUPS.
 What a flag changes may hang on another flag: `needs=` beside it says on which.
 
-Imports the standard library only: scripts read their flags before torch.
+Imports the standard library and the table of algorithms only: scripts read their flags before torch.
 """
 
 import copy
@@ -17,6 +17,7 @@ import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from train.files import ROOT
+from train.losses.algorithms import ALGORITHMS
 
 # --help shows a script's `used_most` first, then these; tests/test_settings.py holds that every flag
 # of every script is in one of them.
@@ -163,25 +164,31 @@ REFERENCE_APART = AnyOf(
     "with --lora_rank: the reference is the policy without its adapters, unless --reference_model "
     "names another",
 )
-# Rows of train/losses/policy.py's ALGORITHMS; tests/test_settings.py compares.
-VALUE_MODEL = Needs("algorithm", among=("ppo",))
-DISCOUNTED = Needs("algorithm", among=("ppo", "reinforce++"))
-COMPARES_SAMPLES = Needs("algorithm", but=("ppo", "reinforce++"))
-HAS_KL = Needs("algorithm", among=("ppo", "rloo", "reinforce++", "reinforce++_baseline", "grpo"))
+
+
+def algorithms(is_one) -> tuple[str, ...]:
+    """The names of the rows of ALGORITHMS of which `is_one` says so."""
+    return tuple(name for name, row in ALGORITHMS.items() if is_one(row))
+
+
+VALUE_MODEL = Needs("algorithm", among=algorithms(lambda row: row.needs_critic))
+DISCOUNTED = Needs("algorithm", among=algorithms(lambda row: row.advantage != "group"))
+COMPARES_SAMPLES = Needs("algorithm", but=algorithms(lambda row: not row.needs_groups))
+HAS_KL = Needs("algorithm", among=algorithms(lambda row: row.kl.place != "none"))
 FROZEN = AnyOf(
     (Needs("reward_model"), HAS_KL),
     "without a frozen model: it counts with --reward_model, or with an algorithm that has a KL",
 )
 MOVES_THE_RATIO = AnyOf(
     (
-        Needs("algorithm", but=("rloo", "grpo", "dr_grpo")),
+        Needs("algorithm", but=algorithms(lambda row: row.epochs * row.minibatches == 1)),
         Needs("minibatches", but=(None, 1)),
         Needs("epochs_per_rollout", but=(None, 1)),
     ),
     "with one update a rollout, in which the ratio is 1: it counts with --minibatches or "
     "--epochs_per_rollout above 1",
 )
-CLIPS_A_RATIO = Needs("algorithm", but=("cispo", "sapo"))
+CLIPS_A_RATIO = Needs("algorithm", but=algorithms(lambda row: row.ratio in ("weight", "gate")))
 
 
 # Of a loss: with the types, so that `--loss_args.tau 2` is a number.
@@ -452,7 +459,7 @@ class Reward(Scored, Training):
 @dataclasses.dataclass
 class Policy(Training):
     """What reinforcement learning maximises, and how, besides. Numbers that are None are the
-    algorithm's own (train/losses/policy.py: ALGORITHMS).
+    algorithm's own (train/losses/algorithms.py: ALGORITHMS).
     """
 
     builtin_data: ClassVar = ("prompts.jsonl", "held_out_prompts.jsonl")
@@ -467,6 +474,9 @@ class Policy(Training):
         "lr_scheduler": "constant",
         "decode_batch": 64,
     }
+    default_reward: ClassVar = "regex:[?]"  # with built-in prompts: an answer that asks back
+    # the value model's rate over the policy's: Ouyang et al. 2022 and most code since train critics faster
+    value_lr_times: ClassVar = 10
 
     data: list[str] | None = None
     """Prompts to train on: rows with a prompt, or preference pairs, whose answers are not read. None:
@@ -490,19 +500,8 @@ class Policy(Training):
     """Rollouts between checkpoints; 0: by --save_minutes alone."""
     output: str = flag("runs/ppo", may_change=True)
     """Folder for the model, TensorBoard, logs and run.json."""
-    algorithm: Literal[
-        "ppo",
-        "rloo",
-        "reinforce++",
-        "reinforce++_baseline",
-        "grpo",
-        "dr_grpo",
-        "dapo",
-        "gspo",
-        "cispo",
-        "sapo",
-    ] = flag("grpo", card=(1, "algorithm"))
-    """A row of train/losses/policy.py's ALGORITHMS: how advantages are made, what is clipped, what
+    algorithm: Literal[tuple(ALGORITHMS)] = flag("grpo", card=(1, "algorithm"))
+    """A row of train/losses/algorithms.py's ALGORITHMS: how advantages are made, what is clipped, what
     the loss is divided by.
     """
     reward: list[str] | None = flag(None, card=(2, "reward"))
@@ -614,6 +613,39 @@ class Policy(Training):
                 f"{self.max_prompt_length or 'any length'} and {self.max_new_tokens} new tokens: "
                 f"--max_prompt_length {room} would fit"
             )
+
+    @classmethod
+    def resolve(cls, flags) -> dict[str, Any]:
+        """What flags that are None come to, by name; they stay None, and are not in there, where the
+        algorithm has no use for them, and where the data or the machine decide. flags: has all flags
+        as attributes.
+        """
+        row = ALGORITHMS[flags.algorithm]
+        value_lr = None if flags.lr is None else cls.value_lr_times * flags.lr
+        found = {
+            "samples_per_prompt": row.samples,
+            "epochs_per_rollout": row.epochs,
+            "minibatches": row.minibatches,
+            "max_resamples": row.resamples,
+            "kl_coef": row.kl.coef,
+            "clip_low": row.clip_low,
+            "clip_high": row.clip_high,
+            "dual_clip": row.dual_clip or None,
+            "scale_advantages": row.scale,
+            "value_clip": row.value_clip,
+            "value_lr": value_lr,
+            "value_lam": flags.lam,
+        }
+        if not flags.data and not flags.reward_model:
+            found["reward"] = [cls.default_reward]
+        needs = {f.name: f.metadata.get("needs", ()) for f in dataclasses.fields(cls)}
+        return {
+            name: value
+            for name, value in found.items()
+            if getattr(flags, name) is None
+            and value is not None
+            and all(need.holds(flags) for need in needs[name] if isinstance(need, Needs))
+        }
 
     def _be_a_demonstration(self, given):
         """Put the demonstration's values where the defaults stand and nothing was given."""

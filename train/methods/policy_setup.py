@@ -22,8 +22,6 @@ from train.run.folder import hardware, versions
 from train.run.session import Plan, Run
 
 CPU_ROLLOUTS = 8  # of the default run on a CPU
-DEFAULT_REWARD = "regex:[?]"  # with built-in prompts: an answer that asks back
-VALUE_LR = 10  # times the policy's: Ouyang et al. 2022 and most code since train critics faster
 
 
 def open_prompts(settings, run: Run):
@@ -86,7 +84,7 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
     if not specs and not settings.reward_model:
         if settings.data:
             raise ValueError("--reward or --reward_model: something has to say what is good")
-        specs = [DEFAULT_REWARD]
+        specs = [settings.default_reward]
     sources, problem = [], None
     try:
         sources = [reward_functions.open_source(spec, train.columns) for spec in specs]
@@ -244,7 +242,11 @@ def open_critic(settings, run, mode, tokenizer, datasets, path, steps) -> Traine
     )
     module = setup.load(settings, run.device, mode, source, config, loader=loader)
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
-    lr = settings.value_lr if settings.value_lr is not None else VALUE_LR * settings.lr
+    lr = (
+        settings.value_lr
+        if settings.value_lr is not None
+        else settings.value_lr_times * settings.lr
+    )
     return setup.wrap_for_training(settings, mode, module, tokenizer, steps, lr=lr)
 
 
