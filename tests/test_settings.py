@@ -180,6 +180,7 @@ IDLE = [
     ("ppo", "--value_clip 0.5", "", "--algorithm ppo", VALUE_MODEL),
     ("ppo", "--value_warmup 7", "", "--algorithm ppo", VALUE_MODEL),
     ("ppo", "--value_ds_config j", "", "--algorithm ppo", VALUE_MODEL),
+    ("ppo", "--reward_ds_config j", "", "--reward_model r", "without --reward_model"),
     ("ppo", "--reference_ds_config j", "--algorithm dapo", "", "with --algorithm dapo: it counts with ppo, rloo, reinforce++, reinforce++_baseline or grpo"),
     ("ppo", "--reference_ds_config j", "--kl_coef 0", "", "with --kl_coef 0.0: it counts with another --kl_coef"),
     ("ppo", "--reference_ds_config j", "--lora_rank 4", "", "beside --lora_rank: leave one of them out"),

@@ -34,7 +34,7 @@ HELP_GROUPS = {
         max_resamples""",
     "training": """lr lr_scheduler warmup_ratio warmup_steps num_cycles min_lr value_lr value_warmup
         batch_size epochs max_steps weight_decay grad_clip seed""",
-    "memory": """ds_config reference_ds_config value_ds_config precision micro_tokens decode_batch
+    "memory": """ds_config reference_ds_config value_ds_config reward_ds_config precision micro_tokens decode_batch
         offload_frozen layout gradient_checkpointing""",
     "saving": "output save_every save_minutes keep resume max_skipped export_dtype card",
     "logging": "log_every eval_every show json",
@@ -523,8 +523,10 @@ class Policy(Training):
     """Most tokens of an answer."""
     temperature: float = 1.0
     """Divides logits, for sampling and for every log-probability alike."""
-    decode_batch: int = flag(128, may_change=False)
-    """Answers decoded at once."""
+    decode_batch: int | None = None
+    """Answers decoded at once. None: as many as half of the free memory holds, up to 512 on a GPU and
+    128 on a CPU; run.json says how many.
+    """
     epochs_per_rollout: int | None = None
     """Passes over a rollout's samples."""
     minibatches: int | None = None
@@ -567,6 +569,10 @@ class Policy(Training):
         needs=(HAS_KL, Needs("kl_coef", but=(0,)), Needs("lora_rank", unset=True)),
     )
     """DeepSpeed JSON for the reference. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
+    else whole on each rank.
+    """
+    reward_ds_config: str | None = flag(None, may_change=True, needs=Needs("reward_model"))
+    """DeepSpeed JSON for the reward model. None: ds_configs/frozen_zero3.json beside a stage-3 policy,
     else whole on each rank.
     """
     offload_frozen: bool = flag(False, may_change=True, needs=FROZEN)

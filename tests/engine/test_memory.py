@@ -8,6 +8,7 @@ import torch
 
 from train.data.packing import Group, pack
 from train.engine import checks, memory
+from train.models import cache
 from train.models.backbone import Backbone
 
 
@@ -27,6 +28,30 @@ def test_default_batches_shrink_with_memory_and_stay_large_enough(monkeypatch):
     assert batch_tokens(enough, max_length=100) == 300
     assert batch_tokens(0, max_length=100) == 100
     assert batch_tokens(enough, max_length=100, checkpointing=True) > 300
+
+
+def test_as_many_answers_at_once_as_memory_holds(monkeypatch):
+    backbone = Backbone(tiny.make_model())
+    config = backbone.lm.config
+    cpu, many = torch.device("cpu"), cache.ROOM + 2  # it has just grown
+
+    def decode_batch(free, tokens=many):
+        monkeypatch.setattr(memory, "free", lambda device: free)
+        return memory.default_decode_batch(backbone, cpu, 0, tokens)
+
+    assert decode_batch(64 << 30) == memory.CPU_ANSWERS and decode_batch(0) == 1
+    # what a cache really takes of an answer, after its memory has grown
+    cached = cache.make_cache(backbone.lm)
+    heads, size = config.num_key_value_heads, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        for _ in range(many):
+            cached.update(*torch.zeros(2, 1, heads, 1, size), layer)
+    held = sum(x.nbytes for layer in cached.layers for x in layer._memory)
+    num_parameters = sum(p.numel() for p in backbone.parameters())
+    an_answer = held + 24 * config.vocab_size
+    free = 12 * num_parameters + 2 * 30 * an_answer
+    assert decode_batch(free) == 30
+    assert decode_batch(free, 2 * many) < decode_batch(free)
 
 
 def room_for_batch(batch, batch_tokens):

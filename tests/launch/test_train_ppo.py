@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.launch.commands import ROOT, free_port, launched, several
 from tests.launch.compare import same_bits, scalars, until, weights
 from tests.launch.warm import Warm
+from train.engine import memory
 from train.models.pretrained import load_score_model
+from train.run import checkpoint_files
 
 SCRIPT = "launch/train_ppo.py"
 VOWELS = "tests.launch.ppo_rewards:vowels"
@@ -195,10 +197,10 @@ def test_a_reward_that_applies_to_some_answers_alone(warm, model_dir, prompts, t
     assert found["rewards/of_even_length/mean"][0][1] == found["objective/scores"][0][1] == 1
 
 
-def test_a_reward_model(warm, model_dir, prompts, tmp_path):
-    """A directory for sequence classification: its scores are the reward, in its own deviations, and
-    the value model begins as it.
-    """
+@pytest.fixture(scope="module")
+def reward_dir(model_dir, tmp_path_factory):
+    """A reward model of the policy's vocabulary, with scores of mean 0.5 and deviation 2."""
+    folder = tmp_path_factory.mktemp("reward")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     lm = transformers.AutoModelForSequenceClassification.from_pretrained(
         model_dir, num_labels=1, pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -206,17 +208,79 @@ def test_a_reward_model(warm, model_dir, prompts, tmp_path):
     torch.manual_seed(0)
     torch.nn.init.normal_(lm.score.weight)
     lm.config.score_mean, lm.config.score_std = 0.5, 2.0
-    lm.save_pretrained(tmp_path / "reward")
-    tokenizer.save_pretrained(tmp_path / "reward")
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_reward_model(reward_dir, line):
+    at = line.index("--reward")
+    return [*line[:at], "--reward_model", reward_dir, *line[at + 2 :]]
+
+
+def test_a_reward_model(warm, model_dir, reward_dir, prompts, tmp_path):
+    """A directory for sequence classification: its scores are the reward, in its own deviations, and
+    the value model begins as it.
+    """
     out = tmp_path / "out"
     line = flags(model_dir, prompts, out, "--algorithm", "ppo", "--max_steps", 1, "--value_lr", 0)
-    at = line.index("--reward")
-    line[at : at + 2] = ["--reward_model", tmp_path / "reward"]
-    codes, text = warm.run(line)
+    codes, text = warm.run(with_reward_model(reward_dir, line))
     assert codes == [0], text[-3000:]
     assert "scores are taken less 0.5000 and over 2.0000" in text
     critic, _ = load_score_model(out / "value_model")
+    lm, _ = load_score_model(reward_dir)
     assert torch.allclose(critic.score.weight, lm.score.weight / 2, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_sharded_reward_model(warm, model_dir, reward_dir, prompts, tmp_path):
+    """Its scores are those of a whole one; a rank without texts takes part in gathering."""
+    frozen = ("--reward_ds_config", ROOT / "ds_configs/frozen_zero3.json")
+    short = ("--algorithm", "rloo", "--max_steps", 1)
+
+    def scores(name, *extra, stage, ranks):
+        line = flags(model_dir, prompts, tmp_path / name, *short, *extra, stage=stage)
+        codes, text = warm.run(with_reward_model(reward_dir, line), ranks)
+        assert codes == [0] * ranks, text[-3000:]
+        of_reward = record(tmp_path / name)["reward_deepspeed"].get("zero_optimization", {})
+        found = scalars(tmp_path / name, ())
+        return (
+            of_reward.get("stage", 0),
+            found["objective/scores"][0][1],
+            found["eval/reward"][0][1],
+        )
+
+    whole = scores("whole", stage=0, ranks=1)
+    sharded = scores("sharded", *frozen, stage=2, ranks=2)
+    assert (whole[0], sharded[0]) == (0, 3)
+    for mine, theirs in zip(sharded[1:], whole[1:], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    # beside a stage-3 policy by itself, its shards bf16 as the policy's
+    default = scores("default", "--precision", "bf16", stage=3, ranks=2)
+    unsharded = ("--reward_ds_config", ROOT / "ds_configs/zero0.json")
+    near = scores("near", "--precision", "bf16", *unsharded, stage=3, ranks=2)
+    assert default[0] == 3 and near[0] == 0
+    assert default[1:] == pytest.approx(near[1:], abs=0.05)  # means of scores of about 4
+
+
+@pytest.mark.slow
+def test_decode_batch_is_found_and_kept(warm, model_dir, prompts, tmp_path):
+    """From the free memory, and by a run that goes on from the checkpoint, as it was."""
+
+    def decode_batch(name, *extra):
+        rloo = ("--algorithm", "rloo", *extra)
+        codes, text = warm.run(flags(model_dir, prompts, tmp_path / name, *rloo))
+        assert codes == [0], text[-3000:]
+        return record(tmp_path / name)["decode_batch"]
+
+    assert decode_batch("first", "--max_steps", 1, "--save_every", 1) == memory.CPU_ANSWERS
+    path = tmp_path / "first/checkpoints/step-1"
+    manifest = checkpoint_files.read_manifest(path)
+    manifest["decode_batch"] = 6  # as if there had been less memory
+    manifest["sha256"] = checkpoint_files._digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert decode_batch("second", "--max_steps", 2, "--resume", path) == 6
+    assert decode_batch("third", "--max_steps", 2, "--resume", path, "--decode_batch", 5) == 5
 
 
 def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
@@ -232,6 +296,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
         (other_words / file).write_text((model_dir / file).read_text())
     (other_words / "tokenizer.json").write_text(json.dumps(tokenizer))
     good = flags(model_dir, prompts, tmp_path / "out")
+    sharded = with_reward_model(two_labels, good)
 
     def changed(flag, *values):
         line = list(good)
@@ -262,6 +327,19 @@ def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
         ([*ppo, "--value_model", other_words], 2, "--value_model"),
         ([*good, "--max_new_tokens", 1000, "--max_length", 1200], 2, "positions"),
         ([*good, "--offload_frozen", "--kl_coef", 0], 2, "there is no frozen model"),
+        (
+            [*sharded, "--reward_ds_config", ROOT / "ds_configs/zero2.json"],
+            2,
+            "stages 1 and 2 shard gradients, which a reward model has not",
+        ),
+        (
+            [
+                *sharded,
+                *("--offload_frozen", "--reward_ds_config", ROOT / "ds_configs/frozen_zero3.json"),
+            ],
+            2,
+            "offload_param in its --reward_ds_config",
+        ),
         ([*good, "--target_kl", -1], 2, "--target_kl is at least 0"),
     ]
     results = several(SCRIPT, [line for line, _, _ in cases], tmp_path / "cache")

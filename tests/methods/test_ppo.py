@@ -36,7 +36,6 @@ def collector(model_dir, tmp_path_factory):
         seed=SEED,
         max_new_tokens=MOST,
         temperature=1.0,
-        decode_batch=4,
         reward_weights=None,
         reward_clip=None,
         missing_end_penalty=0.0,
@@ -46,11 +45,12 @@ def collector(model_dir, tmp_path_factory):
         tokenizer=tokenizer,
         module=SimpleNamespace(lm=tiny.make_model("llama"), autocast=None),
     )
+    run = SimpleNamespace(plan=SimpleNamespace(decode_batch=4))
     return Collector(
-        run=None,
+        run=run,
         settings=settings,
         algorithm=ALGORITHMS["dapo"]._replace(samples=K, resamples=2),
-        models=Models(policy, NoReference(), None, Sampler(policy, None, ENDS, settings)),
+        models=Models(policy, NoReference(), None, Sampler(policy, None, ENDS, settings, run)),
         rewards=Rewards([Source("even", even)], None, settings),
         prompts=prompts.prepare([str(path)], tokenizer, max_length=64),
         report=SimpleNamespace(timed=lambda name: contextlib.nullcontext()),

@@ -9,10 +9,12 @@ import torch
 
 from train.config import fail
 from train.engine import dist
+from train.models.cache import ROOM
 from train.models.lm_head import LOGITS_BYTES
 
 CPU_TOKENS = 960  # about three pairs: larger batches gain little on a CPU and cost memory
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
+CPU_ANSWERS, CUDA_ANSWERS = 128, 512  # decoded at once: the same of answers
 # torch's words on a CPU, and oneDNN's, for what has no exception of its own
 OUT_OF_MEMORY_WORDS = ("can't allocate memory", "could not create a memory")
 
@@ -37,11 +39,36 @@ def default_batch_tokens(
     else:
         token_bytes = layer_bytes * layers
     most = CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS
-    # gradients and moments are not there yet: 12 bytes a parameter, sharded from stage 1 on
-    pending = 12 * sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters())
-    available = free(device) - pending // (dist.world_size() if stage else 1)
+    available = free(device) - pending(backbone, stage)
     fitting = (available // 2 - 2 * LOGITS_BYTES) // token_bytes
     return min(dist.all_gather(int(max(min(most, fitting), min(max_length, most)))))
+
+
+def default_decode_batch(backbone, device: torch.device, stage: int, tokens: int) -> int:
+    """The default of --decode_batch: how many answers' keys and values, logits and noise fit into half
+    of the free memory.
+
+    tokens: of the longest prompt with its answer. At least one, at most where more of them at once
+    stop being faster; the least of all ranks', which must plan alike. Every rank calls this.
+    """
+    config = backbone.lm.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = 2 if backbone.autocast or next(backbone.parameters()).dtype == torch.bfloat16 else 4
+    cached = 2 * config.num_hidden_layers * heads * size * item * (tokens + ROOM)
+    # logits, scaled ones, noise and its bits: 4, 4, 8 and 8 bytes of a token of the vocabulary
+    answer_bytes = cached + 24 * config.vocab_size
+    fitting = (free(device) - pending(backbone, stage)) // 2 // answer_bytes
+    most = CUDA_ANSWERS if device.type == "cuda" else CPU_ANSWERS
+    return min(dist.all_gather(int(max(min(most, fitting), 1))))
+
+
+def pending(backbone, stage: int) -> int:
+    """Bytes of gradients and moments on this rank before the first step has made them: 12 a parameter,
+    sharded from stage 1 on.
+    """
+    total = 12 * sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters())
+    return total // (dist.world_size() if stage else 1)
 
 
 def free(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from train.data import chat, prompts
-from train.engine import checks, dist, ds_config, loading
+from train.engine import checks, dist, ds_config, loading, memory
 from train.engine.trained import TrainedModel
 from train.methods import reward_functions, setup
 from train.methods.answers import ends_of, without_end
@@ -101,13 +101,16 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
     if settings.reward_model:
         precision = ds_config.resolve_precision(settings.precision, run.device)
         autocast = torch.bfloat16 if precision == "bf16" else None
+        config = resolve_reward_config(settings, precision)
         model = RewardModel(
             settings.reward_model,
             run.device,
             autocast,
             settings.trust_remote_code,
             offload=settings.offload_frozen,
+            config=config,
         )
+        run.note(reward_deepspeed=config)
         every = [Prompt(i, train.ids(i), train.messages(i)) for i in range(len(train))]
         model.check(every, settings.max_new_tokens)
     rewards = Rewards(sources, model, settings)
@@ -118,6 +121,14 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
         )
     run.note(rewards=rewards.names)
     return rewards
+
+
+def resolve_reward_config(settings, precision: str) -> dict:
+    """The resolved DeepSpeed configuration of the reward model. ValueError for stages 1 and 2."""
+    policy = ds_config.resolve(ds_config.read_config(settings.ds_config), precision)
+    # its shards are bf16 whatever the policy's weights are
+    policy |= {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    return setup.resolve_frozen_config(settings.reward_ds_config, policy, "reward model")
 
 
 class Models(NamedTuple):
@@ -168,11 +179,23 @@ def open_models(settings, run: Run, tokenizer, algorithm, train, held_out) -> Mo
         change = setup.adapters(settings)
         return setup.load(settings, run.device, mode, path, whole, change=change).lm
 
-    sampler = Sampler(policy, make_copy, ends, settings)
+    sampler = Sampler(policy, make_copy, ends, settings, run)
     every = [each.ids(i) for each in (train, held_out) if each for i in range(len(each))]
     sampler.check(every)
     run.set_plan(
-        Plan(mode.precision, setup.batch_tokens(settings, run.device, mode, module), steps, True),
+        Plan(
+            mode.precision,
+            setup.batch_tokens(settings, run.device, mode, module),
+            steps,
+            True,
+            decode_batch=settings.decode_batch
+            or memory.default_decode_batch(
+                module,
+                run.device,
+                mode.stage,
+                max(map(len, every)) + settings.max_new_tokens,
+            ),
+        ),
         task="policy",
         algorithm=algorithm._asdict() | {"kl": algorithm.kl._asdict()},
         model=path,

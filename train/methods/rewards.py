@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from train.data.chat import Chat
-from train.engine import dist, preemption
+from train.engine import dist, ds_config, loading, preemption
 from train.engine.offload import Offloaded
 from train.models.heads import HEAD
 from train.models.pretrained import load_score_model, load_tokenizer
@@ -36,9 +36,12 @@ class OwnClass:
     scores of its responses out.
     """
 
-    def __init__(self, lm, batch_tokens: int, autocast: torch.dtype | None):
-        """batch_tokens: padding included, that are computed at once."""
+    def __init__(self, lm, batch_tokens: int, autocast: torch.dtype | None, forward=None):
+        """batch_tokens: padding included, that are computed at once. forward: runs `lm`, where it does
+        not do that itself.
+        """
         self.lm, self.batch_tokens, self.autocast = lm, batch_tokens, autocast
+        self._forward = forward or lm
 
     def __call__(self, batch) -> torch.Tensor:
         """(N,) scores, without gradient."""
@@ -76,7 +79,7 @@ class OwnClass:
         """(n, L) token ids and 1 where there is one -> (n,) fp32."""
         kind = input_ids.device.type
         with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
-            logits = self.lm(input_ids=input_ids, attention_mask=mask).logits  # (n, 1)
+            logits = self._forward(input_ids=input_ids, attention_mask=mask).logits  # (n, 1)
         return logits[:, 0].float()
 
     def alone(self, ids: torch.Tensor) -> torch.Tensor:
@@ -118,11 +121,26 @@ class RewardModel:
         trust_remote_code: bool = False,
         offload: bool = False,
         batch_tokens: int = AT_ONCE,
+        config: dict | None = None,
     ):
-        """offload: it lies in main memory between uses. batch_tokens: as OwnClass's. ValueError: not loadable, no head in it, more
-        than one output, no chat template.
+        """offload: it lies in main memory between uses. batch_tokens: as OwnClass's. config: a resolved
+        DeepSpeed configuration; with stage 3 the weights stay in shards, in bf16 where it says so, and
+        else each rank has them all. ValueError: not loadable, no head in it, more than one output, no
+        chat template, shards to be offloaded. Every rank calls this.
         """
-        self.model, _ = load_score_model(path, torch.float32, trust_remote_code)
+        config = config or {}
+        self.sharded = ds_config.zero_stage(config) == 3
+        if offload and self.sharded:
+            raise ValueError(
+                "--offload_frozen is for a reward model that stands whole on each rank; a sharded one "
+                "is offloaded by offload_param in its --reward_ds_config"
+            )
+        narrow = self.sharded and "bf16" in config
+        with loading.sharded_load(config):
+            self.model, _ = load_score_model(
+                path, torch.bfloat16 if narrow else torch.float32, trust_remote_code
+            )
+        self.model.requires_grad_(False)
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         # A model's own text is judged as the template renders it, whatever is in it.
         self.chat = Chat(
@@ -138,12 +156,14 @@ class RewardModel:
             self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
         self.model.eval()
         self.model.config.get_text_config().use_cache = False
-        self.own = OwnClass(self.model, batch_tokens, autocast)
+        forward = loading.frozen_forward(self.model, config)
+        self.own = OwnClass(self.model, batch_tokens, None if narrow else autocast, forward)
         self.device, self.path = device, path
         if offload:
             self._place = Offloaded(self.model, device)
         else:
-            self.model.to(device)
+            if not self.sharded:
+                self.model.to(device)
             self._place = contextlib.nullcontext()
         with self._place:
             self._check_pooling()
@@ -215,11 +235,17 @@ class RewardModel:
         parts = self.own.parts([len(each) for each in ids])
         mine = []  # (number of the answer, score)
         with self._place:
-            for part in parts[dist.rank() :: dist.world_size()]:
-                if preemption.told_to_stop():
-                    break
+            for first in range(0, len(parts), dist.world_size()):
+                preemption.raise_if_preempted()
+                number = first + dist.rank()
+                if number >= len(parts) and not self.sharded:
+                    continue
+                # ranks gather shards together: one that has nothing to do computes the shortest again
+                part = parts[number] if number < len(parts) else parts[0]
                 sequences = [torch.tensor(ids[i], device=self.device) for i in part]
-                mine += zip(part, self.own.together(sequences).tolist(), strict=True)
+                scores = self.own.together(sequences).tolist()
+                if number < len(parts):
+                    mine += zip(part, scores, strict=True)
         preemption.raise_if_preempted()
         everyone = sorted(pair for part in dist.all_gather(mine) for pair in part)
         return np.array([score for _, score in everyone])

@@ -118,11 +118,12 @@ class Sampler:
     copy that follows it.
     """
 
-    def __init__(self, policy, make_copy: Callable, ends: Collection[int], settings):
+    def __init__(self, policy, make_copy: Callable, ends: Collection[int], settings, run):
         """policy: a TrainedModel. make_copy: called where it is sharded; gives an unsharded model of
-        transformers with the same adapters. ends: token ids that end an answer. Every rank calls this.
+        transformers with the same adapters. ends: token ids that end an answer. run: its plan says how
+        many answers are decoded at once. Every rank calls this.
         """
-        self.policy, self.ends, self.settings = policy, ends, settings
+        self.policy, self.ends, self.settings, self.run = policy, ends, settings, run
         self.copy = make_copy() if policy.stage == 3 else None
         if self.copy is not None:
             self._trained = [p for p in self.copy.parameters() if p.requires_grad]
@@ -136,9 +137,7 @@ class Sampler:
     def check(self, prompts: Sequence[Sequence[int]]):
         """ValueError where `answer` would raise it: to be asked before other work begins."""
         settings = self.settings
-        check(
-            self.lm, prompts, settings.max_new_tokens, settings.temperature, settings.decode_batch
-        )
+        check(self.lm, prompts, settings.max_new_tokens, settings.temperature)
 
     @torch.no_grad()
     def follow(self):
@@ -166,9 +165,9 @@ class Sampler:
         the ranks. Raises Preempted between two batches where a rank has been told to stop; a rank
         that is told while it decodes leaves the batch at once.
         """
-        settings = self.settings
+        settings, at_once = self.settings, self.run.plan.decode_batch
         # whole prompts to a batch: each is read once for its samples
-        size = max(1, settings.decode_batch // samples_per_prompt)
+        size = max(1, at_once // samples_per_prompt)
         plan = batches([len(prompt) for prompt in prompts], size)
         plan += [[]] * (-len(plan) % dist.world_size())
         mine = []  # (place among the prompts, its completions)
@@ -179,7 +178,7 @@ class Sampler:
             count = len(places) * samples_per_prompt
             with memory.room_for(
                 f"{count} answers decoded at once",
-                f"(--decode_batch is {settings.decode_batch}: lower it)",
+                f"(--decode_batch is {at_once}: lower it)",
             ):
                 done = generate(
                     self.lm,

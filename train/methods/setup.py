@@ -371,13 +371,19 @@ def adapters(settings):
 
 def resolve_reference_config(settings, policy_config: dict) -> dict:
     """The resolved DeepSpeed configuration of the frozen reference. ValueError for stages 1 and 2."""
-    path = settings.reference_ds_config
+    return resolve_frozen_config(settings.reference_ds_config, policy_config, "reference")
+
+
+def resolve_frozen_config(path: str | None, policy_config: dict, what: str) -> dict:
+    """The resolved DeepSpeed configuration of a frozen model: of the JSON at `path`, or sharded beside
+    a stage-3 policy and else whole. ValueError for stages 1 and 2 names `what` it is.
+    """
     if path is None and ds_config.zero_stage(policy_config) == 3:
         path = str(ROOT / "ds_configs/frozen_zero3.json")
     config = ds_config.resolve_frozen(ds_config.read_config(path) if path else {}, policy_config)
     if ds_config.zero_stage(config) in (1, 2):
         raise ValueError(
-            f"{path}: stages 1 and 2 shard gradients, which a reference has not; take stage 0 or 3"
+            f"{path}: stages 1 and 2 shard gradients, which a {what} has not; take stage 0 or 3"
         )
     return config
 

@@ -24,7 +24,7 @@ parameter's name in the module, lm.model... (with LoRA those of the adapters alo
 the causal LM, model...:
 
     manifest.json             format, version, step, updates_within (updates of the next step), world,
-                              precision, batch_tokens, order (data, groups, batch_size, seed),
+                              precision, batch_tokens, decode_batch, order (data, groups, batch_size, seed),
                               consumed_groups, seconds, flags, parts (each part's state_dict by its
                               name), files (bytes and sha256 of every other file), sha256 (of the
                               manifest itself)
@@ -129,6 +129,8 @@ class Checkpointer:
         same_ranks = manifest["world"] == dist.world_size()
         if same_ranks and not self.settings.micro_tokens:
             plan = plan._replace(batch_tokens=manifest["batch_tokens"])
+        if plan.decode_batch and self.settings.decode_batch is None:
+            plan = plan._replace(decode_batch=manifest["decode_batch"])
         self.from_another_run = path.parent.resolve() != self.path.resolve()
         place = Place(manifest["step"], manifest.get("updates_within", 0))
         self.resumed_within = place.updates
@@ -352,6 +354,7 @@ class Checkpointer:
             "world": dist.world_size(),
             "precision": plan.precision,
             "batch_tokens": plan.batch_tokens,
+            "decode_batch": plan.decode_batch,
             "order": self.order,
             "consumed_groups": self._consumed_groups(mark.place.step),
             "seconds": self.run.folder.seconds(),

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     steps: int  # optimiser steps of the whole run
     same_weights: bool = False  # there is a reference, and it is the policy as it starts
     begun: int = 0  # steps that an interrupted run has done already
+    decode_batch: int = 0  # answers decoded at once, where a run writes some
 
 
 class Run:
