@@ -230,6 +230,7 @@ def test_a_reward_model(warm, model_dir, reward_dir, prompts, tmp_path):
     critic, _ = load_score_model(out / "value_model")
     lm, _ = load_score_model(reward_dir)
     assert torch.allclose(critic.score.weight, lm.score.weight / 2, atol=1e-7)
+    assert (critic.config.score_mean, critic.config.score_std) == (0.25, 1.0)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from wide import Wide
 
 from tests.models.test_backbone import groups, relative, value_and_gradients
 from train.data.packing import pack
+from train.engine import loading
 from train.models.backbone import plain_forward
 from train.models.flops import FlopCounter
 from train.models.heads import Score, ScoreModel, draw_head
@@ -199,3 +200,23 @@ def test_adapters_leave_the_head_to_be_trained_whole():
     assert "score.weight" in trained and trained - {"score.weight"}
     assert all(f".{ADAPTER_NAME}." in name for name in trained - {"score.weight"})
     assert lm.lora_config.task_type == "SEQ_CLS" and lm.lora_config.modules_to_save == ["score"]
+
+
+def test_a_value_model_in_deviations_of_a_reward_model(tmp_path):
+    """What it gives is (score - mean) / deviation; its export says so for the next one to read it."""
+    lm = tiny.make_score_model("llama")
+    lm.config.score_mean, lm.config.score_std = 3.0, 2.0
+    lm.save_pretrained(tmp_path / "reward")
+    batch = pack(groups())
+
+    def values(path, **options):
+        model = loading.load_score_model(path, {}, "fp32", 0, torch.device("cpu"), **options)
+        return model, model(batch, at="before").detach()
+
+    _, raw = values(tmp_path / "reward")
+    model, found = values(tmp_path / "reward", in_deviations=True)
+    assert torch.allclose(found, (raw - 3) / 2, atol=1e-6, rtol=0) and raw.std() > 0.01
+    model.lm.save_pretrained(tmp_path / "value")
+    again, repeated = values(tmp_path / "value", in_deviations=True)
+    assert torch.equal(repeated, found) and again.shift == 1.5
+    assert (again.lm.config.score_mean, again.lm.config.score_std) == (1.5, 1.0)

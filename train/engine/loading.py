@@ -83,8 +83,10 @@ def load_score_model(
     in_deviations: bool = False,
 ) -> heads.ScoreModel:
     """A ScoreModel as `load_backbone` makes a Backbone. seed: draws the head of a model that has
-    none, a causal language model; None makes it of zeros. in_deviations: the head is divided by the
-    deviation of scores that the configuration names. Every rank calls this.
+    none, a causal language model; None makes it of zeros. in_deviations: it gives scores in deviations
+    from the mean, by the mean and deviation that the configuration names: the head is divided, the
+    mean subtracted, and the configuration says what is left for whoever reads it next. Every rank
+    calls this.
     """
     with sharded_load(config):
         lm, has_head = pretrained.load_score_model(
@@ -94,7 +96,11 @@ def load_score_model(
             allow_pickle,
             needs_head=False,
         )
-    deviation = float(getattr(lm.config, "score_std", None) or 1.0) if in_deviations else 1.0
+    deviation, shift = 1.0, 0.0
+    if in_deviations:
+        deviation = float(getattr(lm.config, "score_std", None) or 1.0)
+        shift = float(getattr(lm.config, "score_mean", None) or 0.0) / deviation
+        lm.config.score_mean, lm.config.score_std = shift, 1.0
     if not has_head or deviation != 1:
         weight = getattr(lm, heads.HEAD).weight
         sharded = hasattr(weight, "ds_id")
@@ -108,7 +114,7 @@ def load_score_model(
             with torch.no_grad():
                 weight.div_(deviation)
     _settle(lm, config, device, change)
-    model = heads.ScoreModel(lm, layout, autocast_dtype(policy_stage, precision))
+    model = heads.ScoreModel(lm, layout, autocast_dtype(policy_stage, precision), shift)
     is_made_here = not has_head or deviation != 1
     if _is_rounded(path, policy_stage, precision, trust_remote_code, is_made_here):
         model.load_in_fp32 = _in_fp32(

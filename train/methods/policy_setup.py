@@ -259,10 +259,8 @@ def open_critic(settings, run, mode, tokenizer, datasets, path, steps) -> Traine
     config = ds_config.read_config(settings.value_ds_config or settings.ds_config)
     config = ds_config.resolve(config, mode.precision, settings.grad_clip)
     mode = setup.Mode(mode.precision, config, ds_config.zero_stage(config))
-    # values are in the reward's unit: of a reward model, the deviations that its configuration names
-    loader = partial(
-        loading.load_score_model, seed=None, in_deviations=source == settings.reward_model
-    )
+    # values are in the reward's unit: of a reward model, deviations from the mean of its scores
+    loader = partial(loading.load_score_model, seed=None, in_deviations=True)
     module = setup.load(settings, run.device, mode, source, config, loader=loader)
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
     lr = (

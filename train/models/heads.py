@@ -48,12 +48,14 @@ class ScoreModel(PackedModel):
     # a relative difference of several times that of the hidden states.
     compared_with = ({"at": "last"}, {"at": "before"})
 
-    def __init__(self, lm, layout="packed", autocast=None):
+    def __init__(self, lm, layout="packed", autocast=None, shift: float = 0.0):
+        """shift: subtracted from what the head gives, which has no bias."""
         head = getattr(lm, HEAD, None)
         if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
             raise ValueError(f"{type(lm).__name__} has no head {HEAD} of one output without bias")
         head.__class__ = Score
         super().__init__(lm, layout, autocast)
+        self.shift = shift
 
     @property
     def head(self):
@@ -75,7 +77,7 @@ class ScoreModel(PackedModel):
         """The model in `folder`, in the weights' type and computed in the same way."""
         dtype = next(self.parameters()).dtype
         lm, _ = load_score_model(folder, dtype, trust_remote_code)
-        return ScoreModel(lm.to(device), self.layout, self.autocast)
+        return ScoreModel(lm.to(device), self.layout, self.autocast, self.shift)
 
     def forward(self, batch, at="last"):
         """In fp32 or wider; at="last": (N,), the score at each response's last token; at="before":
@@ -83,7 +85,8 @@ class ScoreModel(PackedModel):
         """
         if at not in PLACES:
             raise ValueError(f"at {at!r} is none of {', '.join(PLACES)}")
-        return super().forward(batch, at=at)
+        scores = super().forward(batch, at=at)
+        return scores - self.shift if self.shift else scores
 
     def packed(self, batch, at):
         """`forward` without padding."""
