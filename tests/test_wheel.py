@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -85,6 +86,12 @@ def test_recipes_and_configurations_are_found_and_data_validated_and_trained_on(
     launcher = (installed / "python", "-m", "deepspeed.launcher.runner", "--num_accelerators", 1)
     ours = ("--ds_config", "ds_configs/zero2.json")
     output = ("--max_steps", 1, "--output", tmp_path / "run")
-    run(*launcher, installed / "zeropref-dpo", *flags, *ours, *output, cwd=tmp_path)
+    said = run(*launcher, installed / "zeropref-dpo", *flags, *ours, *output, cwd=tmp_path)
+    (following,) = (line for line in said.splitlines() if "zeropref-evaluate" in line)
+    words = shlex.split(following)
+    assert words[:2] == ["deepspeed", str(installed / "zeropref-evaluate")]
+    held_out = ("--data", data, "--max_length", 256, "--prompts", 0)
+    run(*launcher, *words[1:], *held_out, cwd=tmp_path)
+    assert (tmp_path / "run/eval/report.md").exists()
     versions = json.loads((tmp_path / "run/run.json").read_text())["versions"]
     assert versions["zeropref"] == wheel[0].name.split("-")[1]

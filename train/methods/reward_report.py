@@ -51,9 +51,7 @@ def open_report(run, settings, loss: Loss, model, data, held_out) -> Report:
         policy |= commands.same_data(settings) | commands.lengths_of_rollouts(settings)
         return [
             commands.deepspeed(commands.EVALUATE, judge | {"output": folder / "eval"} | trust),
-            commands.deepspeed(
-                "launch/train_ppo.py", policy | judge | {"output": folder / "ppo"} | trust
-            ),
+            commands.deepspeed(commands.PPO, policy | judge | {"output": folder / "ppo"} | trust),
         ]
 
     return Report(

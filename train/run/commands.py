@@ -2,12 +2,14 @@
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from train.files import ROOT
 from train.settings import Data, Policy, defaults
 
-EVALUATE = "eval/evaluate.py"
+EVALUATE, PPO = "eval/evaluate.py", "launch/train_ppo.py"
+INSTALLED = {EVALUATE: "zeropref-evaluate", PPO: "zeropref-ppo"}  # a wheel's names (setup.cfg)
 NEW_TOKENS = Policy.max_new_tokens  # by default, and by evaluation's
 LENGTH, PROMPT_LENGTH = Data.max_length, Data.max_prompt_length  # by default
 # flags by which another run reads the same rows
@@ -18,11 +20,14 @@ DATA = ("data", "columns", "eval_data", "eval_split", "data_split_seed", "trunca
 def deepspeed(script: str, flags: dict) -> str:
     """`deepspeed SCRIPT --flag value ...`, quoted for a shell.
 
-    script: its path in the repository. Flags that are None, False or empty are left out, True stands
-    alone, lists become several words.
+    script: its path in the repository; the wheel's command of that name beside one that is running.
+    Flags that are None, False or empty are left out, True stands alone, lists become several words.
     """
-    path = os.path.relpath(ROOT / script)
-    words = ["deepspeed", str(ROOT / script) if path.startswith("..") else path]
+    running, path = Path(sys.argv[0]), ROOT / script
+    if running.name.startswith("zeropref-"):
+        path = running.with_name(INSTALLED[script])
+    relative = os.path.relpath(path)
+    words = ["deepspeed", str(path) if relative.startswith("..") else relative]
     for name, value in flags.items():
         if value is None or value is False or value == []:
             continue
