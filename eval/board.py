@@ -15,6 +15,7 @@ import scipy.stats
 import torch
 
 from train.run.tensorboard import Board
+from train.run.trackers import Trackers
 
 # Pages of TensorBoard's CUSTOM SCALARS: the curves of training and the points of evaluation in one
 # chart each.
@@ -38,12 +39,16 @@ class Shown(NamedTuple):
     figures: list[Path]  # PNG files
 
 
-def write(folder: Path, report: dict, shown: Shown, step: int):
+def write(folder: Path, report: dict, shown: Shown, step: int, trackers: Trackers, writes: bool):
     """Scalars under eval/, histograms, PR curves, texts, figures, and a layout that joins train/,
-    val/ and eval/. step: the training step that all of it belongs to.
+    val/ and eval/. step: the training step that all of it belongs to. trackers: they get the scalars.
+    writes: TensorBoard's files.
     """
-    board = Board(folder, total=0, quiet=True)
+    board = Board(folder, total=0, quiet=True, writes=writes, trackers=trackers)
     board.scalars(dict(scalars(report)), step)
+    if not writes:
+        board.close(patience=60)
+        return
     for name, values in shown.histograms.items():
         section = "evaluation_generations" if name.startswith(("greedy", "sampled")) else "eval"
         values = torch.as_tensor(np.ascontiguousarray(values))
@@ -56,7 +61,7 @@ def write(folder: Path, report: dict, shown: Shown, step: int):
         pixels = matplotlib.image.imread(path)[..., :3]  # (height, width, colours) without alpha
         board.writer.add_image(f"eval/{path.stem}", pixels, step, dataformats="HWC")
     board.writer.add_custom_scalars(LAYOUT)
-    board.close()
+    board.close(patience=60)
 
 
 def scalars(report: dict) -> Iterator[tuple[str, float]]:

@@ -140,6 +140,10 @@ class Settings:
     """DeepSpeed JSON: ds_configs/frozen_zero3.json shards the models over the ranks, which then are
     scored but write nothing. None: whole on each rank.
     """
+    report_to: list[settings.Tracker] = settings.flag(["tensorboard"], may_change=True)
+    """Who is told: tensorboard, which shows most, and others, which get scalars and flags; none:
+    --output's files alone.
+    """
     card: bool = True
     """Write results into the model card of a model directory that training wrote."""
     allow_pickle: bool = False
@@ -166,6 +170,7 @@ class Settings:
         settings.check_bounds(
             self, at_least, shares=("max_dropped", "max_implausible"), positive=("beta",)
         )
+        settings.check_trackers(self.report_to)
 
 
 def main():

@@ -21,6 +21,7 @@ from eval.verdict import verdict
 from train.files import write_json
 from train.models import builtin
 from train.run import card
+from train.run.trackers import Trackers
 
 
 class Results(NamedTuple):
@@ -161,7 +162,16 @@ def write(settings, run, parts: list[Part]):
         parquet(folder / f"{name}.parquet", columns)
     texts["report"] = report.markdown(content, [])  # figures stand among TensorBoard's images
     step = parts[0].inputs.record.get("steps", 0)
-    board.write(folder / "tensorboard", content, board.Shown(texts, histograms, drawn), step=step)
+    trackers = Trackers(settings.report_to, folder, run.record["flags"], run.say)
+    has_curves = "tensorboard" in settings.report_to
+    board.write(
+        folder / "tensorboard",
+        content,
+        board.Shown(texts, histograms, drawn),
+        step=step,
+        trackers=trackers,
+        writes=has_curves,
+    )
     of_models = []
     for part in parts:
         if not settings.card or part.inputs.recipe["from"] is None:
@@ -172,7 +182,7 @@ def write(settings, run, parts: list[Part]):
         of_models.append(part.inputs.path)
     word = content.get("verdict", content.get("rewards", {}).get("verdict"))["word"]
     run.finish(verdict=word)
-    for line in report.closing(content, folder, of_models):
+    for line in report.closing(content, folder, of_models, trackers.looks(), has_curves):
         run.say(line)
 
 

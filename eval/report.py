@@ -379,10 +379,13 @@ def _line(cells: list) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def closing(report: dict, folder: Path, model_dirs: list[str]) -> list[str]:
+def closing(
+    report: dict, folder: Path, model_dirs: list[str], looks: dict[str, str], has_curves: bool
+) -> list[str]:
     """What is printed at the end: the verdict, the figures that it rests on, where everything lies.
 
-    model_dirs: the model directories whose cards were written.
+    model_dirs: the model directories whose cards were written. looks: where trackers show it, by
+    name. has_curves: there are TensorBoard's files.
     """
     lines = []
     if "preferences" in report:
@@ -396,7 +399,8 @@ def closing(report: dict, folder: Path, model_dirs: list[str]) -> list[str]:
         run = Path(model_dir).resolve().parent
         if folder.resolve().is_relative_to(run):  # training's curves beside the evaluation's
             logs = run
-    return [*lines, "", f"  {commands.tensorboard(logs)}"]
+    lines += [f"{name:<12} {look}" for name, look in looks.items()]
+    return [*lines, "", f"  {commands.tensorboard(logs)}"] if has_curves else lines
 
 
 def _closing_reward_model(chapter: dict) -> list[str]:

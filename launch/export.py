@@ -2,6 +2,7 @@
 
     python launch/export.py runs/dpo/checkpoints/step-400 my-model
     python launch/export.py runs/dpo/checkpoints/step-400 my-model --export_dtype bf16
+    python launch/export.py runs/dpo/checkpoints/step-400 my-model --push_to_hub org/my-model
 
 Works for checkpoints of any ZeRO stage and number of ranks; those of LoRA runs hold adapters alone,
 which are merged into the model that the run started from. Checked twice: the checkpoint against its
@@ -17,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train import quiet
+from train import hub, quiet
 from train.config import Exit, fail
 from train.files import near_names
 
@@ -32,6 +33,15 @@ def main():
     refuse_other_folders(args.checkpoint)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         fail(f"{args.folder} exists and is not empty; nothing was overwritten", Exit.FLAGS)
+    if args.hub_public and not args.push_to_hub:
+        fail("--hub_public changes nothing without --push_to_hub")
+    if args.push_to_hub:
+        try:
+            warning = hub.check_upload(args.push_to_hub, args.hub_public)
+        except ValueError as error:
+            fail(str(error))
+        if warning:
+            print(f"warning: --push_to_hub {args.push_to_hub} is not checked: {warning}")
     unfinished = args.folder.with_name(args.folder.name + ".tmp")
     try:
         args.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +88,17 @@ def main():
         f"{args.folder}: the model after step {manifest['step']}, {count:,} parameters in "
         f"{args.export_dtype}"
     )
+    if args.push_to_hub:
+        push(args)
+
+
+def push(args: argparse.Namespace):
+    """Upload the directory, or exit with the command that does it later."""
+    try:
+        print(hub.upload(args.folder, args.push_to_hub, args.hub_public))
+    except Exception as error:  # the client has dozens of types
+        later = hub.upload_command(args.folder, args.push_to_hub, args.hub_public)
+        fail(f"{args.folder} was not uploaded ({hub.one_line(error)}); later: {later}", Exit.HUB)
 
 
 def refuse_other_folders(checkpoint: Path):
@@ -128,6 +149,12 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--allow_pickle", action="store_true", help="read the base from a pickle where it is one"
+    )
+    parser.add_argument(
+        "--push_to_hub", metavar="ORG/NAME", help="upload the directory to the model hub, too"
+    )
+    parser.add_argument(
+        "--hub_public", action="store_true", help="everybody may see it there; else it is private"
     )
     return parser.parse_args()
 

@@ -270,6 +270,7 @@ def test_exit_codes_are_those_that_wrappers_know():
         "CHECKPOINT": 3,
         "DATA": 4,
         "NONFINITE": 5,
+        "HUB": 6,
         "PREEMPTED": 85,
     }
 

@@ -38,7 +38,11 @@ loss_type: [sigmoid, sft]
 label_smoothing: 0.1
 precompute_ref_log_probs: true
 max_length: 1024
-report_to: wandb
+report_to: tensorboard
+use_wandb: true
+push_to_hub: true
+hub_model_id: me/it
+hub_private_repo: true
 zzz: 1
 """
 
@@ -80,12 +84,16 @@ def test_a_whole_recipe_becomes_one_that_runs_here(capsys, tmp_path):
         "loss_args": {"label_smoothing": 0.1},
         "reference": "cached",
         "max_length": 1024,
+        "report_to": ["tensorboard"],
+        "push_to_hub": "me/it",
+        "hub_public": False,
     }
     assert {name: getattr(settings, name) for name in expected} == expected
     comments = [line for line in lines if line.startswith("#")]
     assert "# zzz: there is no such flag" in comments and "# fp16: leave it out" in comments
     assert any(line.startswith("# eval_strategy: steps goes into eval_every") for line in comments)
-    assert any(line.startswith("# report_to: leave it out") for line in comments)
+    assert "# use_wandb: True goes into report_to (tensorboard wandb: both)" in comments
+    assert any(line.startswith("# hub_private_repo: leave it out (a rep") for line in comments)
     named = {line.split(":")[0].removeprefix("# ") for line in comments}
     assert named == {
         "dataset_train_split",
@@ -93,7 +101,8 @@ def test_a_whole_recipe_becomes_one_that_runs_here(capsys, tmp_path):
         "save_strategy",
         "use_peft",
         "fp16",
-        "report_to",
+        "use_wandb",
+        "hub_private_repo",
         "zzz",
     }
 
@@ -120,6 +129,8 @@ def test_a_whole_recipe_becomes_one_that_runs_here(capsys, tmp_path):
         ),
         (DPO, "--pref_beta 4", "there is no flag --pref_beta: write --beta"),  # LLaMA-Factory
         (DPO, "--pretrain m", "there is no flag --pretrain: write --model"),  # OpenRLHF
+        (DPO, "--use_wandb true", "there is no flag --use_wandb: write --report_to wandb (tensorboard wandb: both)"),
+        (PPO, "--hub_model_id me/it", "there is no flag --hub_model_id: write --push_to_hub"),
         (DPO, "--adam_beta1 1", "there is no flag --adam_beta1: leave it out (the optimiser is AdamW with betas 0.9, 0.999 and eps 1e-8)"),
     ],
 )  # fmt: skip
@@ -152,4 +163,4 @@ def test_the_field_is_covered():
     common = """learning_rate model_name_or_path dataset_name output_dir per_device_train_batch_size
         gradient_accumulation_steps num_train_epochs bf16 loss_type logging_steps eval_strategy
         save_steps report_to deepspeed""".split()
-    assert set(common) <= set(other_trainers.NAMES)
+    assert set(common) <= set(other_trainers.NAMES) | FLAGS[DPO]

@@ -86,11 +86,19 @@ def test_flags_that_may_differ_on_resume():
         "keep",
         "resume",
         "max_skipped",
+        "report_to",
+        "push_to_hub",
+        "hub_public",
     }
     assert settings.names_that_may_change(train_dpo) == expected
     assert settings.names_that_may_change(train_dpo()) == expected  # of an instance too
     evaluate = SCRIPTS["eval/evaluate.py"]
-    assert settings.names_that_may_change(evaluate) == {"output", "micro_tokens", "ds_config"}
+    assert settings.names_that_may_change(evaluate) == {
+        "output",
+        "micro_tokens",
+        "ds_config",
+        "report_to",
+    }
 
 
 def test_flags_that_evaluation_inherits():
@@ -153,6 +161,7 @@ IDLE = [
     (ALL, "--eval_every 7", "--data a", "", "without held-out rows: pass --eval_data or --eval_split"),
     (ALL, "--lora_alpha 16", "", "--lora_rank 4", "without --lora_rank"),
     (ALL, "--lora_targets q_proj", "--lora_rank 0", "--lora_rank 4", "without --lora_rank"),
+    (ALL, "--hub_public", "", "--push_to_hub org/name", "without --push_to_hub"),
     ("dpo", "--reference_model m", "--reference none", "--reference cached", "with --reference none: it counts with live or cached"),
     ("dpo", "--reference_every 7", "--reference cached", "", "with --reference cached: it counts with live"),
     ("dpo", "--reference_mixup 0.6", "", "--reference_every 7", "without --reference_every"),

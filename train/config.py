@@ -65,6 +65,7 @@ class Exit(enum.IntEnum):
     CHECKPOINT = 3
     DATA = 4
     NONFINITE = 5
+    HUB = 6  # of launch/export.py: the directory is there, and not on the hub
     PREEMPTED = 85
 
 
@@ -468,6 +469,8 @@ def _in_words(hint):
     """A type as a person writes it: `int or null`, `one of auto, bf16, fp32`."""
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    if _is_list(hint) and typing.get_origin(typing.get_args(hint)[0]) is typing.Literal:
+        return "some of " + ", ".join(map(str, typing.get_args(typing.get_args(hint)[0])))
     if _is_union(hint):
         return " or ".join(map(_in_words, typing.get_args(hint)))
     if hint is type(None):

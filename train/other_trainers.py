@@ -35,7 +35,7 @@ def _none(note: str) -> Here:
 
 
 A_STEP = "a step's, over all ranks: theirs times accumulation times ranks"
-BOARD = "TensorBoard is always written, to OUTPUT/tensorboard"
+AT_THE_END = "the model of the last step is uploaded, when the run is done"
 PACKED = "batches are packed by tokens: --micro_tokens is their size"
 ADAMW = "the optimiser is AdamW with betas 0.9, 0.999 and eps 1e-8"
 NO_QUANTISED = "models are not quantised"
@@ -290,10 +290,11 @@ NAMES: dict[str, Here] = {
     "load_best_model_at_end": _none(LAST),
     "metric_for_best_model": _none(LAST),
     "greater_is_better": _none(LAST),
-    "push_to_hub": _none("upload OUTPUT/model with `hf upload`"),
-    "hub_private_repo": _none("upload OUTPUT/model with `hf upload`"),
-    "hub_strategy": _none("upload OUTPUT/model with `hf upload`"),
-    "hub_model_id": _none("upload OUTPUT/model with `hf upload`"),
+    "hub_model_id": _to("push_to_hub"),
+    "hub_private_repo": _none("a repository is private without --hub_public"),
+    "hub_strategy": _none(AT_THE_END),
+    "hub_always_push": _none(AT_THE_END),
+    "hub_token": _none("`hf auth login`, or HF_TOKEN"),
     "eval_steps": _to("eval_every"),
     "eval_strategy": _part("eval_every", note="a number of steps; 0: at the start and the end"),
     "evaluation_strategy": _part(
@@ -306,11 +307,13 @@ NAMES: dict[str, Here] = {
     "logging_first_step": _none("the first step is always logged"),
     "log_completions": _none("answers stand in TensorBoard's texts"),
     "generate_during_eval": _none("eval/evaluate.py writes answers"),
-    "report_to": _none(BOARD),
-    "use_tensorboard": _none(BOARD),
-    "use_wandb": _none(BOARD),
-    "wandb_project": _none(BOARD),
-    "plot_loss": _none(BOARD),
+    "use_tensorboard": _to("report_to=tensorboard", note="the default"),
+    "use_wandb": _to("report_to=wandb", note="tensorboard wandb: both"),
+    "use_mlflow": _to("report_to=mlflow", note="tensorboard mlflow: both"),
+    "wandb_project": _none("the environment's WANDB_PROJECT says it"),
+    "wandb_run_name": _none("OUTPUT is the run's name, or the environment's WANDB_NAME"),
+    "project": _none("the environment says it: WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME"),
+    "plot_loss": _none("TensorBoard shows it, from OUTPUT/tensorboard"),
     "log_level": _none("ZEROPREF_VERBOSE=1 lets the libraries speak"),
     "disable_tqdm": _none("the bar shows itself on a terminal alone"),
     "ddp_timeout": _none("a silent rank ends the run after two minutes"),
@@ -386,7 +389,9 @@ def recipe(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
     for name, value in sorted(values.items(), key=lambda item: isinstance(item[1], bool)):
         found = find(name, known)
         if name in known:
-            if (name, value) != ("max_steps", -1):  # transformers' word for no bound
+            if name == "push_to_hub" and isinstance(value, bool):  # hub_model_id says where
+                comments += ["# push_to_hub: ORG/NAME"] if "hub_model_id" not in values else []
+            elif (name, value) != ("max_steps", -1):  # transformers' word for no bound
                 written[name] = (value, "")
         elif found is None:
             comments.append(f"# {name}: there is no such flag")

@@ -13,6 +13,7 @@ Imports the standard library and the table of algorithms only: scripts read thei
 
 import copy
 import dataclasses
+import importlib.util
 import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -36,8 +37,9 @@ HELP_GROUPS = {
         batch_size epochs max_steps weight_decay grad_clip seed""",
     "memory": """ds_config reference_ds_config value_ds_config reward_ds_config precision micro_tokens decode_batch
         offload_frozen layout gradient_checkpointing""",
-    "saving": "output save_every save_minutes keep resume max_skipped export_dtype card",
-    "logging": "log_every eval_every show json",
+    "saving": """output save_every save_minutes keep resume max_skipped export_dtype card push_to_hub
+        hub_public""",
+    "logging": "log_every eval_every report_to show json",
 }
 
 
@@ -191,6 +193,19 @@ MOVES_THE_RATIO = AnyOf(
 CLIPS_A_RATIO = Needs("algorithm", but=algorithms(lambda row: row.ratio in ("weight", "gate")))
 
 
+# The packages are called the same, accelerate's classes for them, too (train/run/trackers.py).
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "swanlab",
+    "none",
+]
 # Of a loss: with the types, so that `--loss_args.tau 2` is a number.
 Arguments = dict[str, bool | int | float | str]
 
@@ -349,6 +364,14 @@ class Training(Data):
     """
     log_every: int = flag(1, may_change=True)
     """Steps between readings of the training measures."""
+    report_to: list[Tracker] = flag(["tensorboard"], may_change=True)
+    """Who is told of the run: tensorboard, which shows most, and others, which get scalars, flags and
+    results; none: OUTPUT/logs and run.json alone.
+    """
+    push_to_hub: str | None = flag(None, may_change=True)
+    """ORG/NAME on the model hub, to which OUTPUT/model is uploaded when the run is done."""
+    hub_public: bool = flag(False, may_change=True, needs=Needs("push_to_hub"))
+    """Everybody may see that repository; else it is private."""
     allow_pickle: bool = False
     """Read weights from pickles (pytorch_model.bin) where there are no safetensors; torch's
     weights_only holds.
@@ -384,6 +407,7 @@ class Training(Data):
             "min_lr": 0,
         }
         check_bounds(self, at_least, shares=("warmup_ratio",), positive=("epochs", "num_cycles"))
+        check_trackers(self.report_to)
         if self.min_lr is None and self.lr_scheduler == "cosine_with_min_lr":
             raise ValueError("--lr_scheduler cosine_with_min_lr needs --min_lr, where it ends")
         end = 1e-7 if self.min_lr is None and self.lr_scheduler == "polynomial" else self.min_lr
@@ -688,6 +712,19 @@ def check_bounds(settings, at_least: dict, shares=(), positive=()):
     for name, value in set_values(positive):
         if not 0 < value < math.inf:
             raise ValueError(f"--{name} is a finite number above 0, not {value}")
+
+
+def check_trackers(names: list[str]):
+    """ValueError where a tracker's package is not installed, with what installs it."""
+    if "none" in names and len(names) > 1:
+        raise ValueError("--report_to none stands alone")
+    found = {name: importlib.util.find_spec(name) for name in names if name != "none"}
+    # a folder of that name, as wandb makes one, is no package: it has no origin
+    absent = [name for name, spec in found.items() if spec is None or spec.origin is None]
+    if absent:
+        raise ValueError(
+            f"--report_to {' '.join(absent)}: not installed (pip install {' '.join(absent)})"
+        )
 
 
 def token_options(settings: Data) -> dict[str, Any]:

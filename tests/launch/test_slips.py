@@ -79,6 +79,10 @@ AT_THE_DOOR = [
     (VALIDATE, "--trainer ppo", "--trainer: expected one of dpo, reward, got 'ppo'"),
     (EVALUATE, "--temperature -1", "--temperature is at least 0, not -1.0"),
     (EVALUATE, "--max_rows 0", "--max_rows is at least 1, not 0"),
+    (DPO, "--report_to tensorbord", "--report_to: expected some of tensorboard, wandb, mlflow"),
+    (DPO, "--report_to none tensorboard", "--report_to none stands alone"),
+    (PPO, "--report_to tensorboard clearml", "--report_to clearml: not installed (pip install clearml)"),
+    (EVALUATE, "--report_to clearml", "--report_to clearml: not installed (pip install clearml)"),
     # flags that change nothing; tests/test_settings.py tries each
     (DPO, "--lora_alpha 8", "--lora_alpha changes nothing without --lora_rank"),
     (DPO, "--warmup_ratio 0.1 --lr_scheduler constant", "it counts with another --lr_scheduler"),
@@ -199,6 +203,8 @@ LATER = [
     (DPO, "--ds_config {bf16}", 2, "'bf16' belongs to --precision; remove it from the JSON"),
     (DPO, "--warmup_steps 500", 2, "--warmup_steps 500 of a run of 1 steps"),
     (DPO, "--lora_rank 2 --lora_targets nothing", 2, "adapters go beside linear layers"),
+    (DPO, "--push_to_hub me", 2, "--push_to_hub me: write ORG/NAME, where ORG may be your own name on the hub"),
+    (REWARD, "--push_to_hub me/it--again", 2, "--push_to_hub me/it--again: Cannot have -- or .. in repo_id"),
     (DPO, "--resume {dir}/none", 3, "none has no manifest.json"),
     # exports
     (EXPORT, "", 2, "the following arguments are required: checkpoint, folder"),

@@ -36,6 +36,12 @@ def install_handlers():
         signal.signal(number, lambda received, _: _signals_received.append(received))
 
 
+def obey_signals():
+    """Obey the signals again, as a process does that has noted nothing."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start_watch():
     """Begin to agree and to watch, once the process group stands. Every rank calls this."""
     global _group, _stop_watching, _thread

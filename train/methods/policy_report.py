@@ -23,7 +23,7 @@ from train.methods.policy_setup import Models, Rewards, samples_of
 from train.methods.rollout import Rollout, per_answer
 from train.run import card, commands, report
 from train.run.meter import peak_memory
-from train.run.tensorboard import Board
+from train.run.tensorboard import open_board
 
 SHOWN = 4  # answers in a table of TensorBoard, and in run.json before and after
 NAMES = [metric.name for metric in POLICY_METRICS]
@@ -52,8 +52,7 @@ class PolicyReport:
 
     def start(self):
         """Open TensorBoard and the bar."""
-        plan = self.run.plan
-        self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
+        self.board = open_board(self.run, self.settings.report_to)
         if self._events is not None:
             self.board.cut(self._events)
             self.run.note(evaluations=self.evaluated, comparison=self.comparison)
@@ -316,7 +315,7 @@ class PolicyReport:
             {f"final/{name}": value for name, value in results.items()},
             self.run.plan.steps,
         )
-        self.board.close()
+        self.board.close(patience=60)
         module = self.models.policy.module
         folder.finish(
             results=results,
@@ -345,7 +344,7 @@ class PolicyReport:
         yield f"model        {model}  (reloaded: {gap:.1g} {unit} from the trained one)"
         if critic_folder:
             yield f"value model  {critic_folder}  (--value_model takes it)"
-        yield f"run          {self.run.folder.path / 'run.json'}, logs/, tensorboard/"
+        yield from self.board.where()
         yield ""
         yield "next"
         folder, settings = self.run.folder, self.settings
@@ -356,7 +355,7 @@ class PolicyReport:
         }
         config = self.models.policy.module.lm.config
         yield f"  {commands.evaluation(settings, folder.path, config, **models)}"
-        yield f"  {commands.tensorboard(folder.path)}"
+        yield from self.board.next_commands()
 
 
 def no_sums() -> torch.Tensor:

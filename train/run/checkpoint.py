@@ -67,7 +67,7 @@ from train.config import Exit, fail
 from train.engine import dist, preemption
 from train.files import follow_umask
 from train.run import checkpoint_files as files
-from train.run import rng
+from train.run import rng, trackers
 from train.run.checkpoint_files import Place
 
 # SLURM's count of how often it has put this job back into the queue
@@ -150,6 +150,7 @@ class Checkpointer:
         if choice == "never":
             if dist.is_main():
                 shutil.rmtree(self.path, ignore_errors=True)
+                trackers.forget(self.run.folder.path)
             return None, None
         named = [] if choice == "auto" else [Path(choice)]
         own = files.list_checkpoints(self.path) if dist.is_main() else []

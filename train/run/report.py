@@ -14,9 +14,9 @@ from tqdm import tqdm
 from train.engine import dist
 from train.losses.metrics import Metric
 from train.models.flops import FlopCounter
-from train.run import card, commands, worries
+from train.run import card, worries
 from train.run.meter import Meter, peak_flops
-from train.run.tensorboard import Board
+from train.run.tensorboard import open_board
 
 
 class Measures(NamedTuple):
@@ -81,10 +81,9 @@ class Report:
 
     def start(self):
         """Open TensorBoard and the bar: the run's folder is its own, and where it begins is known."""
-        plan = self.run.plan
         with self.meter.pause():  # TensorBoard takes seconds to import
-            self.board = Board(self.run.folder.path / "tensorboard", plan.steps, plan.begun)
-        if not plan.begun:
+            self.board = open_board(self.run, self.settings.report_to)
+        if not self.run.plan.begun:
             self.board.text("data/first_rows", self.run.sample)
             if self.measures.about:
                 self.board.text("train/what_is_shown", self.measures.about)
@@ -254,7 +253,7 @@ class Report:
         results = results or {"train_loss": self.last["loss"]}
         final = {f"final/{name}": value for name, value in results.items()}
         self.board.hparams(folder.record["flags"], final, self.run.plan.steps)
-        self.board.close()
+        self.board.close(patience=60)
         module = self.model.module
         folder.finish(
             results=results,
@@ -275,11 +274,11 @@ class Report:
             *changed,
             "",
             f"model        {model}  (reloaded: {gap:.1g} {module.unit} from the trained one)",
-            f"run          {folder.path / 'run.json'}, logs/, tensorboard/",
+            *self.board.where(),
             "",
             "next",
             *(f"  {command}" for command in self.next_commands()),
-            f"  {commands.tensorboard(folder.path)}",
+            *self.board.next_commands(),
         ]
         for line in lines:
             self.run.say(line)

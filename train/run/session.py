@@ -20,6 +20,7 @@ from train.config import Exit, fail
 from train.data.errors import DataError
 from train.engine import dist, memory, preemption
 from train.models import builtin
+from train.run import upload
 from train.run.checkpoint_files import Place
 from train.run.folder import RunFolder
 
@@ -92,13 +93,17 @@ def start(flags, kind: str = "run", interruptible: bool = True):
             may_change=settings.names_that_may_change(flags),
             defaults=settings.defaults(flags),
         )
+    run = Run(folder, device)
     if folder.finished:
         folder.say(f"{folder.path} holds this {kind}, finished; another --output repeats it")
+        with refusals():
+            upload.check(run, flags)
         end_in_order()
+        upload.push(run, flags)  # where that has not been done yet
         raise SystemExit(Exit.DONE)
-    run = Run(folder, device)
     try:
         with refusals(run):
+            upload.check(run, flags)
             yield run
     except preemption.Preempted:
         _end_preempted(run, flags)
@@ -117,6 +122,7 @@ def start(flags, kind: str = "run", interruptible: bool = True):
             memory.end_run(error, *memory.describe_batch(run.batch, run.plan.batch_tokens))
         raise
     end_in_order()
+    upload.push(run, flags)  # the other ranks do not wait for it
 
 
 @contextlib.contextmanager

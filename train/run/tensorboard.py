@@ -1,4 +1,4 @@
-"""What the user watches: TensorBoard's files and the progress bar."""
+"""What the user watches: TensorBoard's files, other trackers and the progress bar."""
 
 import contextlib
 import logging
@@ -12,22 +12,57 @@ from tqdm import tqdm
 
 from train.engine import dist
 from train.files import fsync
+from train.run import commands
+from train.run.trackers import Trackers
 
 # as TensorBoard names its files: the second, the host, the process
 EVENTS = re.compile(r"events\.out\.tfevents\.\d+\.")
 
 
+def open_board(run, report_to: list[str]) -> "Board":
+    """The board of a training run that has its plan. report_to: TensorBoard, and other trackers."""
+    plan, folder = run.plan, run.folder
+    facts = {
+        name: folder.record[name] for name in ("hardware", "versions") if name in folder.record
+    }
+    trackers = Trackers(
+        report_to if dist.is_main() else (),
+        folder.path,
+        config=folder.record["flags"] | facts | {"steps": plan.steps},
+        say=run.say,
+    )
+    return Board(
+        folder.path / "tensorboard",
+        plan.steps,
+        plan.begun,
+        writes="tensorboard" in report_to,
+        trackers=trackers,
+    )
+
+
 class Board:
-    """Scalars, histograms and texts for TensorBoard, one bar on the terminal.
+    """Scalars, histograms and texts for TensorBoard, scalars for the other trackers, one bar on the
+    terminal.
 
     Only rank 0 writes; all may call.
     """
 
-    def __init__(self, folder: Path, total: int, start: int = 0, quiet: bool = False):
-        """total, start: steps of the bar. quiet: no bar."""
-        self.writer, self.folder = None, folder
+    def __init__(
+        self,
+        folder: Path,
+        total: int,
+        start: int = 0,
+        quiet: bool = False,
+        writes: bool = True,
+        trackers: Trackers | None = None,
+    ):
+        """total, start: steps of the bar. quiet: no bar. writes: TensorBoard's files. trackers: those
+        beside it.
+        """
+        self.writer, self.folder, self.trackers = None, folder, trackers
+        self.writes = writes
         self.older = []  # event files that stood here before
-        if dist.is_main():
+        if dist.is_main() and writes:
             from torch.utils.tensorboard import SummaryWriter
 
             self.older = self._files()
@@ -55,6 +90,8 @@ class Board:
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(prefix + name, value, step)
+        if self.trackers:
+            self.trackers.scalars({prefix + name: value for name, value in values.items()}, step)
 
     def histogram(self, name: str, values: torch.Tensor, step: int):
         """Write the distribution of `values`, any shape; nothing where there are none."""
@@ -68,8 +105,10 @@ class Board:
 
     def hparams(self, flags: dict, results: dict[str, float], step: int):
         """Write the run's flags and its results after `step` to the HPARAMS page, in the same run
-        as the curves.
+        as the curves; the other trackers have the flags, and get the results.
         """
+        if self.trackers:
+            self.trackers.results(results, step)
         if self.writer:
             values = {
                 name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -88,10 +127,26 @@ class Board:
             self.writer.flush()
 
     def sync(self):
-        """Fsync everything written: a checkpoint counts on it."""
+        """Fsync everything written, and have the trackers sent theirs: a checkpoint counts on it."""
+        if self.trackers:
+            self.trackers.drain()
         self.flush()
         for path in self._files()[-1:] if self.writer else ():
             fsync(path)
+
+    def where(self) -> list[str]:
+        """Lines of the closing table: where the run is to be looked at."""
+        output = self.folder.parent
+        shown = ", tensorboard/" if self.writes else ""
+        looks = self.trackers.looks() if self.trackers else {}
+        return [
+            f"run          {output / 'run.json'}, logs/{shown}",
+            *(f"{name:<12} {look}" for name, look in looks.items()),
+        ]
+
+    def next_commands(self) -> list[str]:
+        """Lines of the closing table: the command that shows the curves."""
+        return [f"  {commands.tensorboard(self.folder.parent)}"] if self.writes else []
 
     def _files(self):
         return sorted(path for path in self.folder.glob("*") if EVENTS.match(path.name))
@@ -122,8 +177,10 @@ class Board:
                     "%s may show some steps twice: %s", path, error
                 )
 
-    def close(self):
-        """Flush and end."""
+    def close(self, patience: float = 10.0):
+        """Flush and end. patience: seconds that the other trackers have for it."""
         self.bar.close()
+        if self.trackers:
+            self.trackers.close(patience)
         if self.writer:
             self.writer.close()

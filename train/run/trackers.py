@@ -1,0 +1,379 @@
+"""Experiment trackers beside TensorBoard: wandb, mlflow, trackio, and what else accelerate knows.
+
+    trackers = Trackers(["wandb"], OUTPUT, config, say=run.say)      # on rank 0
+    trackers.scalars({"train/loss": 0.69}, step=1)                   # returns at once
+    trackers.close(10)
+
+Each has a thread of its own, which begins it, feeds it and ends it: one that fails, hangs or is slow
+costs its own curves, and no step. TensorBoard and logs/ have every value in any case.
+
+OUTPUT/trackers/NAME.json holds how a tracker calls the run, and the last step that it was given: a
+run that goes on goes on there as well, and shows no step twice. (The steps that an interrupted run
+had done after its last checkpoint come again bit for bit, perf/* aside.)
+
+accelerate is imported inside the functions, and it imports a tracker's package when that begins.
+"""
+
+import json
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.files import write_json
+from train.quiet import is_verbose
+
+MOST_WAITING = 10_000  # steps on their way to one tracker
+MOST_FAILURES = 5  # in a row, after which a tracker is given up
+FOREIGN = re.compile(r"[^\w\-. /]")  # what mlflow and others refuse in the name of a metric
+END = None  # the last item of a queue
+
+
+class Row(NamedTuple):
+    """What of a tracker is to be known beyond accelerate's class for it."""
+
+    project: str = ""  # the environment variable that names the project
+    # (OUTPUT, the run's name, how the tracker called it before or "") -> arguments of the class
+    options: Callable[[Path, str, str], dict] | None = None
+    name_of: Callable | None = (
+        None  # tracker -> how it calls the run; None: it cannot be gone on with
+    )
+    look: Callable | None = None  # tracker -> where the user finds the run, in words
+    lacks: Callable[[], bool] | None = None  # whether it could not begin at all, see `remedy`
+    overwrites: bool = False  # it takes a step and the configuration again, and shows them once
+    remedy: str = "without it in --report_to nothing is tried"
+
+
+def wandb_options(output: Path, name: str, before: str) -> dict:
+    """Arguments of wandb.init. Its files lie in OUTPUT/wandb unless WANDB_DIR says where."""
+    if not is_verbose():
+        os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_CONSOLE", "off")  # logs/ has what the terminal shows
+    options = {} if "WANDB_DIR" in os.environ else {"dir": str(output)}
+    if before:
+        return options | {"id": before, "resume": "allow"}
+    return options if "WANDB_NAME" in os.environ else options | {"name": name}
+
+
+def wandb_lacks() -> bool:
+    """Whether wandb would ask for a login."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return False
+    if not is_verbose():
+        os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False)
+
+
+def wandb_name(tracker) -> str:
+    """The id of wandb's run."""
+    return tracker.tracker.id
+
+
+def wandb_look(tracker) -> str:
+    """The run's page, or the command that sends what was kept on this machine."""
+    run = tracker.tracker
+    return run.url or f"wandb sync {Path(run.dir).parent}"
+
+
+def mlflow_options(output: Path, name: str, before: str) -> dict:
+    """Arguments of accelerate's MLflowTracker. Where the store is, MLFLOW_TRACKING_URI says."""
+    if not is_verbose():
+        for library in ("mlflow", "alembic"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+    return {"run_id": before} if before else {"run_name": name}
+
+
+def mlflow_name(tracker) -> str:
+    """The id of mlflow's run."""
+    return tracker.tracker.info.run_id
+
+
+def mlflow_look(tracker) -> str:
+    """The store, and the run in it."""
+    import mlflow
+
+    return f"run {tracker.tracker.info.run_id} in {mlflow.get_tracking_uri()}"
+
+
+def trackio_options(output: Path, name: str, before: str) -> dict:
+    """Arguments of trackio.init. A run is its name there; where it lies, TRACKIO_DIR says."""
+    return {"name": before or name, "resume": "allow" if before else "never"}
+
+
+def trackio_name(tracker) -> str:
+    """The name of trackio's run."""
+    return tracker.tracker.name
+
+
+def trackio_look(tracker) -> str:
+    """The command that shows it."""
+    return f"trackio show --project {tracker.tracker.project}"
+
+
+# By accelerate's names. What has no row here begins as accelerate begins it, and anew where a run
+# goes on.
+ROWS = {
+    "wandb": Row(
+        project="WANDB_PROJECT",
+        options=wandb_options,
+        name_of=wandb_name,
+        look=wandb_look,
+        lacks=wandb_lacks,
+        # killed outright, it loses what it holds in memory, the configuration too: so all comes again
+        overwrites=True,
+        remedy="`wandb login` first, or WANDB_MODE=offline to keep it on this machine",
+    ),
+    "mlflow": Row(
+        project="MLFLOW_EXPERIMENT_NAME",
+        options=mlflow_options,
+        name_of=mlflow_name,
+        look=mlflow_look,
+        remedy="MLFLOW_TRACKING_URI says where its store is",
+    ),
+    "trackio": Row(
+        project="TRACKIO_PROJECT",
+        options=trackio_options,
+        name_of=trackio_name,
+        look=trackio_look,
+        remedy="TRACKIO_DIR says where it is kept",
+    ),
+}
+
+
+class Trackers:
+    """All trackers of a run. Rank 0 makes one with names, the others one without."""
+
+    def __init__(self, names: Collection[str], output: Path, config: dict, say: Callable):
+        """names: accelerate's, or those of classes registered there; "tensorboard" and "none" are
+        not for here. config: what the run is like, {name: value}, nested or not. say: prints a line.
+        """
+        self._feeders = []
+        self._names = {}  # of metrics: ours -> theirs
+        self._step, self._waiting = None, {}
+        self._looks = {}  # once they are closed
+        names = [name for name in names if name not in ("tensorboard", "none")]
+        if not names:
+            return
+        from accelerate import PartialState
+
+        PartialState()  # its trackers' own logging asks for one; joins nothing, the ranks have met
+        for name in dict.fromkeys(names):
+            self._feeders.append(_Feeder(name, output, flat(config), say))
+            self._feeders[-1].start()
+
+    def scalars(self, values: dict[str, float], step: int):
+        """Take in values of `step`. They leave together, when those of another step come."""
+        if self._feeders:
+            if step != self._step:
+                self._send()
+            self._step = step
+            self._waiting |= {self._name(name): float(value) for name, value in values.items()}
+
+    def results(self, values: dict[str, float], step: int):
+        """Send the run's results after `step`: never held for something sent before."""
+        self._send()
+        values = {self._name(name): float(value) for name, value in values.items()}
+        for feeder in self._feeders:
+            feeder.put(_Values(step, values, is_result=True))
+
+    def drain(self, seconds: float = 10.0):
+        """Send what there is, and wait until it is gone, no longer than `seconds`: before a
+        checkpoint, which a run goes on from.
+        """
+        self._send()
+        gone = [feeder.put(threading.Event()) for feeder in self._feeders]
+        until = time.monotonic() + seconds
+        for event in gone:
+            event.wait(max(0.0, until - time.monotonic()))
+
+    def close(self, seconds: float):
+        """Send what there is, and end all, waiting no longer than `seconds`; once."""
+        self._send()
+        until = time.monotonic() + seconds
+        for feeder in self._feeders:
+            feeder.put(END)
+        for feeder in self._feeders:
+            feeder.join(max(0.0, until - time.monotonic()))
+            if feeder.is_alive():
+                feeder.warn(f"is not done after {seconds:.0f} s")
+        self._looks |= self.looks()
+        self._feeders = []
+
+    def looks(self) -> dict[str, str]:
+        """Where each is to be looked at, by name."""
+        return self._looks | {each.name: each.look for each in self._feeders if each.look}
+
+    def _send(self):
+        values, self._waiting = self._waiting, {}
+        if values:
+            for feeder in self._feeders:
+                feeder.put(_Values(self._step, values))
+
+    def _name(self, name: str) -> str:
+        """A metric's name in characters that every tracker takes, no two the same."""
+        if name not in self._names:
+            plain, number = FOREIGN.sub("_", name), 2
+            taken = set(self._names.values())
+            free = plain
+            while free in taken:
+                free, number = f"{plain}_{number}", number + 1
+            self._names[name] = free
+        return self._names[name]
+
+
+class _Values(NamedTuple):
+    """Values of one step."""
+
+    step: int
+    values: dict[str, float]
+    is_result: bool = False
+
+
+class _Feeder(threading.Thread):
+    """One tracker, begun, fed and ended in a thread: mlflow keeps its run in the thread's own
+    variables.
+    """
+
+    def __init__(self, name: str, output: Path, config: dict, say: Callable):
+        super().__init__(name=name, daemon=True)
+        self.items = queue.Queue(MOST_WAITING)
+        self.row, self.output, self.config, self.say = ROWS.get(name, Row()), output, config, say
+        self.look = ""
+        self._warned = False
+        self._file = output / "trackers" / f"{name}.json"
+        self._before = self._read() if self.row.name_of else {}
+
+    def put(self, item):
+        """Hand an item over, and return it; without waiting, so that it may be lost."""
+        try:
+            self.items.put_nowait(item)
+        except queue.Full:
+            self.warn(f"is {MOST_WAITING} steps behind")
+            if isinstance(item, threading.Event):
+                item.set()
+        return item
+
+    def warn(self, what: str):
+        """Say that something is wrong with the tracker; the first time only."""
+        if not self._warned:
+            self._warned = True
+            self.say(
+                f"warning: --report_to {self.name}: {what}; the run goes on, and has every value in "
+                f"logs/: {self.row.remedy}"
+            )
+
+    def run(self):
+        """Begin, feed and end the tracker."""
+        log = logging.getLogger("zeropref")
+        tracker, failures = None, 0
+        try:
+            tracker = self._begin()
+        except (Exception, SystemExit) as error:  # whatever a tracker may raise is its own affair
+            log.warning("tracker %s", self.name, exc_info=True)
+            self.warn(_one_line(error))
+        for item in iter(self.items.get, END):
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            if tracker is None or failures >= MOST_FAILURES or self._has(item):
+                continue
+            try:
+                tracker.log(item.values, step=item.step)
+                failures = 0
+                self._write(item.step)
+            except (Exception, SystemExit) as error:
+                failures += 1
+                log.warning("tracker %s, step %d", self.name, item.step, exc_info=True)
+                self.warn(_one_line(error))
+        if tracker is not None:
+            try:
+                tracker.finish()
+            except (Exception, SystemExit) as error:
+                log.warning("tracker %s", self.name, exc_info=True)
+                self.warn(_one_line(error))
+
+    def _begin(self):
+        """The tracker, begun: a new run with its configuration, or that of before."""
+        from accelerate import tracking
+
+        kind, row = tracking.LOGGER_TYPE_TO_CLASS[self.name], self.row
+        project = os.environ.get(row.project) or "zeropref"
+        run_name = "/".join(self.output.resolve().parts[-2:])
+        before = self._before.get("run", "")
+        places = [str(self.output)] if kind.requires_logging_directory else []
+        options = row.options(self.output, run_name, before) if row.options else {}
+        tracker = kind(project, *places, **options)
+        tracker.start()
+        if row.name_of:
+            self._run = row.name_of(tracker)
+            self._write(self._before.get("step", -1))
+        if row.overwrites or not before:  # mlflow refuses a second value of a parameter
+            tracker.store_init_configuration(self.config)
+        self.look = row.look(tracker) if row.look else project
+        return tracker
+
+    def _has(self, item: _Values) -> bool:
+        """Whether the tracker was given this before the run was interrupted."""
+        known = item.step <= self._before.get("step", -1)
+        return known and not item.is_result and not self.row.overwrites
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            return {"run": str(found["run"]), "step": int(found["step"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _write(self, step: int):
+        """Keep how the tracker calls the run, and the last step it was given."""
+        if self.row.name_of is None:
+            return
+        try:
+            self._file.parent.mkdir(exist_ok=True)
+            write_json(self._file, {"run": self._run, "step": step})
+        except OSError as error:  # a full disk: a resumed run sends some steps twice
+            logging.getLogger("zeropref").warning("%s was not written: %s", self._file, error)
+
+
+def check(names: Collection[str]):
+    """ValueError where a tracker cannot begin as things are. For rank 0 alone."""
+    for name in names:
+        lacks = ROWS.get(name, Row()).lacks
+        is_lacking = False
+        try:
+            is_lacking = lacks is not None and lacks()
+        except Exception:  # another version's affair: it is said where it fails to begin
+            logging.getLogger("zeropref").warning("tracker %s", name, exc_info=True)
+        if is_lacking:
+            raise ValueError(f"--report_to {name} is not logged in: {ROWS[name].remedy}")
+
+
+def forget(output: Path):
+    """Have the next Trackers begin new runs: the run starts over."""
+    for path in (output / "trackers").glob("*.json"):
+        path.unlink(missing_ok=True)
+
+
+def flat(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as names with dots and values that every tracker takes: lists are JSON."""
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        elif value is None or isinstance(value, bool | int | float | str):
+            found[prefix + name] = value
+        else:
+            found[prefix + name] = json.dumps(value, default=str)
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
