@@ -177,7 +177,7 @@ class Board:
                     "%s may show some steps twice: %s", path, error
                 )
 
-    def close(self, patience: float = 10.0):
+    def close(self, patience: float = 5.0):
         """Flush and end. patience: seconds that the other trackers have for it."""
         self.bar.close()
         if self.trackers:

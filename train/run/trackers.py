@@ -40,9 +40,8 @@ class Row(NamedTuple):
     project: str = ""  # the environment variable that names the project
     # (OUTPUT, the run's name, how the tracker called it before or "") -> arguments of the class
     options: Callable[[Path, str, str], dict] | None = None
-    name_of: Callable | None = (
-        None  # tracker -> how it calls the run; None: it cannot be gone on with
-    )
+    # tracker -> how it calls the run; None: one that goes on is a new run there
+    name_of: Callable | None = None
     look: Callable | None = None  # tracker -> where the user finds the run, in words
     lacks: Callable[[], bool] | None = None  # whether it could not begin at all, see `remedy`
     overwrites: bool = False  # it takes a step and the configuration again, and shows them once
@@ -183,7 +182,7 @@ class Trackers:
         for feeder in self._feeders:
             feeder.put(_Values(step, values, is_result=True))
 
-    def drain(self, seconds: float = 10.0):
+    def drain(self, seconds: float = 5.0):
         """Send what there is, and wait until it is gone, no longer than `seconds`: before a
         checkpoint, which a run goes on from.
         """
@@ -271,36 +270,30 @@ class _Feeder(threading.Thread):
 
     def run(self):
         """Begin, feed and end the tracker."""
-        log = logging.getLogger("zeropref")
-        tracker, failures = None, 0
-        try:
-            tracker = self._begin()
-        except (Exception, SystemExit) as error:  # whatever a tracker may raise is its own affair
-            log.warning("tracker %s", self.name, exc_info=True)
-            self.warn(_one_line(error))
+        has_begun, failures = self._attempt(self._begin), 0
+        if has_begun:
+            self._attempt(self._describe)
         for item in iter(self.items.get, END):
             if isinstance(item, threading.Event):
                 item.set()
-                continue
-            if tracker is None or failures >= MOST_FAILURES or self._has(item):
-                continue
-            try:
-                tracker.log(item.values, step=item.step)
-                failures = 0
-                self._write(item.step)
-            except (Exception, SystemExit) as error:
-                failures += 1
-                log.warning("tracker %s, step %d", self.name, item.step, exc_info=True)
-                self.warn(_one_line(error))
-        if tracker is not None:
-            try:
-                tracker.finish()
-            except (Exception, SystemExit) as error:
-                log.warning("tracker %s", self.name, exc_info=True)
-                self.warn(_one_line(error))
+            elif has_begun and failures < MOST_FAILURES and not self._has(item):
+                done = self._attempt(self._log, item)
+                failures = 0 if done else failures + 1
+        if has_begun:
+            self._attempt(self.tracker.finish)
+
+    def _attempt(self, action: Callable, *arguments) -> bool:
+        """Whether that went well; what did not is said. A tracker may raise whatever it likes."""
+        try:
+            action(*arguments)
+        except (Exception, SystemExit) as error:
+            logging.getLogger("zeropref").warning("tracker %s", self.name, exc_info=True)
+            self.warn(_one_line(error))
+            return False
+        return True
 
     def _begin(self):
-        """The tracker, begun: a new run with its configuration, or that of before."""
+        """Begin a run there, or go on with that of before."""
         from accelerate import tracking
 
         kind, row = tracking.LOGGER_TYPE_TO_CLASS[self.name], self.row
@@ -309,15 +302,21 @@ class _Feeder(threading.Thread):
         before = self._before.get("run", "")
         places = [str(self.output)] if kind.requires_logging_directory else []
         options = row.options(self.output, run_name, before) if row.options else {}
-        tracker = kind(project, *places, **options)
-        tracker.start()
+        self.tracker = kind(project, *places, **options)
+        self.tracker.start()
         if row.name_of:
-            self._run = row.name_of(tracker)
+            self._run = row.name_of(self.tracker)
             self._write(self._before.get("step", -1))
-        if row.overwrites or not before:  # mlflow refuses a second value of a parameter
-            tracker.store_init_configuration(self.config)
-        self.look = row.look(tracker) if row.look else project
-        return tracker
+        self.look = row.look(self.tracker) if row.look else project
+
+    def _describe(self):
+        """Say what the run is like."""
+        if self.row.overwrites or not self._before:  # mlflow refuses a second value of a parameter
+            self.tracker.store_init_configuration(self.config)
+
+    def _log(self, item: _Values):
+        self.tracker.log(item.values, step=item.step)
+        self._write(item.step)
 
     def _has(self, item: _Values) -> bool:
         """Whether the tracker was given this before the run was interrupted."""
