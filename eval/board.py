@@ -14,21 +14,9 @@ import numpy as np
 import scipy.stats
 import torch
 
-from train.run.tensorboard import Board
+from train.losses import metrics
+from train.run.tensorboard import Board, overview
 from train.run.trackers import Trackers
-
-# Pages of TensorBoard's CUSTOM SCALARS: the curves of training and the points of evaluation in one
-# chart each.
-CHARTS = {"margins": ["margins"], "accuracy": ["accuracies"], "rewards": ["chosen", "rejected"]}
-LAYOUT = {
-    "preferences": {
-        title: [
-            "Multiline",
-            [f"{split}/rewards/{name}" for name in names for split in ("train", "val", "eval")],
-        ]
-        for title, names in CHARTS.items()
-    }
-}
 
 
 class Shown(NamedTuple):
@@ -60,7 +48,8 @@ def write(folder: Path, report: dict, shown: Shown, step: int, trackers: Tracker
     for path in shown.figures:
         pixels = matplotlib.image.imread(path)[..., :3]  # (height, width, colours) without alpha
         board.writer.add_image(f"eval/{path.stem}", pixels, step, dataformats="HWC")
-    board.writer.add_custom_scalars(LAYOUT)
+    of = metrics.METRICS if "preferences" in report else metrics.REWARD_METRICS
+    board.custom_scalars(overview({metric.name for metric in of}))
     board.close(patience=60)
 
 

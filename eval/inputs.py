@@ -187,6 +187,26 @@ def trained(record: dict) -> dict | None:
         "pairs": (record.get("data") or {}).get("groups"),
         "data": card.shown_sources(record.get("data")),
         "reference": card.shown(reference) if reference else None,
+        **_earned(record),
+    }
+
+
+def _earned(record: dict) -> dict:
+    """What held-out prompts earned before and after training for rewards; {} for other training."""
+    evaluations = record.get("evaluations") or {}
+    if "algorithm" not in record["flags"] or len(evaluations) < 2:
+        return {}
+    steps = sorted(evaluations, key=int)
+    first, last = evaluations[steps[0]], evaluations[steps[-1]]
+    if "reward" not in first or "reward" not in last:  # no reward applied
+        return {}
+    return {
+        "earned": {
+            "rewards": record["rewards"],
+            "prompts": last["pairs"],
+            "before": first["reward"],
+            "after": {"value": last["reward"], "interval": last.get("reward_interval")},
+        }
     }
 
 

@@ -189,6 +189,11 @@ def _training(report: dict) -> list[str]:
     reference = trained["reference"]
     if reference and report["reference"] and reference != report["reference"]:
         line += f" Its reference in training was another: {reference}."
+    if earned := trained.get("earned"):
+        line += (
+            f" Its reward in training ({', '.join(earned['rewards'])}) on {earned['prompts']} held-out "
+            f"prompts: {earned['before']:.4g} before, {show(earned['after'])} after."
+        )
     return [line, ""]
 
 

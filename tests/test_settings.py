@@ -101,6 +101,16 @@ def test_flags_that_may_differ_on_resume():
     }
 
 
+def test_flags_that_tell_runs_apart():
+    """Those used most that change what is computed, and whatever else is not at its default."""
+    given = settings.Preference(lr=1e-4, grad_clip=1.0, seed=7, keep=9, output="runs/x")
+    told = settings.telling(given)
+    assert told["lr"] == 1e-4 and told["beta"] == 0.1 and told["seed"] == 7
+    # at its default; where a run writes and what it keeps
+    assert not {"grad_clip", "keep", "output", "ds_config"} & set(told)
+    assert set(told) == {*"model data loss beta lr batch_size epochs max_length seed".split()}
+
+
 def test_flags_that_evaluation_inherits():
     assert settings.inherited_defaults(settings.Preference) == {
         "beta": 0.1,
@@ -269,7 +279,9 @@ def test_help_is_in_groups(capsys, monkeypatch, kind):
     assert sorted(flags) == sorted(names | {"config", "print_config"})
     if "precision" in names:
         assert "--precision {auto,bf16,fp32}" in shown and "--layout {packed,padded}" in shown
+    assert str(settings.ROOT) not in shown
     if kind is BY_NAME["dpo"]:
+        assert "(default: ds_configs/zero0.json)" in " ".join(shown.split())
         assert all(re.search(rf"\b{loss}\b", shown) for loss in PREFERENCE_LOSSES)
 
 

@@ -123,6 +123,19 @@ def names_that_may_change(settings) -> set[str]:
     return {f.name for f in dataclasses.fields(settings) if f.metadata.get("may_change")}
 
 
+def telling(settings) -> dict[str, Any]:
+    """The flags of an instance that tell its run from others: what it computes, as far as people
+    look at it first or it is not at its default.
+    """
+    usual, told = defaults(settings), set(settings.used_most.split())
+    return {
+        name: getattr(settings, name)
+        for name in (f.name for f in dataclasses.fields(settings))
+        if name not in names_that_may_change(settings)
+        and (name in told or getattr(settings, name) != usual.get(name))
+    }
+
+
 def defaults(settings) -> dict[str, Any]:
     """The default of every flag of a Settings class, or of an instance, that has one."""
     found = {}
@@ -412,7 +425,10 @@ class Training(Data):
             raise ValueError("--lr_scheduler cosine_with_min_lr needs --min_lr, where it ends")
         end = 1e-7 if self.min_lr is None and self.lr_scheduler == "polynomial" else self.min_lr
         if end is not None and not end < self.lr:
-            raise ValueError(f"--min_lr {end} is not below --lr {self.lr}")
+            default = "" if self.min_lr is not None else ", polynomial's default,"
+            raise ValueError(
+                f"--min_lr {end}{default} is not below --lr {self.lr}: choose a smaller --min_lr"
+            )
 
 
 @dataclasses.dataclass
@@ -633,15 +649,23 @@ class Policy(Training):
         weights = self.reward_weights
         sources = len(self.reward or ()) + bool(self.reward_model)
         if weights is not None and len(weights) != sources:
-            raise ValueError(f"--reward_weights: {len(weights)} weights for {sources} sources")
+            raise ValueError(
+                f"--reward_weights: {len(weights)} for {sources} "
+                f"source{'s' * (sources != 1)}: one for each --reward, then for --reward_model"
+            )
         if self.max_prompt_length is None or self.max_prompt_length + self.max_new_tokens > (
             self.max_length
         ):
             room = self.max_length - self.max_new_tokens
+            if room > 0:
+                fits = f"--max_prompt_length {room}"
+            else:  # where half of --max_length was taken for the prompt, it will be again
+                prompt = self.max_new_tokens if self.adapted else self.max_prompt_length or 256
+                fits = f"--max_length {self.max_new_tokens + prompt}"
             raise ValueError(
                 f"--max_length {self.max_length} has no room for a prompt of "
                 f"{self.max_prompt_length or 'any length'} and {self.max_new_tokens} new tokens: "
-                f"--max_prompt_length {room} would fit"
+                f"{fits} would fit"
             )
 
     @classmethod

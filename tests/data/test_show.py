@@ -69,6 +69,20 @@ def test_markdown(letters, data):
     assert all(line.startswith("    ") for block in blocks for line in block.splitlines())
 
 
+def test_markdown_folds_long_lines(letters, tmp_path):
+    """What is shown below each other is the line; ids and tokens stay in their column."""
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "chosen": "ab" * 150, "rejected": "c d " * 60}))
+    data = collect([str(path)], letters, max_length=900)
+    whole = show.as_text(show.record(letters, data, 0, 2))
+    text = show.as_markdown(letters, data, 2)
+    lines = [line[4:] for line in text.splitlines()]
+    assert max(map(len, lines)) <= show.FOLDED < max(map(len, whole.splitlines()))
+    assert "".join(text.split()) == "".join(whole.split())
+    after_ids = lines[[line.startswith("    ids ") for line in lines].index(True, 3) + 1]
+    assert after_ids.startswith(" " * 12) and after_ids[12:13].isdigit()
+
+
 def test_labelled(letters, tmp_path):
     path = tmp_path / "b.jsonl"
     path.write_text(json.dumps({"prompt": "Hi", "completion": "ok", "label": False}))

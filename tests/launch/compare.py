@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
@@ -51,6 +52,27 @@ def flags(model_dir, few, out, stage=0, *extra):
         7,
         *extra,
     ]
+
+
+def layout(events):
+    """Pages of CUSTOM SCALARS as TensorBoard reads them: {page: {chart: patterns}}."""
+    (event,) = events.Tensors("custom_scalars__config__")
+    read = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        page.title: {chart.title: list(chart.multiline.tag) for chart in page.chart}
+        for page in read.category
+    }
+
+
+def charts(folder):
+    """{chart: the run's tags that CUSTOM SCALARS draws in it}, of a folder of TensorBoard's files."""
+    events = EventAccumulator(str(folder)).Reload()
+    tags = events.Tags()["scalars"]
+    return {
+        chart: [tag for tag in tags for pattern in patterns if re.match(pattern, tag)]
+        for page in layout(events).values()
+        for chart, patterns in page.items()
+    }
 
 
 EXPECTED = ("train/loss", "train/grad_norm", "val/rewards/margins", "train/learning_rate")

@@ -100,6 +100,11 @@ def test_reward_model_then_ppo_then_its_evaluation(model_dir, mine, tmp_path):
     assert report["data"]["groups"] == trained["eval_data"]["groups"]
     assert report["trained"]["algorithm"] == "grpo" and report["reference"] == "llama"
     assert "reward" in report["generations"]["sampled"]["model"]
+    earned, last = report["trained"]["earned"], trained["evaluations"]["2"]
+    assert earned["before"] == trained["evaluations"]["0"]["reward"]
+    assert earned["after"]["value"] == last["reward"] and earned["prompts"] == last["pairs"]
+    page = (out / "ppo/eval/report.md").read_text(encoding="utf-8")
+    assert f"reward in training (reward_model) on {last['pairs']} held-out prompts" in page
     card = (out / "ppo/model/README.md").read_text(encoding="utf-8")
     assert "## Evaluation on my pairs.jsonl" in card and "## Results of training" in card
 

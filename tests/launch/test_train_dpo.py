@@ -13,6 +13,8 @@ import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.launch.commands import ROOT, free_port, launched, several
+from tests.launch.compare import charts
+from train.run.tensorboard import CHARTS
 
 SCRIPT = "launch/train_dpo.py"
 COMMON = ["--max_length", 512]  # the tiny model's positions
@@ -20,7 +22,7 @@ PAIRS = ROOT / "train/data/builtin/train.jsonl"
 
 
 def scalars(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
     return events, {
         tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
@@ -123,6 +125,12 @@ def _check_boards(out, run):
         "val/histogram/logps_chosen",
         "train/histogram/margins",
     } <= set(events.Tags()["histograms"])
+    # not before the first step, where policy and reference are one
+    assert [event.step for event in events.Histograms("val/histogram/margins")] == [2, 3]
+    assert [event.step for event in events.Histograms("val/histogram/logps_chosen")][0] == 0
+    drawn = charts(out / "tensorboard")
+    assert set(drawn["margin"]) == {"train/rewards/margins", "val/rewards/margins"}
+    assert set(drawn) == set(CHARTS) and all(drawn.values())
     assert run["evaluations"]["3"]["loss"] == pytest.approx(found["val/loss"][-1][1], rel=1e-6)
 
 

@@ -11,7 +11,7 @@ import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.launch.commands import ROOT, free_port, launched, several
-from tests.launch.compare import same_bits, scalars, until, weights
+from tests.launch.compare import charts, same_bits, scalars, until, weights
 from tests.launch.warm import Warm
 from train.engine import memory
 from train.models.pretrained import load_score_model
@@ -73,6 +73,8 @@ def test_what_a_run_leaves(finished):
     events = EventAccumulator(str(out / "tensorboard"), {"histograms": 0}).Reload()
     for name in ("rewards", "lengths", "advantages", "kl", "ratios"):
         assert len(events.Histograms(f"train/histogram/{name}")) == 3, name
+    drawn = charts(out / "tensorboard")
+    assert set(drawn["reward"]) == {"objective/scores", "eval/reward"} and all(drawn.values())
     run = record(out)
     assert run["algorithm"]["epochs"] == 2 and run["rewards"] == ["vowels"]
     assert set(run["evaluations"]) == {"0", "3"} and run["results"]["kl"] > 0
@@ -322,7 +324,7 @@ def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
         ([*good, "--algorithm", "sapo", "--clip_low", 0], 2, "the gate's temperatures"),
         (changed("--max_new_tokens", 200), 2, "has no room for a prompt of 96"),
         (changed("--reward_model", model_dir), 2, "is no reward model: it has no score.weight"),
-        ([*good, "--reward_weights", "1", "2"], 2, "2 weights for 1 sources"),
+        ([*good, "--reward_weights", "1", "2"], 2, "--reward_weights: 2 for 1 source:"),
         (changed("--reward_model", two_labels), 2, "has 2 outputs"),
         ([*ppo, "--value_model", two_labels], 2, "has 2 outputs"),
         ([*ppo, "--value_model", other_words], 2, "--value_model"),

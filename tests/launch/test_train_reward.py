@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tests.launch.compare import (
     ROOT,
     STEPS,
+    charts,
     flags,
     moments,
     same_bits,
@@ -62,6 +63,8 @@ def test_what_a_run_leaves(finished, few):
         assert [step for step, _ in found[f"val/{name}"]] == [0, 3, 6, 8]
         assert [step for step, _ in found[f"train/{name}"]] == [2, 4, 6, 8]
     assert not any("logps" in tag or "bf16" in tag for tag in found)
+    drawn = charts(finished / "tensorboard")
+    assert "log-probs" not in drawn and all(drawn.values())
     results = run["results"]
     assert results["rewards/accuracies"] > 0.75 and results["loss"] < 0.6
     assert run["evaluations"]["8"]["pairs"] == 44 and run["task"] == "reward"

@@ -34,6 +34,8 @@ def test_commands_hold_in_the_folder_where_they_are_printed(monkeypatch, tmp_pat
         str(ROOT / "eval/evaluate.py"),
     ]
     assert commands.tensorboard(Path("my runs")) == "tensorboard --logdir 'my runs'"
+    assert commands.tensorboard(Path("my runs").resolve()) == "tensorboard --logdir 'my runs'"
+    assert commands.tensorboard(Path("/")) == "tensorboard --logdir /"  # not from here
 
 
 @pytest.mark.parametrize(

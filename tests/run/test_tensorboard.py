@@ -3,9 +3,13 @@
 import logging
 import os
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
-from train.run.tensorboard import Board
+from tests.launch.compare import layout
+from train.losses import metrics
+from train.run.tensorboard import CHARTS, Board, overview
 
 
 def told(folder, tag="loss"):
@@ -26,6 +30,48 @@ def run(folder, start, steps, position=None):
     board.scalars({"val": start}, steps[-1])  # an evaluation after the last position
     board.flush()
     return positions
+
+
+def events_of(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_the_overview_joins_training_and_evaluation(tmp_path):
+    names = {metric.name for metric in metrics.METRICS}
+    board = Board(tmp_path, total=0, quiet=True)
+    board.custom_scalars(overview(names))
+    board.close()
+    (charts,) = layout(events_of(tmp_path)).values()
+    assert list(charts) == list(CHARTS)
+    assert charts["margin"] == [f"{split}/rewards/margins$" for split in ("train", "val", "eval")]
+    # of the whole name: logps/chosen_per_token has a scale of its own
+    assert "val/logps/chosen$" in charts["log-probs"]
+    of_rewards = overview({metric.name for metric in metrics.REWARD_METRICS})["overview"]
+    assert set(charts) - set(of_rewards) == {"log-probs"}
+
+
+def test_flags_stand_beside_the_last_values(tmp_path):
+    """As HPARAMS reads them; no scalar is written twice, and no group of its own for them."""
+    board = Board(tmp_path, total=0, quiet=True)
+    board.scalars({"val/loss": 0.5}, 6)
+    board.hparams({"lr": 0.1, "loss": "ipo", "trust": False, "model": None}, ["val/loss"], {}, 6)
+    board.close()
+    (path,) = tmp_path.iterdir()
+    events = events_of(tmp_path)
+    assert events.Tags()["scalars"] == ["val/loss"] and len(events.Scalars("val/loss")) == 1
+    data = events.summary_metadata
+    content = {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(m.plugin_data.content)
+        for tag, m in data.items()
+        if m.plugin_data.plugin_name == "hparams"
+    }
+    given = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert given["lr"].number_value == pytest.approx(0.1) and given["loss"].string_value == "ipo"
+    assert given["trust"].string_value == "False" and given["model"].string_value == "None"
+    (info,) = content["_hparams_/experiment"].experiment.metric_infos
+    assert info.name.tag == "val/loss"
 
 
 def test_what_came_after_the_position_is_gone(tmp_path):

@@ -225,7 +225,7 @@ def test_the_board_tells_them_and_the_files_can_be_left_out(stand_in, tmp_path, 
         LOGGED.clear()
         board = tensorboard.open_board(run, report_to)
         board.scalars({"loss": 1.5}, 1, "train/")
-        board.hparams({"beta": 0.5}, {"final/loss": 2.0}, 2)
+        board.hparams({"beta": 0.5}, ["val/loss"], {"final/loss": 2.0}, 2)
         board.sync()
         board.close()
         return board

@@ -6,6 +6,7 @@ TensorBoard.
 """
 
 import json
+import textwrap
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from train.data.rows import Dropped
 NAMES = {2: ("chosen", "rejected"), 1: ("completion",)}  # of a row's responses, by their number
 BORDER = " ║ "  # between two tokens: the prompt ends, the response begins
 WIDTH = 2000  # characters of a dropped row that are shown
+FOLDED = 108  # characters of a line of TensorBoard's texts; more would be scrolled to
 # ANSI colours of a terminal.
 COLOURS = {"prompt": "36", "chosen": "32", "completion": "32", "rejected": "31", "end": "7"}
 FAINT = "2"
@@ -129,10 +131,15 @@ def as_text(found: dict, colour: bool = False) -> str:
 def as_markdown(
     tokenizer: PreTrainedTokenizerBase, data: Tokenised, end_id: int, rows: int = 3
 ) -> str:
-    """The first rows of a data set as Markdown, in the form of `as_text`: for TensorBoard's texts."""
+    """The first rows of a data set as Markdown, in the form of `as_text` with long lines folded: for
+    TensorBoard's texts.
+    """
     texts = [as_text(record(tokenizer, data, i, end_id)) for i in range(min(rows, len(data)))]
     # Indented by four, a block is code whatever is in it; a fence could be closed from within.
-    blocks = ["\n".join("    " + line for line in text.splitlines()) for text in texts]
+    blocks = [
+        "\n".join("    " + part for line in text.splitlines() for part in _folded(line))
+        for text in texts
+    ]
     return "\n\n---\n\n".join(blocks)
 
 
@@ -158,6 +165,21 @@ def _plain(value: Any) -> Any:
 
 def _lines(text: str) -> list[str]:
     return [_printable(line) for line in text.split("\n")]
+
+
+def _folded(line: str) -> list[str]:
+    """A line in parts of at most FOLDED characters, those after the first below its text."""
+    start = len(line) - len(line.lstrip())
+    if line[start:].startswith(("ids ", "tokens ", "scored ")):
+        start += len("tokens  ")
+    return textwrap.wrap(
+        line,
+        FOLDED,
+        subsequent_indent=" " * start,
+        drop_whitespace=False,
+        replace_whitespace=False,
+        break_on_hyphens=False,
+    ) or [line]
 
 
 def _printable(text: str) -> str:

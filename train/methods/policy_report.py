@@ -24,9 +24,20 @@ from train.methods.rollout import Rollout, per_answer
 from train.run import card, commands, report
 from train.run.meter import peak_memory
 from train.run.tensorboard import open_board
+from train.settings import telling
 
 SHOWN = 4  # answers in a table of TensorBoard, and in run.json before and after
 NAMES = [metric.name for metric in POLICY_METRICS]
+# CUSTOM SCALARS: what was drawn, and what the held-out prompts are answered with
+KL_CHART = "KL to the reference, nats"
+CHARTS = {
+    "reward": ["objective/scores", "eval/reward"],
+    KL_CHART: ["objective/kl", "eval/kl"],
+    "length, tokens": ["completions/mean_length", "eval/length"],
+    "ended by themselves": ["eval/ended"],
+    "repeated 4-grams": ["eval/repetition"],
+    "policy's loss": ["loss/policy_avg"],
+}
 CUT_WARNING, FLAT_WARNING = 0.5, 0.8
 
 
@@ -53,6 +64,10 @@ class PolicyReport:
     def start(self):
         """Open TensorBoard and the bar."""
         self.board = open_board(self.run, self.settings.report_to)
+        if not self.run.plan.begun:
+            no_kl = set() if self.algorithm.kl.coef else {KL_CHART}
+            charts = {title: tags for title, tags in CHARTS.items() if title not in no_kl}
+            self.board.custom_scalars({"rollouts": charts})
         if self._events is not None:
             self.board.cut(self._events)
             self.run.note(evaluations=self.evaluated, comparison=self.comparison)
@@ -309,12 +324,10 @@ class PolicyReport:
         first = self.evaluated.get(min(self.evaluated, default=0), {})
         last = self.evaluated.get(max(self.evaluated, default=0), {})
         results = {name: last[name] for name in NAMES if name in last}
+        tags = [f"eval/{name}" for name in results] or ["objective/scores"]
         results = results or {"reward": self.last.get("objective/scores", math.nan)}
-        self.board.hparams(
-            folder.record["flags"],
-            {f"final/{name}": value for name, value in results.items()},
-            self.run.plan.steps,
-        )
+        final = {f"final/{name}": value for name, value in results.items()}
+        self.board.hparams(telling(self.settings), tags, final, self.run.plan.steps)
         self.board.close(patience=60)
         module = self.models.policy.module
         folder.finish(
@@ -331,6 +344,7 @@ class PolicyReport:
             parts = [Metric(f"rewards/{name}", f"  of it {name}") for name in self.rewards.names]
             metrics = [POLICY_METRICS[0], *parts, *POLICY_METRICS[1:]]
             yield from report.table(metrics, first, last, "prompts")
+            yield f"({self.rewards.formula})"
             if "win_rate" in self.comparison:
                 yield f"{'better than before':<22} {show(self.comparison['win_rate'], 3)} of the prompts"
             pairs = zip(self.answers.get("before", ()), self.answers.get("after", ()), strict=False)

@@ -52,6 +52,15 @@ class Rewards:
             self.shift = float(getattr(config, "score_mean", 0.0) or 0.0)
             self.scale = float(getattr(config, "score_std", 1.0) or 1.0)
 
+    @property
+    def formula(self) -> str:
+        """What is maximised, for people: the sources with their weights."""
+        weighed = [
+            name if weight == 1 else f"{weight:g} x {name}"
+            for name, weight in zip(self.names, self.weights, strict=True)
+        ]
+        return f"the reward is {' + '.join(weighed)}"
+
     def score(self, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """((B, F) each source's scores, NaN where it does not apply; (B,) what is maximised). Every
         rank calls this.

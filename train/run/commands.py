@@ -38,7 +38,8 @@ def deepspeed(script: str, flags: dict) -> str:
 
 def tensorboard(folder: Path) -> str:
     """The command that shows the curves in `folder`."""
-    return shlex.join(["tensorboard", "--logdir", str(folder)])
+    here = os.path.relpath(folder)
+    return shlex.join(["tensorboard", "--logdir", str(folder) if here.startswith("..") else here])
 
 
 def evaluation(settings, folder: Path, config, **models) -> str:

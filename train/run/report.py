@@ -16,7 +16,8 @@ from train.losses.metrics import Metric
 from train.models.flops import FlopCounter
 from train.run import card, worries
 from train.run.meter import Meter, peak_flops
-from train.run.tensorboard import open_board
+from train.run.tensorboard import open_board, overview
+from train.settings import telling
 
 
 class Measures(NamedTuple):
@@ -84,6 +85,7 @@ class Report:
         with self.meter.pause():  # TensorBoard takes seconds to import
             self.board = open_board(self.run, self.settings.report_to)
         if not self.run.plan.begun:
+            self.board.custom_scalars(overview({each.name for each in self.measures.metrics}))
             self.board.text("data/first_rows", self.run.sample)
             if self.measures.about:
                 self.board.text("train/what_is_shown", self.measures.about)
@@ -170,7 +172,10 @@ class Report:
         mean = self.measures.means(self.measures.sums(examples, losses))
         self._scalars(mean, number, "val/", "val/")
         for name, values in self.measures.distributions(examples).items():
-            self.board.histogram(f"val/histogram/{name}", values, number)
+            # margins before the first step are all 0: beside that spike TensorBoard draws later
+            # steps flat
+            if len(values) and values.min() < values.max():
+                self.board.histogram(f"val/histogram/{name}", values, number)
         counted = {"pairs": len(losses)} | self.measures.intervals(mean, examples)
         self.evaluated[number] = mean | counted
         self.run.note(evaluations=self.evaluated)
@@ -250,9 +255,10 @@ class Report:
         last = self.evaluated.get(max(self.evaluated, default=0), {})
         in_table = [metric for metric in self.measures.metrics if metric.in_table]
         results = {metric.name: last[metric.name] for metric in in_table if metric.name in last}
+        tags = [f"val/{name}" for name in results] or ["train/loss"]
         results = results or {"train_loss": self.last["loss"]}
         final = {f"final/{name}": value for name, value in results.items()}
-        self.board.hparams(folder.record["flags"], final, self.run.plan.steps)
+        self.board.hparams(telling(self.settings), tags, final, self.run.plan.steps)
         self.board.close(patience=60)
         module = self.model.module
         folder.finish(

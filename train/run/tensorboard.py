@@ -15,6 +15,15 @@ from train.files import fsync
 from train.run import commands
 from train.run.trackers import Trackers
 
+# The page of CUSTOM SCALARS that training and evaluation share: what was trained on, what was held out
+# and what was evaluated in one chart. TensorBoard shows a chart once that both have written alike.
+CHARTS = {
+    "loss": ["loss"],
+    "margin": ["rewards/margins"],
+    "accuracy": ["rewards/accuracies"],
+    "rewards": ["rewards/chosen", "rewards/rejected"],
+    "log-probs": ["logps/chosen", "logps/rejected"],
+}
 # as TensorBoard names its files: the second, the host, the process
 EVENTS = re.compile(r"events\.out\.tfevents\.\d+\.")
 
@@ -103,18 +112,38 @@ class Board:
         if self.writer:
             self.writer.add_text(name, value, step)
 
-    def hparams(self, flags: dict, results: dict[str, float], step: int):
-        """Write the run's flags and its results after `step` to the HPARAMS page, in the same run
-        as the curves; the other trackers have the flags, and get the results.
+    def custom_scalars(self, pages: dict[str, dict[str, list[str]]]):
+        """Write what CUSTOM SCALARS shows: page -> chart -> the tags that it joins."""
+        if self.writer:
+            layout = {
+                page: {
+                    chart: [
+                        "Multiline",
+                        [f"{re.escape(tag)}$" for tag in tags],
+                    ]  # they are patterns
+                    for chart, tags in charts.items()
+                }
+                for page, charts in pages.items()
+            }
+            self.writer.add_custom_scalars(layout)
+
+    def hparams(self, flags: dict, tags: list[str], results: dict[str, float], step: int):
+        """Write the run's flags to the HPARAMS page, where the last values of these tags stand beside
+        them; the other trackers have the flags, and get the results after `step`.
         """
         if self.trackers:
             self.trackers.results(results, step)
         if self.writer:
-            values = {
-                name: value if isinstance(value, bool | int | float | str) else str(value)
+            from torch.utils.tensorboard import summary
+
+            is_number = {
+                name: isinstance(value, int | float) and not isinstance(value, bool)
                 for name, value in flags.items()
             }
-            self.writer.add_hparams(values, results, run_name=".", global_step=step)
+            values = {name: flags[name] if is_number[name] else str(flags[name]) for name in flags}
+            # add_hparams would write the values again, in a file of its own
+            for part in summary.hparams(values, dict.fromkeys(tags, 0.0)):
+                self.writer.file_writer.add_summary(part)
 
     def advance(self, shown: dict[str, str]):
         """Move the bar one step on, with these figures beside it."""
@@ -184,3 +213,15 @@ class Board:
             self.trackers.close(patience)
         if self.writer:
             self.writer.close()
+
+
+def overview(names) -> dict[str, dict[str, list[str]]]:
+    """The shared page of a run that has metrics of these names: those of CHARTS that it can fill."""
+    splits = ("train", "val", "eval")
+    return {
+        "overview": {
+            chart: [f"{split}/{name}" for name in joined for split in splits]
+            for chart, joined in CHARTS.items()
+            if set(joined) <= set(names)
+        }
+    }
