@@ -127,8 +127,8 @@ def test_what_is_wrong_is_said_in_one_line(capsys, argv, message):
         (b"layers: one\n", "layers: expected list[int], got 'one'"),
         (b"- 1\n", "expected lines of `key: value`"),
         (b"beta: [1\n", "line 2, column 1: expected ',' or ']', but got '<stream end>'"),
-        (b"beta: 1\nbeta: 2\n", "line 2, column 1: the key beta stands twice"),
-        (b"loss_args: {tau: 1, tau: 2}\n", "line 1, column 21: the key tau stands twice"),
+        (b"beta: 1\nbeta: 2\n", "line 2, column 1: the key beta stands twice: keep one"),
+        (b"loss_args: {tau: 1, tau: 2}\n", "line 1, column 21: the key tau stands twice: keep one"),
         (
             b"bta: 1\nprecision: fp16\nzz: 3\nbatch_size: a\n",
             "there is no key bta (did you mean beta?); there is no key zz; precision: expected one of "

@@ -40,7 +40,7 @@ import jsonargparse
 import yaml
 
 from train import other_trainers
-from train.files import near_names, shipped
+from train.files import ROOT, near_names, shipped
 
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 PARSER_FLAGS = ("config", "print_config", "help")  # what is there besides the fields
@@ -126,7 +126,7 @@ def _refuse_unwritable(settings):
     """ValueError for a value that must not, or cannot, stand in run.json, logs and model cards."""
     for name, value in as_dict(settings).items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"--{name} {value} is no 64-bit number")
+            raise ValueError(f"--{name} {value} is beyond 64 bits: choose one of at most 18 digits")
         text = json.dumps(value, ensure_ascii=False)
         if SECRET.search(text):
             raise ValueError(
@@ -239,6 +239,7 @@ class _Parser(jsonargparse.ArgumentParser):
         text, default = " ".join((action.help or "").split()), _to_json_types(_default(field))
         if field.default is not dataclasses.MISSING and default is not None:
             default = default if isinstance(default, str) else json.dumps(default)
+            default = default.removeprefix(f"{ROOT}/")  # as the pages name it
             text += f" (default: {default})"
         width = min(shutil.get_terminal_size().columns, 100)
         wrapped = textwrap.wrap(text, width - 8, break_on_hyphens=False, break_long_words=False)
@@ -362,7 +363,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} stands twice", key.start_mark
+                    None, None, f"the key {key.value} stands twice: keep one", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)

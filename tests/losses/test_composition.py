@@ -174,9 +174,9 @@ def test_arguments_go_to_the_loss_that_takes_them():
 @pytest.mark.parametrize(
     ("loss", "args", "message"),
     [
-        ("sigmoid", {"label_smoothing": "0.1"}, "label_smoothing is a float, not '0.1'"),
-        ("sigmoid", {"use_weighting": 1}, "use_weighting is a bool, not 1"),
-        ("sigmoid", {"ld_alpha": True}, "ld_alpha is a float, not True"),
+        ("sigmoid", {"label_smoothing": "0.1"}, "label_smoothing is a number, not '0.1'"),
+        ("sigmoid", {"use_weighting": 1}, "use_weighting is true or false, not 1"),
+        ("sigmoid", {"ld_alpha": True}, "ld_alpha is a number, not True"),
         ("sigmoid", {"ld_alpha": 1.5}, "ld_alpha lies in [0, 1]"),
         ("exo_pair", {"label_smoothing": 0.0}, "lies in (0, 0.5)"),
         ("discopop", {"tau": 0}, "tau of discopop is above 0"),

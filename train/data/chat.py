@@ -662,8 +662,10 @@ def check_fit(
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
             f"the data has token {largest:,}, {token!r}, and {of}'s vocabulary is "
-            f"{config.vocab_size:,}: tokenizer and model do not belong together"
+            f"{config.vocab_size:,}: take a tokenizer and a model that came together"
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
-        raise ValueError(f"--max_length {max_length} is more than {of}'s {positions} positions")
+        raise ValueError(
+            f"--max_length {max_length} is more than {of}'s {positions} positions: lower it"
+        )

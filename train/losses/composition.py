@@ -552,5 +552,6 @@ def _of_type(key, value, default):
     wanted = (int, float) if isinstance(default, float) else type(default)
     # a bool is an int to Python
     if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
-        raise ValueError(f"{key} is a {type(default).__name__}, not {value!r}")
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+        raise ValueError(f"{key} is {kinds[type(default)]}, not {value!r}")
     return value

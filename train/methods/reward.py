@@ -39,8 +39,10 @@ def check_targets(loss: Loss, name: str, data):
     row, of_pairs = loss.row, data.lengths.shape[1] == 3
     if row.takes_pairs != of_pairs:
         kinds = {True: "pairs", False: "single answers with labels or scores"}
+        others = {True: "bradley_terry takes those", False: "logistic or squared takes those"}
         raise ValueError(
-            f"--loss {loss.name} takes {kinds[row.takes_pairs]}, and {name} has {kinds[of_pairs]}"
+            f"--loss {loss.name} takes {kinds[row.takes_pairs]}, and {name} has {kinds[of_pairs]}: "
+            f"--loss {others[of_pairs]}"
         )
     if not of_pairs:
         wrong = (data.targets < row.least) | (data.targets > row.most)

@@ -78,7 +78,9 @@ def load_score_model(
     lm, missing = _load(SCORE, path, dtype, trust_remote_code, allow_pickle, num_labels=1)
     has_head = "score.weight" not in missing
     if needs_head and not has_head:
-        raise ValueError(f"{path} is no reward model: it has no score.weight")
+        raise ValueError(
+            f"{path} is no reward model: it has no score.weight; launch/train_reward.py makes one"
+        )
     _refuse_missing(path, [name for name in missing if name != "score.weight"])
     return lm, has_head
 
@@ -175,7 +177,8 @@ def _refuse_other_folders(folder: Path):
     if any(folder.glob("*config.json")) or any(folder.glob("*token*")):
         return
     inside = folder / "model"
-    hint = f": it is {inside}" if (inside / "config.json").is_file() else ""
+    is_inside = (inside / "config.json").is_file()
+    hint = f": it is {inside}" if is_inside else ": name a model's directory, or a hub name"
     raise ValueError(f"there is no model in {folder}, which has no config.json{hint}")
 
 

@@ -165,8 +165,10 @@ class Checkpointer:
             problems.append(problem)
             self.run.say(f"damaged checkpoint: {problem}")
         if problems:
-            advice = "" if named else "; --resume never starts over"
-            fail(f"no sound checkpoint: {problems[0]}{advice}", Exit.CHECKPOINT)
+            advice = (
+                "checkpoints lie in OUTPUT/checkpoints" if named else "--resume never starts over"
+            )
+            fail(f"no sound checkpoint: {problems[0]}; {advice}", Exit.CHECKPOINT)
         return None, None
 
     def _examine(self, path):
