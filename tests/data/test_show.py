@@ -8,6 +8,7 @@ from train.data import show
 from train.data.chat import Chat
 from train.data.rows import Dropped
 from train.data.tokens import collect
+from train.files import ROOT
 
 ROW = {"prompt": "Hi", "chosen": "ok", "rejected": "no \x1b[31m"}
 
@@ -81,6 +82,11 @@ def test_markdown_folds_long_lines(letters, tmp_path):
     assert "".join(text.split()) == "".join(whole.split())
     after_ids = lines[[line.startswith("    ids ") for line in lines].index(True, 3) + 1]
     assert after_ids.startswith(" " * 12) and after_ids[12:13].isdigit()
+
+
+def test_markdown_of_the_built_in_rows_names_no_place_on_this_machine(letters):
+    data = collect([f"{ROOT}/train/data/builtin/train.jsonl"], letters, max_length=900)
+    assert show.as_markdown(letters, data, 2).startswith("    train/data/builtin/train.jsonl row 0")
 
 
 def test_labelled(letters, tmp_path):

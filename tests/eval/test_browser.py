@@ -32,7 +32,7 @@ PAGES = {
     ],
     "histograms": ["eval/histogram/margins", "eval/histogram/reference/logps_chosen"],
     "text": ["eval/report", "eval/generations/greedy", "Against the reference", "Fine, and you?"],
-    "custom_scalars": ["overview", "margin", "accuracy", "rewards", "log-probs"],
+    "custom_scalars": ["overview: train, val and eval", "margin", "log-prob of rejected"],
     "pr_curves": ["eval/pr/chosen_or_rejected"],
 }
 # All text of the page, that of its components' shadow trees too.

@@ -64,7 +64,7 @@ def test_what_a_run_leaves(finished, few):
         assert [step for step, _ in found[f"train/{name}"]] == [2, 4, 6, 8]
     assert not any("logps" in tag or "bf16" in tag for tag in found)
     drawn = charts(finished / "tensorboard")
-    assert "log-probs" not in drawn and all(drawn.values())
+    assert "log-prob of chosen" not in drawn and all(drawn.values())
     results = run["results"]
     assert results["rewards/accuracies"] > 0.75 and results["loss"] < 0.6
     assert run["evaluations"]["8"]["pairs"] == 44 and run["task"] == "reward"

@@ -47,9 +47,9 @@ def test_the_overview_joins_training_and_evaluation(tmp_path):
     assert list(charts) == list(CHARTS)
     assert charts["margin"] == [f"{split}/rewards/margins$" for split in ("train", "val", "eval")]
     # of the whole name: logps/chosen_per_token has a scale of its own
-    assert "val/logps/chosen$" in charts["log-probs"]
-    of_rewards = overview({metric.name for metric in metrics.REWARD_METRICS})["overview"]
-    assert set(charts) - set(of_rewards) == {"log-probs"}
+    assert "val/logps/chosen$" in charts["log-prob of chosen"]
+    (of_rewards,) = overview({metric.name for metric in metrics.REWARD_METRICS}).values()
+    assert set(charts) - set(of_rewards) == {"log-prob of chosen", "log-prob of rejected"}
 
 
 def test_flags_stand_beside_the_last_values(tmp_path):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train.data.dataset import Tokenised
 from train.data.rows import Dropped
+from train.files import ROOT
 
 NAMES = {2: ("chosen", "rejected"), 1: ("completion",)}  # of a row's responses, by their number
 BORDER = " ║ "  # between two tokens: the prompt ends, the response begins
@@ -135,6 +136,7 @@ def as_markdown(
     TensorBoard's texts.
     """
     texts = [as_text(record(tokenizer, data, i, end_id)) for i in range(min(rows, len(data)))]
+    texts = [text.removeprefix(f"{ROOT}/") for text in texts]  # the built-in rows, on any machine
     # Indented by four, a block is code whatever is in it; a fence could be closed from within.
     blocks = [
         "\n".join("    " + part for line in text.splitlines() for part in _folded(line))
@@ -176,7 +178,6 @@ def _folded(line: str) -> list[str]:
         line,
         FOLDED,
         subsequent_indent=" " * start,
-        drop_whitespace=False,
         replace_whitespace=False,
         break_on_hyphens=False,
     ) or [line]

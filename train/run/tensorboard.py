@@ -15,14 +15,17 @@ from train.files import fsync
 from train.run import commands
 from train.run.trackers import Trackers
 
-# The page of CUSTOM SCALARS that training and evaluation share: what was trained on, what was held out
-# and what was evaluated in one chart. TensorBoard shows a chart once that both have written alike.
+# The page of CUSTOM SCALARS that training and evaluation write alike, and TensorBoard shows once: what
+# was trained on, what was held out and what was evaluated in one chart. A run has one colour for all
+# its lines, so a chart has one measure.
 CHARTS = {
-    "loss": ["loss"],
-    "margin": ["rewards/margins"],
-    "accuracy": ["rewards/accuracies"],
-    "rewards": ["rewards/chosen", "rewards/rejected"],
-    "log-probs": ["logps/chosen", "logps/rejected"],
+    "loss": "loss",
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "reward of chosen": "rewards/chosen",
+    "reward of rejected": "rewards/rejected",
+    "log-prob of chosen": "logps/chosen",
+    "log-prob of rejected": "logps/rejected",
 }
 # as TensorBoard names its files: the second, the host, the process
 EVENTS = re.compile(r"events\.out\.tfevents\.\d+\.")
@@ -217,11 +220,10 @@ class Board:
 
 def overview(names) -> dict[str, dict[str, list[str]]]:
     """The shared page of a run that has metrics of these names: those of CHARTS that it can fill."""
-    splits = ("train", "val", "eval")
     return {
-        "overview": {
-            chart: [f"{split}/{name}" for name in joined for split in splits]
-            for chart, joined in CHARTS.items()
-            if set(joined) <= set(names)
+        "overview: train, val and eval": {
+            chart: [f"{split}/{name}" for split in ("train", "val", "eval")]
+            for chart, name in CHARTS.items()
+            if name in names
         }
     }
