@@ -104,12 +104,17 @@ def _only_known(path, prefix, block, known):
 
 
 def resolve_precision(flag: str, device: torch.device) -> str:
-    """--precision resolved: auto is bf16 on CUDA and fp32 on CPU."""
+    """--precision resolved: auto is bf16 on GPUs that compute in it (sm80, an A100, and later), fp32
+    on others and on a CPU.
+    """
     if flag not in PRECISIONS:
         raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}, not {flag!r}")
     if flag != "auto":
         return flag
-    return "bf16" if device.type == "cuda" else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    # V100 and T4 take bf16 and compute it in steps of other types
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
 def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
@@ -129,6 +134,8 @@ def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offload works with our AdamW, and compiles nothing
         "steps_per_print": config.get("steps_per_print", 10**9),
+        # it waits for the device twice a batch, for a number that nobody reads: Meter has its own
+        "timers": {"throughput": {"enabled": False}},
         # where it is not said, DeepSpeed clips to 1
         "gradient_clipping": grad_clip if stage > 0 else 0.0,
     }

@@ -24,6 +24,13 @@ def sum_per_response(values, lengths):
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
+def per_token(of_each, lengths, values):
+    """(N,) a number a response -> (T,) the same at each of its tokens, of which `values`, (T,), says
+    how many there are: torch would otherwise add the lengths up and wait for the device.
+    """
+    return of_each.repeat_interleave(lengths, output_size=values.shape[0])
+
+
 def damped(values, lengths, alpha):
     """LD-DPO's token values: past the shorter response of each pair they count `alpha` times.
     (T,) nats, (2B,) tokens -> (T,) nats.
@@ -34,9 +41,9 @@ def damped(values, lengths, alpha):
     """
     starts = lengths.cumsum(0) - lengths  # (2B,) each response's first token
     place = torch.arange(values.shape[0], device=values.device)
-    place = place - starts.repeat_interleave(lengths)  # (T,) within its response
+    place = place - per_token(starts, lengths, values)  # (T,) within its response
     shorter = lengths.view(-1, 2).amin(1)  # (B,) l_p
-    shared = shorter.repeat_interleave(2).repeat_interleave(lengths)  # (T,)
+    shared = per_token(shorter.repeat_interleave(2), lengths, values)  # (T,)
     return torch.where(place < shared, values, alpha * values)
 
 

@@ -14,7 +14,7 @@ import torch
 from train.losses.algorithms import ALGORITHMS as ALGORITHMS
 from train.losses.algorithms import KL as KL
 from train.losses.algorithms import Algorithm
-from train.losses.logprobs import sum_per_response
+from train.losses.logprobs import per_token, sum_per_response
 
 KL_SLACK = 1.5  # times --target_kl: where updates stop, as in OpenAI's Spinning Up
 MOST_NATS = 20.0  # of a log-ratio, either way: e^20 is far outside every clip
@@ -71,7 +71,7 @@ def policy_loss(algorithm: Algorithm, logps: torch.Tensor, known) -> PolicySums:
         kl = kl_in_loss(algorithm.kl.estimator, logps, known.ref.double(), ratio)
         losses = losses + algorithm.kl.coef * kl
     if algorithm.denominator == "samples":
-        losses = losses / lengths.repeat_interleave(lengths)
+        losses = losses / per_token(lengths, lengths, losses)
     fixed = ratio.detach()
     return PolicySums(
         loss=losses.sum(),
@@ -92,7 +92,7 @@ def answer_ratio(algorithm: Algorithm, log_ratio, lengths) -> torch.Tensor:
     of_answer = sum_per_response(log_ratio, lengths)  # (N,)
     if algorithm.ratio == "mean":
         of_answer = of_answer / lengths
-    return bounded(of_answer).exp().repeat_interleave(lengths)
+    return per_token(bounded(of_answer).exp(), lengths, log_ratio)
 
 
 def bounded(log_ratio):
@@ -114,7 +114,8 @@ def clipped_loss(algorithm: Algorithm, ratio, advantages, logps):
         weight = ratio.detach().clamp(max=high)
         return -weight * advantages * logps, ratio.detach() > high
     if algorithm.ratio == "gate":
-        tau = torch.where(advantages > 0, ratio.new_tensor(high), ratio.new_tensor(low))
+        # filled on the device: `new_tensor` would copy a number from the host, and wait
+        tau = torch.where(advantages > 0, torch.full_like(ratio, high), torch.full_like(ratio, low))
         gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
         return -gate * advantages, torch.zeros_like(ratio, dtype=torch.bool)
     gains = ratio * advantages

@@ -14,6 +14,7 @@ the step; k responses of an example; M mismatched responses.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from train.data.packing import Group, PackedBatch, plan_batches
@@ -237,13 +238,22 @@ def score_batch(logps, ref_logps: torch.Tensor, batch: PackedBatch, loss: Loss) 
     mismatched = logps.new_zeros(0)
     if loss.needs_mismatched and batch.num_responses:
         k = 1 if labelled else 2  # the first k responses of a group are its own
-        own = [j < k for _, *sizes in batch.shape for j in range(len(sizes))]
-        own = torch.tensor(own, device=logps.device)  # (N,)
-        own_tokens = own.repeat_interleave(lengths)  # (T,)
-        other = lengths[~own]
-        mismatched = sum_per_response(logps[~own_tokens].detach(), other)
-        mismatched = mismatched - sum_per_response(ref_logps[~own_tokens], other)
-        logps, ref_logps, lengths = logps[own_tokens], ref_logps[own_tokens], lengths[own]
+        own = np.array([j < k for _, *sizes in batch.shape for j in range(len(sizes))])  # (N,) bool
+        # nothing predicts the first token of plain text
+        scored = [size - (not prompt) for prompt, *sizes in batch.shape for size in sizes]
+        own_tokens = np.repeat(own, scored)  # (T,) bool
+
+        def places(
+            mask,
+        ):  # made on the host: how many they are would have to be asked of the device
+            return torch.from_numpy(mask.nonzero()[0]).to(logps.device, non_blocking=True)
+
+        other, other_tokens = lengths[places(~own)], places(~own_tokens)
+        mismatched = sum_per_response(logps[other_tokens].detach(), other)
+        mismatched = mismatched - sum_per_response(ref_logps[other_tokens], other)
+        own_tokens = places(own_tokens)
+        logps, ref_logps = logps[own_tokens], ref_logps[own_tokens]
+        lengths = lengths[places(own)]
         log_p2 = log_p2[own_tokens] if log_p2 is not None else None
     of_each = wpo_weights(logps, log_p2, lengths) if log_p2 is not None else None  # (N,)
     scores = response_scores(logps, lengths, loss)  # (N,) nats

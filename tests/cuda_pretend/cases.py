@@ -1,0 +1,515 @@
+"""What is run on pretend CUDA: each case a function of a Pretend that returns facts, or raises.
+
+To add one: a function, and its name in CASES. It is run by run_cases.py, in whose process torch sees
+a GPU; test_pretend.py looks at what came out.
+"""
+
+import types
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch.nn import functional as F
+
+from tests.cuda_pretend import pretend
+from tests.engine.made_pairs import made_pairs, with_targets
+from train.data.packing import pack
+from train.engine import ds_config
+from train.engine.trained import TrainedModel
+from train.losses import composition
+from train.losses import policy as losses_of_policies
+from train.losses import reward as losses_of_rewards
+from train.methods import preference, preference_report, reward
+from train.methods.reference import Live
+from train.methods.rollout import Known
+from train.models import generate, lora
+from train.models.backbone import Backbone
+from train.models.heads import ScoreModel
+from train.run.meter import Meter
+
+# FILE:FUNCTION where the host may wait for the device, and why.
+MAY_WAIT = {
+    "train/engine/trained.py:_step_unsharded": "the norm decides whether the update is applied",
+    "train/models/generate.py:_decode": "who has finished is looked at after each token",
+    "train/models/generate.py:_close_gaps": "where somebody has",
+    "train/models/cache.py:batch_select_indices": "the same",
+    "train/models/cache.py:update": "transformers' layer of a window begins with empty tensors",
+    "train/models/generate.py:_prefill": "prompts come from lists, once a batch",
+    **dict.fromkeys(
+        (
+            "train/methods/preference.py:score_examples",
+            "train/methods/preference.py:<listcomp>",
+            "train/methods/preference.py:<genexpr>",
+            "train/methods/preference.py:forward",
+        ),
+        "a coupled loss sees the whole step, which is put together on the CPU",
+    ),
+}
+
+
+class Pretend(NamedTuple):
+    """What a case gets."""
+
+    watch: object  # pretend.make_watch's
+    fake: object  # the FakeTensorMode
+
+
+class Family(NamedTuple):
+    """A model's shape, as a model of that family has it but for its layers."""
+
+    config: type
+    shape: dict
+    lora: bool = False
+    checkpointing: bool = False
+
+
+SMOLLM = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+LLAMA = transformers.LlamaConfig
+FAMILIES: dict[str, Family] = {
+    "llama": Family(LLAMA, SMOLLM),
+    "llama_lora": Family(LLAMA, SMOLLM, lora=True),
+    "llama_checkpointing": Family(LLAMA, SMOLLM, checkpointing=True),
+    "qwen3": Family(
+        transformers.Qwen3Config,
+        dict(
+            vocab_size=151936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "gemma": Family(
+        transformers.GemmaConfig,
+        dict(
+            vocab_size=256000,
+            hidden_size=2048,
+            intermediate_size=16384,
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            head_dim=256,
+        ),
+    ),
+    "gemma3": Family(
+        transformers.Gemma3TextConfig,
+        dict(
+            vocab_size=262144,
+            hidden_size=640,
+            intermediate_size=2048,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
+    "mistral_window": Family(
+        transformers.MistralConfig,
+        dict(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            sliding_window=16,
+        ),
+    ),
+    "gpt2": Family(
+        transformers.GPT2Config,
+        dict(vocab_size=50257, n_embd=768, n_head=12, n_positions=1024),
+    ),
+    "phi3": Family(
+        transformers.Phi3Config,
+        dict(
+            vocab_size=32064,
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            sliding_window=None,
+        ),
+    ),
+}
+LAYERS = 2
+
+
+def make_lm(family: Family, layers=LAYERS, kind=transformers.AutoModelForCausalLM, **changes):
+    """A model of `family` of so many layers, on the GPU."""
+    shape = dict(family.shape)
+    if "layer_types" in shape:
+        shape["layer_types"] = shape["layer_types"][:layers]
+    depth = "n_layer" if family.config is transformers.GPT2Config else "num_hidden_layers"
+    config = family.config(**shape, **{depth: layers}, pad_token_id=0, **changes)
+    with torch.device("cuda"):
+        lm = kind.from_config(config, dtype=torch.float32)
+    if family.lora:
+        lora.add(lm, 8, 16, None)
+    return lm
+
+
+def under_deepspeed(module, family: Family) -> TrainedModel:
+    """The module under a real DeepSpeed engine of stage 0, as a run in bf16 makes it."""
+    if family.checkpointing:
+        module.checkpoint_activations()
+    config = ds_config.resolve(ds_config.read_config("ds_configs/zero0.json"), "bf16", 1.0)
+    return TrainedModel(
+        module,
+        config,
+        lr=1e-5,
+        weight_decay=0.1,
+        grad_clip=1.0,
+        scheduler="cosine",
+        warmup_ratio=0.1,
+        total_steps=100,
+    )
+
+
+def check_gradients(module):
+    """Every trained parameter's gradient is on the GPU, in its own dtype."""
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, f"{name} has no gradient"
+            assert p.grad.is_cuda and p.grad.dtype == p.dtype, (name, p.grad.device, p.grad.dtype)
+
+
+def made_batch(data=None):
+    """A packed batch of pairs on the GPU."""
+    data = data or made_pairs()
+    return pack([data.group(i) for i in range(len(data))]).to("cuda")
+
+
+def policy_and_reference(family: Family, layers=LAYERS):
+    """(a TrainedModel, a Live or what switches adapters off) of one family."""
+    module = Backbone(make_lm(family, layers), autocast=torch.bfloat16)
+    frozen = Backbone(make_lm(family._replace(lora=False), layers), autocast=torch.bfloat16)
+    return under_deepspeed(module, family), Live(frozen, {})
+
+
+def preference_step(watch, policy, reference, loss, batch, meter):
+    """A step as launch/train_dpo.py has it, phase by phase."""
+    with watch.phase("reference"):
+        ref_logps = reference(batch)
+    with watch.phase("forward"):
+        logps = policy(batch, log_p2=loss.shared.use_weighting)
+    with watch.phase("loss"):
+        scored = preference.score_batch(logps, ref_logps, batch, loss)
+        losses = loss(scored.examples, scored.weights)
+        total = losses.sum() / len(batch.shape)
+    with watch.phase("backward"):
+        policy.backward(total)
+    check_gradients(policy.module)
+    with watch.phase("measures"):
+        sums = preference_report.sums(loss, scored.examples, losses)
+        shown = preference_report.distributions(loss, scored.examples)
+        kept = torch.stack(list(shown.values()), 1).detach()
+        meter.add(sums, batch.input_ids.shape[0], 1.0, kept)
+    with watch.phase("update"):
+        policy.step()
+
+
+def a_meter() -> Meter:
+    """A run's sums of preference training, on the GPU."""
+    columns = 1 + len(preference_report.metrics.PAIR_SUMS)
+    return Meter(columns, torch.device("cuda"), peak=1e12)
+
+
+def step_of(name: str):
+    """The case of a family: four steps, every uncoupled loss, a reward model's and a value model's
+    step, and what a layer costs.
+    """
+    family = FAMILIES[name]
+
+    def case(run: Pretend) -> dict:
+        watch = run.watch
+        with run.fake:
+            policy, reference = policy_and_reference(family)
+            batch = made_batch()
+            loss = composition.choose("sigmoid", 0.1, {})
+            meter = a_meter()
+            with watch:
+                # DeepSpeed's timer waits for the device from its third step on
+                for _ in range(4):
+                    watch.forget()
+                    preference_step(watch, policy, reference, loss, batch, meter)
+            facts = {"step": dict(watch.launches)}
+            with watch:
+                logps = policy(batch, log_p2=True)
+                every_loss(logps, reference(batch), batch, variants=name == "llama")
+            facts["layer"] = a_layer(run, family, batch)
+            scores(run, family)
+        return facts
+
+    return case
+
+
+def every_loss(logps, ref_logps, batch, variants: bool):
+    """Every loss that does not couple a step, down to the log-probs' gradient; the coupled ones have
+    a case of their own. variants: with what goes along with losses as well.
+    """
+    leaf, log_p2 = logps[0].detach().requires_grad_(), logps[1]
+    for name, row in composition.LOSSES.items():
+        if row.couples:
+            continue
+        shared = [{}]
+        if variants:
+            shared += [{"use_weighting": True}] if not row.sorts else []
+            shared += [{"ld_alpha": 0.5}] if row.needs_reference else []
+            divergences = composition.DIVERGENCES if row.f_divergence else ()
+            shared += [{"f_divergence_type": each} for each in divergences]
+        for args in shared:
+            loss = composition.choose(name, 0.1, args)
+            given = (leaf, log_p2) if loss.shared.use_weighting else leaf
+            scored = preference.score_batch(given, ref_logps, batch, loss)
+            losses = loss(scored.examples, scored.weights)
+            (gradient,) = torch.autograd.grad(losses.sum(), [leaf])
+            assert losses.is_cuda and losses.dtype == torch.float64
+            assert gradient.is_cuda and gradient.dtype == torch.float32
+            preference_report.sums(loss, scored.examples, losses)
+            preference_report.distributions(loss, scored.examples)
+
+
+def scores(run: Pretend, family: Family):
+    """A reward model's step for each of its losses, and PPO's minibatch with a value model."""
+    watch = run.watch
+    kind = transformers.AutoModelForSequenceClassification
+    module = ScoreModel(make_lm(family, kind=kind, num_labels=1), autocast=torch.bfloat16)
+    model = under_deepspeed(module, family)
+    for name, row in losses_of_rewards.LOSSES.items():
+        data = with_targets(made_pairs(), singles=not row.takes_pairs)
+        batch = made_batch(data)
+        loss = losses_of_rewards.choose(name, {})
+        with watch:
+            examples = reward.examples(model(batch, at="last"), batch, row.takes_pairs)
+            losses = loss(examples)
+            model.backward(losses.sum() / len(batch.shape))
+            model.step()
+    check_of_values(watch, model)
+
+
+def check_of_values(watch, critic):
+    """A value model's part of PPO's minibatch."""
+    batch = made_batch()
+    known = made_known(batch)
+    algorithm = losses_of_policies.ALGORITHMS["ppo"]
+    with watch:
+        of_values = losses_of_policies.value_loss(algorithm, critic(batch, at="before"), known)
+        critic.backward(of_values.loss / batch.target.shape[0])
+    check_gradients(critic.module)
+    with watch:
+        critic.step()
+
+
+def made_known(batch) -> Known:
+    """What a rollout knows of a batch's tokens, on the GPU."""
+    tokens = torch.zeros(batch.target.shape[0], device="cuda")
+    return Known(tokens, tokens, tokens, tokens, tokens, batch.lengths)
+
+
+def ppo(run: Pretend) -> dict:
+    """PPO's minibatch: the policy's loss of every algorithm, and the update."""
+    watch, family = run.watch, FAMILIES["llama"]
+    with run.fake:
+        policy, _ = policy_and_reference(family)
+        batch = made_batch()
+        known = made_known(batch)
+        for algorithm in losses_of_policies.ALGORITHMS.values():
+            with watch:
+                logps = policy(batch, temperature=0.7)
+                found = losses_of_policies.policy_loss(algorithm, logps, known)
+                policy.backward(found.loss / 100)
+                losses_of_policies.sums(found, None, 100, 100)
+                policy.step(advance=False)
+    return {}
+
+
+def coupled(run: Pretend) -> dict:
+    """KTO, BCO and AOT: the step's scores first, then the losses with their known gradient.
+
+    aot_unpaired is left out: on the CPU, where the step is put together, it counts the desired ones
+    among values that a fake tensor does not have. On the GPU it does what aot does.
+    """
+    watch, family = run.watch, FAMILIES["llama"]
+    data = made_pairs()
+    data.labels = None
+    data.rows = list(range(len(data)))
+    device = torch.device("cuda")
+    plan = types.SimpleNamespace(batch_tokens=4000)
+    holder = types.SimpleNamespace(device=device, plan=plan)
+    with run.fake:
+        policy, reference = policy_and_reference(family)
+        batch = made_batch(data)
+        groups = list(range(len(data)))
+        step = types.SimpleNamespace(groups=groups, groups_of_batches=[tuple(groups)])
+        for name, row in composition.LOSSES.items():
+            if not row.couples or name == "aot_unpaired":
+                continue
+            loss = composition.choose(name, 0.1, {})
+            objective = preference.Objective(holder, loss, policy, reference, data, max_length=100)
+            with watch:
+                objective.begin(step)
+                scored = objective.score(policy(batch), objective.ref_logps(batch), batch)
+                losses = objective.losses(scored)
+                policy.backward(losses.sum() / 11)
+                policy.step()
+    return {}
+
+
+def a_layer(run: Pretend, family: Family, batch) -> dict:
+    """{phase: launches}: what one more layer costs."""
+    found = []
+    for layers in (LAYERS - 1, LAYERS):
+        module = Backbone(make_lm(family, layers), autocast=torch.bfloat16)
+        if family.checkpointing:
+            module.checkpoint_activations()
+        frozen = Backbone(make_lm(family._replace(lora=False), layers), autocast=torch.bfloat16)
+        reference = Live(frozen, {})
+        run.watch.forget()
+        with run.watch:
+            with run.watch.phase("reference"):
+                reference(batch)
+            with run.watch.phase("forward"):
+                total = module(batch).sum()
+            with run.watch.phase("backward"):
+                total.backward()
+        found.append((dict(run.watch.launches), dict(run.watch.ops)))
+    fewer, more = found
+    names = ("launches", "ops")
+    return {
+        name: {phase: more[i][phase] - fewer[i][phase] for phase in more[i]}
+        for i, name in enumerate(names)
+    }
+
+
+def weights_in_bf16(run: Pretend) -> dict:
+    """Stages 1 to 3 compute in bf16 weights, without autocast."""
+    with run.fake:
+        batch = made_batch()
+        for name in ("llama", "gemma3", "gpt2"):
+            module = Backbone(make_lm(FAMILIES[name]).to(torch.bfloat16))
+            with run.watch:
+                module(batch).sum().backward()
+            check_gradients(module)
+    return {}
+
+
+def other_kernels(run: Pretend) -> dict:
+    """Where the flash kernel does not apply: {what: [launches of one more layer, names]}."""
+    settings = {
+        "fp32": (FAMILIES["llama"], None, pretend.CAPABILITY),
+        "fp32_window": (FAMILIES["gemma3"], None, pretend.CAPABILITY),
+        "before_sm80": (FAMILIES["llama"], torch.bfloat16, (7, 0)),
+        # heads of 20
+        "odd_heads": (
+            Family(LLAMA, SMOLLM | {"hidden_size": 180}),
+            torch.bfloat16,
+            pretend.CAPABILITY,
+        ),
+    }
+    facts = {}
+    with run.fake:
+        batch = made_batch()
+        for name, (family, autocast, capability) in settings.items():
+            counts = []
+            for layers in (LAYERS - 1, LAYERS):
+                with pretend.a_gpu_of(capability):
+                    module = Backbone(make_lm(family, layers), autocast=autocast)
+                    run.watch.forget()
+                    with run.watch:
+                        module(batch).sum().backward()
+                check_gradients(module)
+                counts.append(sum(run.watch.launches.values()))
+            facts[name] = [counts[1] - counts[0], sorted(run.watch.names[""])]
+    return facts
+
+
+def deterministic(run: Pretend) -> dict:
+    """--deterministic: which kernels run under torch's flag, without and with it."""
+    facts = {}
+    with run.fake:
+        batch = made_batch()
+        for family in ("llama", "mistral_window", "llama_checkpointing"):
+            for asked in (False, True):
+                module = Backbone(make_lm(FAMILIES[family]), autocast=torch.bfloat16)
+                module.deterministic = asked
+                if FAMILIES[family].checkpointing:
+                    module.checkpoint_activations()
+                run.watch.forget()
+                with run.watch:
+                    module(batch).sum().backward()
+                check_gradients(module)
+                facts[f"{family} {asked}"] = [
+                    sorted(run.watch.in_order),
+                    run.watch.names[""]["_varlen_attn_backward"],
+                    run.watch.names[""]["index_add"] + run.watch.names[""]["index_add_"],
+                ]
+    return facts
+
+
+def decoding(run: Pretend) -> dict:
+    """Generation: prompts read, tokens drawn one after the other."""
+    facts = {}
+    with run.fake:
+        for name in ("llama", "gemma3"):
+            lm = make_lm(FAMILIES[name]).eval()
+            run.watch.forget()
+            with run.watch:
+                generate.generate(
+                    lm,
+                    [(5, 6, 7), (8, 9)],
+                    eos_token_ids=[1],
+                    max_new_tokens=3,
+                    samples_per_prompt=2,
+                    autocast=torch.bfloat16,
+                )
+            facts[name] = dict(run.watch.launches)
+    return facts
+
+
+def fullgraph(run: Pretend) -> dict:
+    """Each family's body is one graph for dynamo, forward and backward; its nodes are counted."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    facts = {}
+    with run.fake, pretend.no_gpu_for_dynamo():
+        batch = made_batch()
+        for name in ("llama", "qwen3", "gemma3", "mistral_window"):
+            nodes = []
+
+            def count(graph, example_inputs, nodes=nodes):
+                nodes.append(len(graph.graph.nodes))
+                return graph.forward
+
+            module = Backbone(make_lm(FAMILIES[name]), autocast=torch.bfloat16)
+            compiled = torch.compile(
+                module.packed_hidden,
+                backend=aot_autograd(fw_compiler=count, bw_compiler=count),
+                fullgraph=True,
+                dynamic=False,
+            )
+            with torch.autocast("cuda", torch.bfloat16):
+                hidden = compiled(batch)
+            F.mse_loss(hidden.float(), torch.zeros_like(hidden)).backward()
+            facts[name] = nodes
+            torch._dynamo.reset()
+    return facts
+
+
+CASES = {
+    **{f"step_{name}": step_of(name) for name in FAMILIES},
+    "ppo": ppo,
+    "coupled": coupled,
+    "weights_in_bf16": weights_in_bf16,
+    "other_kernels": other_kernels,
+    "deterministic": deterministic,
+    "decoding": decoding,
+    "fullgraph": fullgraph,
+}

@@ -1,0 +1,107 @@
+"""Training and decoding on a GPU that is not there: see pretend.py for what that proves.
+
+All cases run in one process of their own, once; each test looks at the line of one of them.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_pretend import pretend
+from tests.cuda_pretend.cases import CASES, FAMILIES
+
+HERE = Path(__file__).resolve().parent
+REASON = pretend.why_not()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(REASON is not None, reason=f"no pretend CUDA: {REASON}"),
+]
+
+# Kernels that one more layer launches, at most: of the reference (whose matrices are bf16 already),
+# the policy's forward and its backward. As measured; a change that needs more says so here.
+LAUNCHES_A_LAYER = {
+    "llama": (43, 50, 109),
+    "llama_lora": (43, 101, 156),
+    "llama_checkpointing": (43, 50, 157),
+    "qwen3": (59, 66, 139),
+    "gemma": (45, 52, 101),
+    "gemma3": (88, 95, 165),
+    "mistral_window": (43, 50, 109),
+    "gpt2": (32, 32, 63),
+    "phi3": (40, 44, 106),
+}
+# Around the layers of a step: head, embedding and rotary angles not counted.
+LAUNCHES_A_STEP = {"loss": 20, "measures": 35}
+# Forward and backward of one more layer where the flash kernel does not apply, at most.
+LAUNCHES_WITHOUT_FLASH = {"fp32": 156, "fp32_window": 245, "before_sm80": 199, "odd_heads": 199}
+# Nodes of a body of two layers as one graph, forward and backward, at most.
+NODES = {
+    "llama": (243, 460),
+    "qwen3": (283, 552),
+    "gemma3": (347, 636),
+    "mistral_window": (243, 460),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What came out of each case, by its name."""
+    command = [sys.executable, HERE / "run_cases.py", tmp_path_factory.mktemp("guard")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["case"]: line for line in lines}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_runs_and_the_host_never_waits(found, name):
+    assert found[name]["error"] is None, found[name]["error"]
+    assert found[name]["waits"] == []
+
+
+def test_what_may_wait_does(found):
+    """A place that does not wait any more is taken off the list."""
+    from tests.cuda_pretend.cases import MAY_WAIT
+
+    seen = {wait.split(" ")[0] for line in found.values() for wait in line["allowed"]}
+    assert seen == set(MAY_WAIT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_launches_no_more_than_it_did(found, family):
+    facts = found[f"step_{family}"]["facts"]
+    launches = facts["layer"]["launches"]
+    measured = tuple(launches[phase] for phase in ("reference", "forward", "backward"))
+    assert all(now <= most for now, most in zip(measured, LAUNCHES_A_LAYER[family], strict=True)), (
+        measured
+    )
+    for phase, most in LAUNCHES_A_STEP.items():
+        assert facts["step"][phase] <= most
+
+
+@pytest.mark.parametrize("what", LAUNCHES_WITHOUT_FLASH)
+def test_without_flash_attention_is_one_call_a_layer(found, what):
+    launches, names = found["other_kernels"]["facts"][what]
+    assert not any("varlen" in name for name in names)
+    # 22 responses: one at a time they would be several hundred
+    assert launches <= LAUNCHES_WITHOUT_FLASH[what]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "llama_checkpointing"])
+def test_deterministic_is_for_the_attention_kernel_alone(found, family):
+    facts = found["deterministic"]["facts"]
+    for asked in (False, True):
+        in_order, backwards, with_atomics = facts[f"{family} {asked}"]
+        assert in_order == (["_varlen_attn_backward"] if asked else [])
+        assert (
+            backwards == 2 and with_atomics == 0
+        )  # one a layer; index_add is the one with atomics
+
+
+@pytest.mark.parametrize("family", NODES)
+def test_a_body_is_one_graph(found, family):
+    forward, backward = found["fullgraph"]["facts"][family]  # two graphs: fullgraph raises on more
+    assert forward <= NODES[family][0] and backward <= NODES[family][1]
