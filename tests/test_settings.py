@@ -78,6 +78,7 @@ def test_flags_that_may_differ_on_resume():
         "output",
         "micro_tokens",
         "gradient_checkpointing",
+        "deterministic",
         "log_every",
         "ds_config",
         "reference_ds_config",

@@ -238,7 +238,7 @@ NAMES: dict[str, Here] = {
     "adam_betas": _none(ADAMW),
     "adam_epsilon": _none(ADAMW),
     "data_seed": _to("seed"),
-    "full_determinism": _none("the same seed gives the same run, bit for bit"),
+    "full_determinism": _to("deterministic"),
     "average_tokens_across_devices": _none(WHOLE),
     "do_train": _none("a training script trains"),
     "do_eval": _part("eval_every", note="held-out rows are evaluated at the start and the end"),

@@ -34,9 +34,9 @@ HELP_GROUPS = {
     "answers": """prompts samples_per_prompt max_new_tokens temperature epochs_per_rollout minibatches
         max_resamples""",
     "training": """lr lr_scheduler warmup_ratio warmup_steps num_cycles min_lr value_lr value_warmup
-        batch_size epochs max_steps weight_decay grad_clip seed""",
-    "memory": """ds_config reference_ds_config value_ds_config reward_ds_config precision micro_tokens decode_batch
-        offload_frozen layout gradient_checkpointing""",
+        batch_size epochs max_steps weight_decay grad_clip seed deterministic""",
+    "memory": """ds_config reference_ds_config value_ds_config reward_ds_config precision micro_tokens
+        decode_batch offload_frozen layout gradient_checkpointing""",
     "saving": """output save_every save_minutes keep resume max_skipped export_dtype card push_to_hub
         hub_public""",
     "logging": "log_every eval_every report_to show json",
@@ -344,13 +344,18 @@ class Training(Data):
     grad_clip: float = flag(1.0, card=(8, "largest gradient norm"))
     """Largest 2-norm of a step's gradient; 0 does not clip."""
     precision: Literal["auto", "bf16", "fp32"] = flag("auto", inherited=True)
-    """bf16, fp32, or auto: bf16 on CUDA and fp32 on CPU. Master weights are fp32 in any case.
+    """bf16, fp32, or auto: bf16 on GPUs that have it (A100 and later), else fp32. Master weights are
+    fp32 in any case.
     """
     ds_config: str = flag(str(ROOT / "ds_configs" / "zero0.json"), may_change=True)
     """DeepSpeed JSON: the ZeRO stage, offload, buckets."""
     layout: Literal["packed", "padded"] = flag("packed", inherited=True)
     """packed: shared prompts without padding. padded: a padded sequence a response, for models that
     packing refuses.
+    """
+    deterministic: bool = flag(False, may_change=True)
+    """Make gradients on CUDA the same bits each time, whatever the length: attention's backward pass
+    then adds up in a fixed order, which is slower. Elsewhere they are so in any case.
     """
     gradient_checkpointing: bool = flag(False, may_change=True)
     """Recompute activations in the backward pass: less memory, about a third more work."""

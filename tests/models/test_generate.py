@@ -281,6 +281,22 @@ def test_cache_is_transformers_own_in_place():
     add(1, 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # the second with sliding windows
+def test_keys_under_autocast_are_kept_as_attention_reads_them(family):
+    """In bf16, though rotary embeddings give fp32, and no logit is another than with the wide keys of
+    transformers' own cache.
+    """
+    lm = tiny.make_model(family)
+    text = torch.arange(3, 63).view(3, 20)
+    caches = [cache.make_cache(lm), transformers.DynamicCache(config=lm.config)]
+    with decoding(lm, torch.bfloat16), torch.no_grad():
+        for part in text.split([12, 4, 1, 3], dim=1):  # past gemma3's window of 8
+            ours, theirs = (lm(input_ids=part, past_key_values=each).logits for each in caches)
+            assert torch.equal(ours, theirs)
+    kept, wide = ({layer.keys.dtype for layer in each.layers} for each in caches)
+    assert kept == {torch.bfloat16} and wide == {torch.float32}
+
+
 def test_progress_and_batches():
     done = []
     options = dict(eos_token_ids=[2], max_new_tokens=2, batch_size=4)

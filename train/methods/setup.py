@@ -299,7 +299,7 @@ def load(
     """A Backbone, or what else `loader` makes, in the run's mode, sharded as `config` says. Every rank
     calls this.
     """
-    return loader(
+    module = loader(
         path,
         config,
         mode.precision,
@@ -310,6 +310,8 @@ def load(
         allow_pickle=settings.allow_pickle,
         change=change,
     )
+    module.deterministic = settings.deterministic
+    return module
 
 
 def batch_tokens(settings, device, mode: Mode, module) -> int:

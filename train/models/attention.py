@@ -3,13 +3,16 @@ is forked.
 
 Each response is one segment of queries with the keys of its prompt in front
 (train/data/packing.py); causal attention aligned to the bottom right is its mask. On CUDA in half
-precision this is one call of torch's variable-length flash kernel; elsewhere torch's attention runs
-segment by segment.
+precision this is one call of torch's variable-length flash kernel, and for what that does not take
+one call of torch's attention over padded segments; on a CPU torch's attention runs segment by
+segment.
 
-Legend: L tokens, K gathered keys, H heads, G key heads (and value heads), D head size, q queries
-and k keys of one segment; a leading 1 is transformers' batch dimension.
+Legend: L tokens, K gathered keys, S segments, H heads, G key heads (and value heads), D head size, q
+queries and k keys of one segment, or of the longest; a leading 1 is transformers' batch dimension.
 """
 
+import contextlib
+import functools
 import inspect
 import math
 from typing import NamedTuple
@@ -17,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME = "zeropref"
 
@@ -29,10 +33,14 @@ _FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 class Segments:
     """What attention needs to know of one packed batch, made once a batch and handed to every
     layer. Iterating gives a Segment for each response.
+
+    deterministic: on CUDA, gradients are the same bits each time.
     """
 
-    def __init__(self, batch):
+    def __init__(self, batch, deterministic=False):
         self.batch = batch
+        self.deterministic = deterministic
+        self.has_flash = has_flash(batch.input_ids.device)
         self._segments = []
         prompt_start = 0
         for prompt_length, *response_lengths in batch.shape:
@@ -54,6 +62,7 @@ class Segments:
         self.max_queries = max(segment.num_queries for segment in self)
         self.max_keys = max(segment.num_keys for segment in self)
         self._masks = {}
+        self._padded_masks = {}
 
     def __iter__(self):
         return iter(self._segments)
@@ -79,6 +88,52 @@ class Segments:
             mask = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
             self._masks[which] = mask.masked_fill_(hidden, -math.inf)
         return self._masks[which]
+
+    @functools.cached_property
+    def padding(self):
+        """How segments are padded to the longest: a Padding. Made on the batch's device, which is not
+        asked for anything.
+        """
+        cu_q, cu_k = self.batch.cu_q.long(), self.batch.cu_k.long()  # (S + 1,)
+        device = cu_q.device
+        num_queries, num_keys = cu_q.diff()[:, None], cu_k.diff()[:, None]  # (S, 1)
+        query = torch.arange(self.max_queries, device=device).minimum(num_queries - 1)  # (S, q)
+        # kernels like rows of 16
+        key = torch.arange(-(-self.max_keys // 16) * 16, device=device)  # (k,)
+        token = torch.arange(len(self.batch.input_ids), device=device)  # (L,)
+        segment = torch.searchsorted(cu_q[1:], token, right=True)  # (L,)
+        return Padding(
+            queries=cu_q[:-1, None] + query,
+            keys=cu_k[:-1, None] + key.minimum(num_keys - 1),
+            outputs=segment * self.max_queries + token - cu_q[segment],
+            query_places=query + num_keys - num_queries,
+            is_key=key < num_keys,
+        )
+
+    def padded_mask(self, window, dtype):
+        """The additive (S, 1, q, k) mask of padded segments. Kept for the other layers."""
+        if (window, dtype) not in self._padded_masks:
+            padding = self.padding
+            key = torch.arange(padding.keys.shape[1], device=padding.keys.device)  # (k,)
+            query = padding.query_places[:, :, None]  # (S, q, 1)
+            seen = padding.is_key[:, None] & (key <= query)  # (S, q, k)
+            if window > 0:
+                seen = seen & (key > query - window)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=key.device)
+            self._padded_masks[window, dtype] = mask.masked_fill_(~seen, -math.inf)[:, None]
+        return self._padded_masks[window, dtype]
+
+
+class Padding(NamedTuple):
+    """Segments side by side, each as long as the longest: its last query and its last key again where
+    it is shorter. No gradient comes to these, for nobody reads such a query or sees such a key.
+    """
+
+    queries: torch.Tensor  # (S, q) into the L tokens
+    keys: torch.Tensor  # (S, k) into the K gathered keys
+    outputs: torch.Tensor  # (L,) into the S * q padded queries: where each token's is
+    query_places: torch.Tensor  # (S, q): the place of a query among its segment's keys
+    is_key: torch.Tensor  # (S, k) bool
 
 
 class Segment(NamedTuple):
@@ -162,13 +217,25 @@ def packed_attention(
     value = value.to(dtype)
     window = sliding_window or 0
     same_head_size = query.shape[-1] == value.shape[-1]
-    if query.is_cuda and same_head_size and dtype in (torch.bfloat16, torch.float16):
-        out = _flash(query[0], key[0], value[0], segments, scaling, window)
-    elif not query.is_cuda and same_head_size:
+    if not query.is_cuda and same_head_size:
         out = CpuAttention.apply(query, key, value, segments, scaling, window)
-    else:
+    elif not query.is_cuda:
         out = _by_segment(query, key, value, segments, scaling, window)
+    elif segments.has_flash and same_head_size and flash_takes(query.shape[-1], dtype):
+        out = _flash(query[0], key[0], value[0], segments, scaling, window)
+    else:
+        out = _padded(query[0], key[0], value[0], segments, scaling, window)
     return out.to(out_dtype), None
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether the device is a GPU that flash kernels are built for: sm80, an A100, and later ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_takes(head_size: int, dtype: torch.dtype) -> bool:
+    """Whether flash kernels have heads of this size in this dtype."""
+    return dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
 
 
 def _by_segment(query, key, value, segments, scaling, window):
@@ -293,7 +360,7 @@ def _flash(query, key, value, segments, scaling, window):
     options = {"window_size": (window - 1 if window > 0 else -1, 0)}
     if scaling is not None:
         options["scale"] = scaling
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if _varlen_takes_gqa():
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     else:  # torch 2.11 has no grouped heads
         queries_per_key = query.shape[1] // key.shape[1]
@@ -301,17 +368,100 @@ def _flash(query, key, value, segments, scaling, window):
         value = value.repeat_interleave(queries_per_key, dim=1)  # (L, H, D)
     key = GatherKeys.apply(key, batch.kv_index, batch.kv_users)  # (K, G or H, D)
     value = GatherKeys.apply(value, batch.kv_index, batch.kv_users)  # (K, G or H, D)
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        batch.cu_q,
-        batch.cu_k,
-        segments.max_queries,
-        segments.max_keys,
-        **options,
-    )  # (L, H, D)
+    lengths = (batch.cu_q, batch.cu_k, segments.max_queries, segments.max_keys)
+    if segments.deterministic:
+        out = DeterministicFlash.apply(query, key, value, *lengths, options)  # (L, H, D)
+    else:
+        out = varlen_attn(query, key, value, *lengths, **options)  # (L, H, D)
     return out[None]
+
+
+@functools.cache
+def _varlen_takes_gqa() -> bool:
+    """Whether torch's varlen_attn knows grouped heads: asked once, it takes longer than a launch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class DeterministicFlash(torch.autograd.Function):
+    """torch's varlen_attn with a backward that adds up in a fixed order.
+
+    By itself the kernel adds a query's gradients over blocks of keys, of 128 or so, with atomics: of
+    longer segments the last digits differ from run to run. torch's flag makes it add them in order,
+    and is on for this one kernel alone: elsewhere it would refuse or slow down what is in order.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, cu_q, cu_k, max_q, max_k, options):
+        """(L, H, D), (K, G, D) x 2 -> (L, H, D)"""
+        # varlen_attn does not hand over what its backward needs
+        kernel_options = options | {
+            "window_size": list(options["window_size"]),
+            "is_causal": options["window_size"] == (-1, 0),
+        }
+        out, log_sum, rng = torch.ops.torch_attn._varlen_attn(
+            query, key, value, cu_q, cu_k, max_q, max_k, **kernel_options
+        )
+        ctx.save_for_backward(query, key, value, out, log_sum, cu_q, cu_k, rng)
+        kernel_options.pop("enable_gqa", None)  # the backward sees it in the shapes
+        ctx.options = kernel_options | {"max_q": max_q, "max_k": max_k}
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """(L, H, D) -> (L, H, D), (K, G, D) x 2"""
+        query, key, value, out, log_sum, cu_q, cu_k, rng = ctx.saved_tensors
+        with _deterministic_kernels():
+            grads = torch.ops.torch_attn._varlen_attn_backward(
+                grad, query, key, value, out, log_sum, cu_q, cu_k, rng_state=rng, **ctx.options
+            )
+        return *grads, None, None, None, None, None
+
+
+@contextlib.contextmanager
+def _deterministic_kernels():
+    """Inside, torch's kernels add up in a fixed order where they have a choice."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned_only)
+
+
+def _padded(query, key, value, segments, scaling, window):
+    """One call of torch's attention over segments padded to the longest: (H, L, D), (G, L, D) x 2 ->
+    (1, L, H, D).
+
+    On CUDA, for what the flash kernel does not take: fp32, other head sizes, GPUs before sm80. Exact:
+    padding is masked away. By segment it would be 40 launches a segment and layer.
+    """
+    batch, padding = segments.batch, segments.padding
+
+    def side_by_side(x, index):  # (N, heads, D), (S, n) -> (S, heads, n, D)
+        x = x.index_select(0, index.flatten()).unflatten(0, index.shape)
+        return x.transpose(1, 2)
+
+    def keys(x):  # (G, L, D) -> (S, H, k, D)
+        x = GatherKeys.apply(x.transpose(0, 1), batch.kv_index, batch.kv_users)  # (K, G, D)
+        x = side_by_side(x, padding.keys)
+        # the memory-efficient kernel has no grouped heads, and without it scores are kept
+        return x.repeat_interleave(query.shape[0] // x.shape[1], dim=1)
+
+    # of torch's kernels one adds up in a fixed order, and keeps the (S, H, q, k) scores for it
+    with sdpa_kernel(SDPBackend.MATH) if segments.deterministic else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            side_by_side(query.transpose(0, 1), padding.queries),
+            keys(key),
+            keys(value),
+            attn_mask=segments.padded_mask(window, query.dtype),
+            scale=scaling,
+        )  # (S, H, q, D)
+    out = out.transpose(1, 2).flatten(0, 1)  # (S * q, H, D)
+    return out.index_select(0, padding.outputs)[None]
 
 
 def register():

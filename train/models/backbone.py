@@ -50,6 +50,8 @@ class PackedModel(nn.Module):
     # Gives the module again with its weights in fp32, where those of this one are rounded: what a
     # trained model's fp32 masters begin from (engine/loading.py).
     load_in_fp32: Callable | None = None
+    # Whether gradients on CUDA are the same bits each time, those of long segments too.
+    deterministic = False
     # Options of the forward passes that are compared at a run's start and after its export.
     compared_with: tuple[dict, ...] = ({},)
 
@@ -91,8 +93,17 @@ class PackedModel(nn.Module):
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
-            segments=attention.Segments(batch),
+            segments=attention.Segments(batch, self.deterministic),
         ).last_hidden_state[0]
+
+
+def rows(hidden, index):
+    """hidden[index], (L, H), (n,) -> (n, H), with a gradient that adds up in a fixed order: the last
+    position of a prompt is there for each of its responses.
+    """
+    if hidden.is_cuda:
+        return hidden[index]  # that of index_select is added up with atomics there
+    return hidden.index_select(0, index)
 
 
 class Padded(NamedTuple):
@@ -165,7 +176,7 @@ class Backbone(PackedModel):
         """`forward` without padding."""
         hidden = self.packed_hidden(batch)  # (L, H)
         return token_logps(
-            hidden.index_select(0, batch.hidden_index),  # (T, H): prompts never reach the head
+            rows(hidden, batch.hidden_index),  # (T, H): prompts never reach the head
             self.head.weight,  # (V, H)
             batch.target,  # (T,)
             bias=getattr(self.head, "bias", None),  # (V,)

@@ -1,11 +1,14 @@
 """A cache of keys and values for decoding that grows in place.
 
+Keys are kept in the values' dtype. Under autocast rotary embeddings leave them in fp32, and
+attention would round all of them anew for each token, out of twice the memory.
+
 Legend: A sequences, G heads of keys, D their size.
 """
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Tokens that a layer has more room for whenever it is full.
 ROOM = 64
@@ -19,12 +22,15 @@ class GrowingLayer(DynamicLayer):
     """
 
     def lazy_initialization(self, key_states, value_states):
-        super().lazy_initialization(key_states, value_states)
+        # not transformers', which makes empty tensors on the host and copies them
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
         self.keys, self.values = (x[:, :, :0] for x in (key_states, value_states))
         self._memory = [self.keys, self.values]  # of which keys and values are the first tokens
 
     def update(self, key_states, value_states, *_, **__):
         """Add keys and values, (A, G, n, D); returns all of them."""
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.keys.shape[2]
@@ -61,10 +67,19 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (memory[:, :, :tokens] for memory in self._memory)
 
 
+class WindowLayer(DynamicSlidingWindowLayer):
+    """transformers' own layer of a sliding window, with keys in the values' dtype."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
 def make_cache(lm) -> DynamicCache:
-    """An empty cache for `lm`; layers with a sliding window keep transformers' own."""
+    """An empty cache for `lm`."""
     cache = DynamicCache(config=lm.config.get_text_config())
-    cache.layers = [
-        GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = GrowingLayer()
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = WindowLayer(layer.sliding_window)
     return cache

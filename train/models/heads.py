@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train.models.backbone import PackedModel, Padded
+from train.models.backbone import PackedModel, Padded, rows
 from train.models.pretrained import load_score_model
 
 HEAD = "score"  # transformers' name for it, a linear layer (1, H) without bias
@@ -95,7 +95,7 @@ class ScoreModel(PackedModel):
         else:
             # a segment ends with its response; the empty batch has one of dummy tokens
             index = batch.cu_q[1 : 1 + batch.num_responses] - 1  # (N,)
-        hidden = self.packed_hidden(batch).index_select(0, index)  # (T or N, H)
+        hidden = rows(self.packed_hidden(batch), index)  # (T or N, H)
         return self.head(hidden).squeeze(1)
 
     def padded(self, batch, at):
