@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.packing import Group, digest, pack, plan_batches
+from train.data.packing import Group, PackedBatch, digest, pack, plan_batches
 from train.data.steps import num_steps, plan_pass, plan_steps, shuffled
 
 
@@ -152,3 +152,105 @@ def test_sequences_are_views_of_the_prompt_and_one_response():
     batch = pack([Group((1, 2), ((3,), (4, 5), (6,)))])
     assert [ids.tolist() for ids, _ in batch.sequences()] == [[1, 2, 3], [1, 2, 4, 5], [1, 2, 6]]
     assert torch.equal(batch.lengths, torch.tensor([1, 2, 1]))
+
+
+def plain_pack(groups):
+    """The layout once more, token by token in lists."""
+    ids, positions, kv_index, cu_q, cu_k = [], [], [], [0], [0]
+    hidden_index, target, lengths, digests = [], [], [], []
+    for group in groups:
+        prompt = len(group.prompt)
+        start = len(ids)
+        ids += group.prompt
+        positions += range(prompt)
+        for response in group.responses:
+            offset = len(ids)
+            ids += response
+            positions += range(prompt, prompt + len(response))
+            kv_index += [*range(start, start + prompt), *range(offset, len(ids))]
+            cu_q.append(len(ids))
+            cu_k.append(len(kv_index))
+            first = 0 if prompt else 1
+            hidden_index += [start + prompt - 1, *range(offset, len(ids) - 1)][first:]
+            target += response[first:]
+            lengths.append(len(response) - first)
+            digests.append(digest(group.prompt, response))
+    users = [[] for _ in ids]
+    for key, token in enumerate(kv_index):
+        users[token].append(key)
+    k_max = max(map(len, users))
+    int64 = {
+        "input_ids": ids,
+        "positions": positions,
+        "kv_index": kv_index,
+        "kv_users": [keys + [len(kv_index)] * (k_max - len(keys)) for keys in users],
+        "hidden_index": hidden_index,
+        "target": target,
+        "lengths": lengths,
+    }
+    labels = [group.label for group in groups]
+    targets = [group.target for group in groups]
+    return PackedBatch(
+        **{name: torch.tensor(values, dtype=torch.int64) for name, values in int64.items()},
+        cu_q=torch.tensor(cu_q, dtype=torch.int32),
+        cu_k=torch.tensor(cu_k, dtype=torch.int32),
+        labels=None if labels[0] is None else torch.tensor(labels, dtype=torch.bool),
+        targets=None if targets[0] is None else torch.tensor(targets, dtype=torch.float64),
+        digests=tuple(digests),
+        group_rows=tuple(group.row for group in groups),
+        shape=tuple((len(group.prompt), *map(len, group.responses)) for group in groups),
+        memory=None,
+    )
+
+
+RESPONSES = st.lists(
+    st.lists(st.integers(0, 50_000), min_size=1, max_size=9), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 50_000), max_size=9), RESPONSES), min_size=1),
+    st.booleans(),
+)
+def test_packing_is_the_plain_layout(parts, judged):
+    groups = [
+        Group(
+            tuple(prompt),
+            tuple(map(tuple, responses)),
+            row=i,
+            label=i % 3 == 0 if judged else None,
+            target=i / 3 if judged else None,
+        )
+        for i, (prompt, responses) in enumerate(parts)
+    ]
+    for name, found, expected in zip(
+        PackedBatch._fields, pack(groups), plain_pack(groups), strict=True
+    ):
+        if name == "memory":
+            continue
+        if torch.is_tensor(expected):
+            assert found.dtype == expected.dtype and torch.equal(found, expected), name
+        else:
+            assert found == expected, name
+
+
+def test_a_batch_moves_in_one_copy():
+    group = Group((7, 8), ((1, 2, 3), (4,)), row=1, label=True, target=0.5)
+    for batch in (pack([group]), pack([])):
+        moved = batch.to("meta")
+        memory = batch.memory.untyped_storage()._cdata
+        there = moved.memory.untyped_storage()._cdata
+        assert memory != there
+        for x, view in zip(batch, moved, strict=True):
+            if torch.is_tensor(x):
+                assert x.untyped_storage()._cdata == memory and x.is_contiguous()
+                assert view.untyped_storage()._cdata == there and view.device.type == "meta"
+                # at its own place: a copy of the memory has the same values there
+                place = batch.memory.clone().view(x.dtype)
+                place = place.as_strided(view.shape, view.stride(), view.storage_offset())
+                assert torch.equal(place, x)
+    # a field that was put in later moves on its own
+    other = batch._replace(lengths=torch.tensor([3])).to("meta")
+    assert other.lengths.shape == (1,) and other.lengths.device.type == "meta"
+    assert other.input_ids.device.type == "meta"

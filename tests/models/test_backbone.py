@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wide import Wide
 
 from train.data.packing import Group, pack
-from train.models import attention
+from train.models import attention, flops
 from train.models.backbone import Backbone, disable_dropout
 from train.models.flops import FlopCounter
 from train.models.pretrained import load_causal_lm
@@ -249,6 +249,18 @@ def test_flops_of_attention_by_hand():
     body = sum(m.weight.numel() for m in linear)
     expected = 2 * body * 5 + 2 * 1024 * 64 * 3 + 2 * (2 * 2 * 64 * 13)
     assert FlopCounter(backbone).forward(batch) == expected
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 5, 99])
+def test_visible_pairs_are_counted_one_by_one(window):
+    shape = ((2, 3, 1), (0, 4), (7, 1, 9, 2), (5, 1))
+    expected = 0
+    for prompt, *responses in shape:
+        for j, size in enumerate(responses):
+            for query in range(0 if j == 0 else prompt, prompt + size):
+                first = max(0, query + 1 - window) if window else 0
+                expected += query + 1 - first
+    assert flops._visible_pairs(shape, window) == expected
 
 
 def test_a_directory_without_a_model_is_named(tmp_path):

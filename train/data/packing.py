@@ -16,6 +16,7 @@ scored, G groups.
 
 import hashlib
 import heapq
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,6 +69,7 @@ class PackedBatch(NamedTuple):
     group_rows: tuple[int, ...]  # G numbers of data rows
     # G x (P, R_1, .. R_k) tokens; the dummy of an empty batch included.
     shape: tuple[tuple[int, ...], ...]
+    memory: torch.Tensor  # uint8, that the tensors above are views of
 
     @property
     def num_responses(self) -> int:
@@ -75,16 +77,19 @@ class PackedBatch(NamedTuple):
         return self.lengths.shape[0]
 
     def to(self, device) -> "PackedBatch":
-        """The same batch with its tensors on `device`; the copies overlap with computation where
-        memory is pinned.
+        """The same batch with its tensors on `device`: one copy of the memory that they share, which
+        overlaps with computation where that memory is pinned.
         """
-        return PackedBatch(
-            *(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self)
-        )
+        memory = self.memory
+        moved = memory.to(device, non_blocking=True)
+        shared = memory.untyped_storage()._cdata
 
-    def pin(self) -> "PackedBatch":
-        """The same batch in page-locked memory (needs CUDA)."""
-        return PackedBatch(*(x.pin_memory() if torch.is_tensor(x) else x for x in self))
+        def on_device(x):
+            if x.untyped_storage()._cdata != shared:  # put in later
+                return x.to(device, non_blocking=True)
+            return moved.view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+        return PackedBatch(*(on_device(x) if torch.is_tensor(x) else x for x in self))
 
     def sequences(self):
         """Yield every response alone, the plain way: (ids (P+R,), index of the first scored token)."""
@@ -100,96 +105,143 @@ class PackedBatch(NamedTuple):
             start = offset
 
 
-def pack(groups: Sequence[Group]) -> PackedBatch:
+def pack(groups: Sequence[Group], pin: bool = False) -> PackedBatch:
     """Lay whole groups one after the other. No groups: the empty batch of two dummy tokens, of
-    which none is scored.
+    which none is scored. `pin`: in page-locked memory (needs CUDA).
 
     The first token of a response is predicted at the prompt's last position, which the responses
     share; the first token of plain text (empty prompt) is not predicted by anything and not scored.
     """
     is_empty = not groups
     groups = groups or [Group((0,), ((0,),))]
-    ids, positions = [], []
-    kv_index, cu_q, cu_k = [], [0], [0]
-    hidden_index, target, lengths, digests = [], [], [], []
+    ids = _flat_ids(groups)  # (L,)
+    blocks = []  # (tokens, position of the first) of each prompt and response, as they lie
+    # of each response: tokens of its prompt and of itself, where both begin, its place in the group
+    responses = []
+    digests = []
+    start = 0
     for group in groups:
-        start = len(ids)
         prompt = len(group.prompt)
-        ids += group.prompt
-        positions += range(prompt)
+        prompt_ids = ids[start : start + prompt]
+        blocks.append((prompt, 0))
+        offset = start + prompt
         for j, response in enumerate(group.responses):
-            offset = len(ids)
             size = len(response)
             if not size:
                 raise ValueError(f"row {group.row}: response {j} has no tokens")
-            ids += response
-            positions += range(prompt, prompt + size)
-            kv_index += [*range(start, start + prompt), *range(offset, offset + size)]
-            cu_q.append(len(ids))
-            cu_k.append(len(kv_index))
-            # Position start + prompt - 1 predicts the first token: there is none without a prompt.
-            skipped = 0 if prompt else 1
-            hidden_index += [start + prompt - 1, *range(offset, offset + size - 1)][skipped:]
-            target += response[skipped:]
-            lengths.append(size - skipped)
-            digests.append(digest(group.prompt, response))
+            blocks.append((size, prompt))
+            responses.append((prompt, size, start, offset, j))
+            digests.append(_digest(prompt_ids, ids[offset : offset + size]))
+            offset += size
+        start = offset
+    block_sizes, first_positions = np.array(blocks, dtype=np.int64).T
+    prompts, sizes, starts, offsets, places = np.array(responses, dtype=np.int64).T  # (N,) each
+    num_keys = np.cumsum(prompts + sizes)  # (N,)
+    kv_index = _ranges(_in_turn(starts, offsets), _in_turn(prompts, sizes))  # (K,)
+    # Position start + prompt - 1 predicts the first token: there is none without a prompt.
+    has_prompt = np.minimum(prompts, 1)  # (N,)
+    lengths = sizes - 1 + has_prompt  # (N,)
+    hidden_index = _ranges(
+        _in_turn(starts + prompts - 1, offsets), _in_turn(has_prompt, sizes - 1)
+    )  # (T,)
+    target = ids[_ranges(offsets + 1 - has_prompt, lengths)]  # (T,)
     if is_empty:
-        hidden_index, target, lengths, digests = [], [], [], []
+        hidden_index = target = lengths = np.zeros(0, dtype=np.int64)
+        digests = []
+    tensors = _in_one_memory(
+        pin,
+        input_ids=ids,
+        positions=_ranges(first_positions, block_sizes),
+        kv_index=kv_index,
+        kv_users=_kv_users(kv_index, len(ids), prompts, sizes, places),
+        cu_q=np.concatenate([[0], offsets + sizes]).astype(np.int32),
+        cu_k=np.concatenate([[0], num_keys]).astype(np.int32),
+        hidden_index=hidden_index,
+        target=target,
+        lengths=lengths,
+        labels=_column(groups, "label", bool),
+        targets=_column(groups, "target", np.float64),
+    )
     return PackedBatch(
-        input_ids=_int64(ids),
-        positions=_int64(positions),
-        kv_index=_int64(kv_index),
-        kv_users=_kv_users(kv_index, len(ids)),
-        cu_q=torch.tensor(cu_q, dtype=torch.int32),
-        cu_k=torch.tensor(cu_k, dtype=torch.int32),
-        hidden_index=_int64(hidden_index),
-        target=_int64(target),
-        lengths=_int64(lengths),
-        labels=_labels(groups),
-        targets=_targets(groups),
+        **tensors,
         digests=tuple(digests),
         group_rows=() if is_empty else tuple(group.row for group in groups),
         shape=tuple((len(group.prompt), *map(len, group.responses)) for group in groups),
     )
 
 
-def _int64(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+def _flat_ids(groups: Sequence[Group]) -> np.ndarray:
+    """(L,) int64: the token ids of all groups, as they lie in the batch."""
+    parts = itertools.chain.from_iterable((group.prompt, *group.responses) for group in groups)
+    tokens = sum(group.tokens for group in groups)
+    return np.fromiter(itertools.chain.from_iterable(parts), np.int64, tokens)
 
 
-def _labels(groups: Sequence[Group]) -> torch.Tensor | None:
-    """(G,) bool where each group's response was judged on its own; None for pairs and plain text."""
-    if groups[0].label is None:
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The integers from starts[i] on, sizes[i] of them, one range after the other."""
+    ends = np.cumsum(sizes)
+    return np.repeat(starts - ends + sizes, sizes) + np.arange(ends[-1])
+
+
+def _in_turn(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """first[0], second[0], first[1], second[1], ..."""
+    return np.stack([first, second], axis=1).ravel()
+
+
+def _kv_users(kv_index, num_tokens, prompts, sizes, places) -> np.ndarray:
+    """Where in K each of L tokens stands, (L, k_max) int64, padded with K.
+
+    The transpose of kv_index: with it the backward of the gather is a gather too, without the
+    atomics whose order makes a sum's last digits vary from run to run. prompts, sizes, places (N,):
+    tokens of each response's prompt and of itself, and its place in its group.
+    """
+    num_keys = len(kv_index)
+    k_max = 1 + places[prompts > 0].max(initial=0)
+    users = np.full((num_tokens, k_max), num_keys, dtype=np.int64)
+    # a prompt's token is a key of each response, the j-th of which it notes in column j
+    columns = np.repeat(_in_turn(places, np.zeros_like(places)), _in_turn(prompts, sizes))  # (K,)
+    users[kv_index, columns] = np.arange(num_keys)
+    return users
+
+
+def _column(groups: Sequence[Group], name: str, dtype) -> np.ndarray | None:
+    """(G,) of the groups' labels or targets; None where they have none."""
+    if getattr(groups[0], name) is None:
         return None
-    return torch.tensor([group.label for group in groups], dtype=torch.bool)
+    return np.array([getattr(group, name) for group in groups], dtype=dtype)
 
 
-def _targets(groups: Sequence[Group]) -> torch.Tensor | None:
-    """(G,) float64 of the groups' targets; None where they have none."""
-    if groups[0].target is None:
-        return None
-    return torch.tensor([group.target for group in groups], dtype=torch.float64)
+def _in_one_memory(pin: bool, **arrays: np.ndarray | None) -> dict[str, torch.Tensor | None]:
+    """The arrays as tensors that are views of one, `memory`, so that a single copy brings all of them
+    to a device; None stays None.
+    """
+    given = {name: array for name, array in arrays.items() if array is not None}
+    # each begins at a multiple of 8 bytes, where every type may
+    sizes = [-(-array.nbytes // 8) * 8 for array in given.values()]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin)
+    raw = memory.numpy()
+    tensors = dict.fromkeys(arrays) | {"memory": memory}
+    start = 0
+    for (name, array), size in zip(given.items(), sizes, strict=True):
+        end = start + array.nbytes
+        raw[start:end].view(array.dtype)[:] = array.ravel()
+        dtype = torch.bool if array.dtype == bool else getattr(torch, array.dtype.name)
+        tensors[name] = memory[start:end].view(dtype).view(array.shape)
+        start += size
+    return tensors
 
 
 def digest(prompt: Sequence[int], response: Sequence[int]) -> bytes:
     """16 bytes that name a response to a prompt by their token ids, and by where the border between
     the two lies.
     """
-    ids = np.array([len(prompt), *prompt, *response], dtype="<i8")
+    return _digest(np.array(prompt, dtype=np.int64), np.array(response, dtype=np.int64))
+
+
+def _digest(prompt: np.ndarray, response: np.ndarray) -> bytes:
+    """`digest` of arrays of int64."""
+    ids = np.concatenate([[len(prompt)], prompt, response]).astype("<i8", copy=False)
     return hashlib.blake2b(ids.tobytes(), digest_size=DIGEST).digest()
-
-
-def _kv_users(kv_index: list[int], tokens: int) -> torch.Tensor:
-    """Where in K each of L tokens stands, (L, k_max) int64, padded with K.
-
-    The transpose of kv_index: with it the backward of the gather is a gather too, without the
-    atomics whose order makes a sum's last digits vary from run to run.
-    """
-    users = [[] for _ in range(tokens)]
-    for key, token in enumerate(kv_index):
-        users[token].append(key)
-    k_max = max(map(len, users))
-    return _int64([keys + [len(kv_index)] * (k_max - len(keys)) for keys in users])
 
 
 def plan_batches(tokens: Sequence[int], batch_tokens: int, world: int = 1) -> list[list[list[int]]]:

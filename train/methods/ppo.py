@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from train.data.packing import PackedBatch, pack
-from train.engine import dist, memory
+from train.data.packing import PackedBatch
+from train.engine import dist, memory, prefetch
 from train.losses import advantages as adv
 from train.losses import policy as losses
 from train.losses.policy import ALGORITHMS, Algorithm
@@ -90,17 +90,18 @@ class Minibatch:
         """This rank's batches: as many on every rank, the last ones may be empty. Raises Preempted
         before a batch where any rank has been told to stop.
         """
-        for groups in self._part.batches:
-            batch = self._pack(groups)
+        for batch in self._packed(self._part.batches):
             self._step.computes(batch)
             yield batch
 
-    def _pack(self, groups) -> PackedBatch:
-        return pack([self._answers.group(i) for i in groups]).to(self._collector.run.device)
+    def _packed(self, batches) -> Iterator[PackedBatch]:
+        plans = ((None, [groups]) for groups in batches)
+        ahead = prefetch.packed(plans, self._answers, self._collector.run.device)
+        return (batch for _, (batch,) in ahead)
 
     def first_batch(self) -> PackedBatch:
         """The first of `batches` once more."""
-        return self._pack(self._part.batches[0])
+        return next(self._packed(self._part.batches[:1]))
 
     def moved(self) -> float:
         """How far the policy was from what it was when the rollout was drawn, as this minibatch met it:

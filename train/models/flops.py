@@ -62,9 +62,14 @@ def _visible_pairs(shape, window):
     """Pairs of query and key that the mask lets through, summed over the batch's segments."""
     total = 0
     for prompt, *responses in shape:
-        for j, response in enumerate(responses):
-            first_query = 0 if j == 0 else prompt  # the first response runs the prompt's queries
-            for position in range(first_query, prompt + response):
-                num_visible = position + 1
-                total += min(num_visible, window) if window else num_visible
+        shared = _causal_pairs(prompt, window)  # the first response runs the prompt's queries
+        total += shared
+        total += sum(_causal_pairs(prompt + size, window) - shared for size in responses)
     return total
+
+
+def _causal_pairs(tokens, window):
+    """Pairs of a sequence's queries with the keys up to each, of which a window shows the last."""
+    if not window or tokens <= window:
+        return tokens * (tokens + 1) // 2
+    return window * (window + 1) // 2 + (tokens - window) * window
