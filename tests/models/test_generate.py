@@ -297,6 +297,90 @@ def test_keys_under_autocast_are_kept_as_attention_reads_them(family):
     assert kept == {torch.bfloat16} and wide == {torch.float32}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2", "gemma3"])
+def test_looking_seldom_changes_nothing(family):
+    """Tokens and log-probabilities are those of a look at each token, with ends that are met: over a
+    cache with room, but in gemma3, whose sliding windows it has no room for.
+    """
+    lm = tiny.make_model(family, dtype=torch.float64)
+    asked = prompts()
+    ends = common_tokens(lm, asked, 8)
+    options = dict(
+        eos_token_ids=ends, max_new_tokens=40, seed=5, samples_per_prompt=3, batch_size=27
+    )
+    for temperature in (1.0, 0.0):
+        options["temperature"] = temperature
+        plain = generate(lm, asked, logps=True, **options)
+        if temperature:
+            assert len({len(c.ids) for c in plain}) > 2
+            assert {c.ended for c in plain} == {True, False}
+        for every in (2, 16, 64):
+            assert generate(lm, asked, logps=True, look_every=every, **options) == plain, every
+
+
+def test_the_host_looks_no_oftener_than_it_is_told():
+    lm = tiny.make_model()
+    for every, times in ((1, 39), (8, 4), (16, 2), (64, 0)):
+        looks = []
+        generate(
+            lm,
+            prompts()[:3],
+            eos_token_ids=(),
+            max_new_tokens=40,
+            look_every=every,
+            stop=lambda looks=looks: looks.append(0),
+        )
+        assert len(looks) == times
+    # finished sequences leave at a look
+    ends = common_tokens(lm, prompts(), 40)
+    widths = []
+    hook = lm.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    generate(lm, prompts(), eos_token_ids=ends, max_new_tokens=40, look_every=4)
+    hook.remove()
+    assert widths[1:4] == [9] * 3 and widths[4] < 9
+
+
+def test_cache_with_room_is_transformers_own():
+    """The same keys and values in the places that attention sees, zeros behind them; sequences leave."""
+    lm = tiny.make_model("llama")
+    random = torch.Generator().manual_seed(0)
+    prompt_cache, theirs = cache.make_cache(lm), transformers.DynamicCache(config=lm.config)
+
+    def states(rows, tokens):
+        return torch.randn(2, rows, 2, tokens, 16, generator=random)
+
+    for layer in range(2):
+        given = states(3, 120)
+        for each in (prompt_cache, theirs):
+            each.update(*given, layer)
+    places = torch.tensor([0, 0, 2, 1, 1])
+    ours = cache.RoomCache(prompt_cache, places, 120 + 20)
+    theirs.batch_select_indices(places)
+    seen = []
+    for token in range(20):
+        ours.room.advance()
+        seen.append(ours.room.seen)
+        for layer in range(2):
+            given = states(len(ours.layers[0].keys), 1)
+            found, expected = (each.update(*given, layer) for each in (ours, theirs))
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a[:, :, : b.shape[2]], b) and not a[:, :, b.shape[2] :].any()
+        if token in (3, 11):
+            stay = torch.tensor([0, 3, 1, 4] if token == 3 else [3, 1])
+            for each in (ours, theirs):
+                each.batch_select_indices(stay)
+    assert seen == [128] * 8 + [140] * 12  # multiples of 128, and no more than there is room
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_which_models_take_a_cache_with_room(family):
+    lm = tiny.make_model(family)
+    with decoding(lm):
+        assert cache.takes_room(lm) == (family not in ("mistral", "gemma3"))
+
+
 def test_progress_and_batches():
     done = []
     options = dict(eos_token_ids=[2], max_new_tokens=2, batch_size=4)

@@ -1,4 +1,5 @@
-"""A cache of keys and values for decoding that grows in place.
+"""Caches of keys and values for decoding: one that grows in place, and one that has its room from the
+start.
 
 Keys are kept in the values' dtype. Under autocast rotary embeddings leave them in fp32, and
 attention would round all of them anew for each token, out of twice the memory.
@@ -7,11 +8,13 @@ Legend: A sequences, G heads of keys, D their size.
 """
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Tokens that a layer has more room for whenever it is full.
 ROOM = 64
+# Tokens by which attention sees more of a RoomCache, whose shapes change no oftener.
+STRIDE = 128
 
 
 class GrowingLayer(DynamicLayer):
@@ -83,3 +86,75 @@ def make_cache(lm) -> DynamicCache:
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[i] = WindowLayer(layer.sliding_window)
     return cache
+
+
+class Room:
+    """How far the sequences of a RoomCache have come."""
+
+    def __init__(self, tokens: int, most: int, device):
+        """tokens: there are so many. most: of the longest sequence."""
+        self.tokens, self.most = tokens, most
+        # on the device, so that what is launched for a token is the same for the next
+        self.place = torch.full((1,), tokens - 1, dtype=torch.int64, device=device)  # of the last
+        self.seen = tokens  # by attention; the mask hides those that are yet to come
+
+    def advance(self):
+        """Make room for one more token."""
+        self.tokens += 1
+        self.place += 1
+        self.seen = min(self.most, -(-self.tokens // STRIDE) * STRIDE)
+
+
+class RoomLayer(DynamicLayer):
+    """A layer's keys and values in memory that has room for all that will come."""
+
+    def __init__(self, room: Room, prompts: DynamicLayer, places: torch.Tensor):
+        """prompts: keys and values of prompts, of which the sequences take those at `places` (A,)."""
+        super().__init__()
+        self.room = room
+        self.dtype, self.device = prompts.keys.dtype, prompts.keys.device
+        self.is_initialized = True
+        found = (prompts.keys, prompts.values)
+        self.keys, self.values = (self._in_room(x, places) for x in found)
+
+    def _in_room(self, x, places):
+        # zeros, since what is masked is multiplied all the same
+        memory = x.new_zeros(len(places), x.shape[1], self.room.most, x.shape[3])
+        memory[:, :, : x.shape[2]] = x[places]
+        return memory  # (A, G, room, D)
+
+    def update(self, key_states, value_states, *_, **__):
+        """Put in a token's keys and values, (A, G, 1, D); returns those that attention sees."""
+        room = self.room
+        for memory, added in ((self.keys, key_states), (self.values, value_states)):
+            memory.index_copy_(2, room.place, added.to(memory.dtype))
+        return self.keys[:, :, : room.seen], self.values[:, :, : room.seen]
+
+    def batch_select_indices(self, indices):
+        """Keep the sequences `indices`, in that order, no more than there are; only those that change
+        their places are copied.
+        """
+        count = len(indices)
+        moved = (indices != torch.arange(count, device=indices.device)).nonzero()[:, 0]
+        for memory in (self.keys, self.values):
+            memory[moved] = memory[indices[moved]]
+        self.keys, self.values = self.keys[:count], self.values[:count]
+
+
+class RoomCache(Cache):
+    """The keys and values of A sequences, with room from the start; `room` says how far they are."""
+
+    def __init__(self, prompts: DynamicCache, places: torch.Tensor, most: int):
+        """places (A,): the prompt of each sequence, in `prompts`. most: tokens of the longest."""
+        self.room = Room(prompts.layers[0].keys.shape[2], most, places.device)
+        super().__init__(layers=[RoomLayer(self.room, layer, places) for layer in prompts.layers])
+
+
+def takes_room(lm) -> bool:
+    """Whether `lm` can be decoded over a RoomCache: all of its layers see all tokens, through torch's
+    attention.
+    """
+    layers = DynamicCache(config=lm.config.get_text_config()).layers
+    return lm.config._attn_implementation == "sdpa" and all(
+        type(layer) is DynamicLayer for layer in layers
+    )

@@ -1,11 +1,14 @@
-"""Sampling from a causal language model with transformers' own attention over a cache that grows in place
-(train/models/cache.py), for rollouts and for evaluation.
+"""Sampling from a causal language model with transformers' own attention over a cache of keys and
+values (train/models/cache.py), for rollouts and for evaluation.
 
 A completion is a function of the weights, the prompt's tokens and (seed, the prompt's number,
 sample, position): the noise is a hash of those, not a stream, so neither the batch in which a
 prompt is decoded nor the rank can change it (beyond the last digits of logits, which a matrix
 product's shape moves). Tokens are drawn by the Gumbel-max trick, so two models under the same seed
 differ only where their distributions do: before and after are coupled.
+
+On CUDA nothing waits for the device between two looks at which sequences have ended: what is drawn
+is noted there, and the cache has its room from the start.
 
 Packed attention (train/models/attention.py) has no cache; inside `generate` the model runs
 transformers' own. A batch is sequences that are decoded together here, not a packed one.
@@ -21,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from train.models.backbone import STATEFUL, own_attention
-from train.models.cache import make_cache
+from train.models.cache import RoomCache, make_cache, takes_room
 
 # Bytes of noise that are hashed at a time, by the kind of device: on a CPU a row or two of the
 # logits for each thread, which stay in its core's cache.
@@ -31,6 +34,10 @@ NOISE_BYTES = {"cpu": 1 << 19, "cuda": 1 << 28}
 # because others' keys and values are moved to their places, and products of another shape are
 # planned anew.
 EVICT_BELOW = 0.875
+
+# Tokens between two looks at which sequences have ended, by the kind of device: a look waits until
+# all that was launched is done.
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
 
 
 class Completion(NamedTuple):
@@ -49,8 +56,9 @@ class _Sampling(NamedTuple):
     end_ids: list[int]
     max_new_tokens: int
     temperature: float
-    stop: Callable[[], bool]  # asked before each token
+    stop: Callable[[], bool]  # asked at each look
     logps: bool  # whether the tokens' log-probabilities are wanted
+    look_every: int  # tokens between two looks at which sequences have ended
 
 
 @torch.no_grad()
@@ -69,16 +77,19 @@ def generate(
     progress: Callable[[int], object] = lambda num_done: None,
     stop: Callable[[], bool] = lambda: False,
     logps: bool = False,
+    look_every: int | None = None,
 ) -> list[Completion]:
     """Completions of prompts (token ids) by a whole model: sample s of prompt i at i *
     samples_per_prompt + s.
 
     `eos_token_ids`: token ids that end a completion. `temperature` 0 is greedy. `prompt_numbers`:
     what the noise knows the prompts by, by default their places. `batch_size`: sequences decoded at
-    once. `progress` gets the number of sequences just done. `stop`: asked before each token; where it
+    once. `progress` gets the number of sequences just done. `stop`: asked at each look; where it
     says so, sequences end there and the result is of no use. `logps`: give the tokens'
-    log-probabilities at `temperature` as well. Raises ValueError for prompts that are
-    empty or too long for the model, and for models that cannot be decoded here.
+    log-probabilities at `temperature` as well. `look_every`: tokens between two looks at which
+    sequences have ended, by default LOOK_EVERY; above 1 the cache has its room from the start. Raises
+    ValueError for prompts that are empty or too long for the model, and for models that cannot be
+    decoded here.
     """
     check(lm, prompts, max_new_tokens, temperature, batch_size, samples_per_prompt)
     if prompt_numbers is None:
@@ -90,7 +101,10 @@ def generate(
     ]
     prompt_of = [i // samples_per_prompt for i in range(len(keys))]  # of each sequence
     lengths = [len(prompts[i]) for i in prompt_of]
-    sampling = _Sampling(sorted(eos_token_ids), max_new_tokens, temperature, stop, logps)
+    look_every = look_every or LOOK_EVERY.get(lm.device.type, LOOK_EVERY["cuda"])
+    sampling = _Sampling(
+        sorted(eos_token_ids), max_new_tokens, temperature, stop, logps, look_every
+    )
     completions = [None] * len(keys)
     with decoding(lm, autocast):
         for batch in batches(lengths, batch_size):
@@ -174,55 +188,139 @@ def _decode(lm, prompts, prompt_places, keys, sampling: _Sampling) -> list[Compl
     each sequence; `keys` (N): of its noise.
     """
     device = lm.device
-    keys = torch.tensor(keys, dtype=torch.int64, device=device)  # (N,)
-    end_ids = torch.tensor(sampling.end_ids, dtype=torch.int64, device=device)
     prompt_places = torch.tensor(prompt_places, dtype=torch.int64, device=device)  # (N,)
-    logits, cache, mask = _prefill(lm, prompts)  # (P, V), of P prompts, (P, W)
-    num_sequences = len(prompt_places)
-    if num_sequences > len(prompts):
-        cache.batch_select_indices(prompt_places)
+    logits, prompt_cache, mask = _prefill(lm, prompts)  # (P, V), of P prompts, (P, W)
     logits = logits[prompt_places]  # (N, V)
-    mask = mask[prompt_places]  # (N, W)
-
-    active = torch.arange(num_sequences, device=device)  # (A,) sequences, in the cache's order
-    written = torch.zeros(num_sequences, sampling.max_new_tokens, dtype=torch.int64, device=device)
-    logps = torch.zeros(written.shape, device=device) if sampling.logps else None  # nats
-    length = torch.full_like(active, sampling.max_new_tokens)  # (N,) tokens of each completion
-    ended = torch.zeros_like(active, dtype=torch.bool)  # (N,)
-    for position in range(sampling.max_new_tokens):
-        token = draw(logits, keys[active], position, sampling.temperature)  # (A,)
-        # what a finished sequence draws before it leaves lies behind its `length`
-        written[active, position] = token
-        if logps is not None:
-            logps[active, position] = _logps(logits, token, sampling.temperature)
-        stops = torch.isin(token, end_ids) & ~ended[active]  # (A,)
-        length[active[stops]] = position + 1
-        ended[active[stops]] = True
-        running = ~ended[active]  # (A,)
-        num_running = int(running.sum())
-        if not num_running or position + 1 == sampling.max_new_tokens or sampling.stop():
+    if sampling.look_every > 1 and takes_room(lm):
+        decoder = _InRoom(lm, prompt_cache, mask, prompt_places, sampling.max_new_tokens)
+    else:
+        decoder = _Growing(lm, prompt_cache, mask, prompt_places)
+    del prompt_cache  # its memory, where the decoder has its own
+    drawn = _Drawn(keys, sampling, device)
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    for count in range(1, sampling.max_new_tokens + 1):
+        token = drawn.draw(logits, position)  # (A,)
+        if count == sampling.max_new_tokens:
             break
-        if num_running <= EVICT_BELOW * len(active):
-            stay = _close_gaps(running, num_running)
-            active = active[stay]
-            token = token[stay]
-            mask = mask[stay]
-            cache.batch_select_indices(stay)
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)  # (A, W + position + 1)
-        logits = lm(
+        if count % sampling.look_every == 0:
+            running = ~drawn.ended[drawn.active]  # (A,)
+            num_running = int(running.sum())
+            if not num_running or sampling.stop():
+                break
+            if num_running <= EVICT_BELOW * len(running):
+                stay = _close_gaps(running, num_running)
+                drawn.active = drawn.active[stay]
+                token = token[stay]
+                decoder.keep(stay)
+        logits = decoder.logits(token)  # (A, V)
+        position += 1
+    return drawn.completions()
+
+
+class _Drawn:
+    """What N sequences have drawn, on the device, which is not waited for until all is done."""
+
+    def __init__(self, keys, sampling: _Sampling, device):
+        self.sampling = sampling
+        self.keys = torch.tensor(keys, dtype=torch.int64, device=device)  # (N,)
+        self.end_ids = torch.tensor(sampling.end_ids, dtype=torch.int64, device=device)
+        self.active = torch.arange(len(keys), device=device)  # (A,) sequences, in the cache's order
+        shape = (len(keys), sampling.max_new_tokens)
+        self.written = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logps = torch.zeros(shape, device=device) if sampling.logps else None  # nats
+        # (N,) tokens of each completion
+        self.length = torch.full_like(self.active, sampling.max_new_tokens)
+        self.ended = torch.zeros_like(self.active, dtype=torch.bool)  # (N,)
+
+    def draw(self, logits, position):
+        """(A, V) logits, (1,) how many tokens there are before -> (A,) the next token of each active
+        sequence, noted.
+        """
+        active, temperature = self.active, self.sampling.temperature
+        token = draw(logits, self.keys[active], position, temperature)  # (A,)
+        # what a finished sequence draws before it leaves lies behind its `length`
+        self.written[active, position] = token
+        if self.logps is not None:
+            self.logps[active, position] = _logps(logits, token, temperature)
+        had_ended = self.ended[active]  # (A,)
+        ends = (token[:, None] == self.end_ids).any(1)  # (A,)
+        # by `where`: the device would be asked how many places a mask has
+        length = self.length[active]
+        self.length[active] = torch.where(ends & ~had_ended, position + 1, length)
+        self.ended[active] = had_ended | ends
+        return token
+
+    def completions(self) -> list[Completion]:
+        """Of all N sequences: one copy each from the device, not one a sequence."""
+        found = (self.written.tolist(), self.length.tolist(), self.ended.tolist())
+        results = zip(*found, strict=True)
+        done = [Completion(tuple(ids[:size]), has_ended) for ids, size, has_ended in results]
+        if self.logps is None:
+            return done
+        each = zip(done, self.logps.tolist(), strict=True)
+        return [c._replace(logps=tuple(values[: len(c.ids)])) for c, values in each]
+
+
+class _Growing:
+    """Logits of the next token, over a cache and a mask that grow by each."""
+
+    def __init__(self, lm, prompt_cache, prompt_mask, prompt_places):
+        self.lm = lm
+        self.cache = prompt_cache
+        if len(prompt_places) > len(prompt_mask):
+            self.cache.batch_select_indices(prompt_places)
+        self.mask = prompt_mask[prompt_places]  # (A, W)
+
+    def keep(self, stay):
+        """Go on with the sequences `stay` of the A."""
+        self.mask = self.mask[stay]
+        self.cache.batch_select_indices(stay)
+
+    def logits(self, token):
+        """(A,) -> (A, V)"""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], 1)
+        return self.lm(
+            input_ids=token[:, None],
+            attention_mask=self.mask,
+            position_ids=self.mask.sum(1, keepdim=True) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+
+class _InRoom:
+    """Logits of the next token, over a cache and a mask that have room for all tokens: operations and
+    shapes are the same for one token and the next, but for a longer part of the cache now and then.
+    """
+
+    def __init__(self, lm, prompt_cache, prompt_mask, prompt_places, max_new_tokens):
+        self.lm = lm
+        mask = prompt_mask[prompt_places].bool()  # (A, W)
+        self.cache = RoomCache(prompt_cache, prompt_places, mask.shape[1] + max_new_tokens)
+        self.mask = torch.nn.functional.pad(mask, (0, max_new_tokens))  # (A, room)
+        self.positions = mask.sum(1, keepdim=True) - 1  # (A, 1) of each sequence's last token
+
+    def keep(self, stay):
+        """Go on with the sequences `stay` of the A."""
+        self.mask = self.mask[stay]
+        self.positions = self.positions[stay]
+        self.cache.batch_select_indices(stay)
+
+    def logits(self, token):
+        """(A,) -> (A, V)"""
+        room = self.cache.room
+        room.advance()
+        self.mask.index_fill_(1, room.place, True)
+        self.positions += 1
+        # With four dimensions it is used as it is. Of two, transformers would ask the device.
+        mask = self.mask[:, None, None, : room.seen]
+        return self.lm(
             input_ids=token[:, None],
             attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
+            position_ids=self.positions,
+            past_key_values=self.cache,
             use_cache=True,
-        ).logits[:, -1]  # (A, V)
-    # one copy each from the device, not one a sequence
-    results = zip(written.tolist(), length.tolist(), ended.tolist(), strict=True)
-    done = [Completion(tuple(ids[:size]), has_ended) for ids, size, has_ended in results]
-    if logps is None:
-        return done
-    each = zip(done, logps.tolist(), strict=True)
-    return [c._replace(logps=tuple(values[: len(c.ids)])) for c, values in each]
+        ).logits[:, -1]
 
 
 def _logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -246,12 +344,13 @@ def _prefill(lm, prompts):
     and its mask (P, W).
     """
     longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=lm.device)  # (P, W)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)  # (P, W)
     mask = torch.zeros_like(ids)  # (P, W)
     for i, prompt in enumerate(prompts):
         start = longest - len(prompt)
-        ids[i, start:] = torch.tensor(list(prompt), device=lm.device)
+        ids[i, start:] = torch.tensor(list(prompt))
         mask[i, start:] = 1
+    ids, mask = ids.to(lm.device), mask.to(lm.device)
     cache = make_cache(lm)
     positions = (mask.cumsum(1) - 1).clamp_(min=0)  # (P, W), from 0 at a prompt's first token
     logits = lm(
@@ -266,10 +365,10 @@ def _prefill(lm, prompts):
 
 
 def draw(
-    logits: torch.Tensor, keys: torch.Tensor, position: int, temperature: float
+    logits: torch.Tensor, keys: torch.Tensor, position: int | torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """(A, V) logits -> (A,) token ids, distributed as softmax(logits / temperature); temperature 0:
-    the likeliest.
+    the likeliest. `position`: tokens before, one number or (1,).
 
     The Gumbel-max trick (see Maddison, Tarlow and Minka 2014, arXiv 1411.0030): the argmax of
     logits plus Gumbel noise is a draw from their softmax.
@@ -304,9 +403,11 @@ MIX_1 = _signed(0xBF58476D1CE4E5B9)
 MIX_2 = _signed(0x94D049BB133111EB)
 
 
-def gumbel(keys: torch.Tensor, position: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+def gumbel(
+    keys: torch.Tensor, position: int | torch.Tensor, size: int, dtype: torch.dtype
+) -> torch.Tensor:
     """(A,) keys -> (A, size) standard Gumbel noise of this position: -log(-log(u)), u uniform."""
-    state = _mix(keys + _signed((position + 1) * GOLDEN))[:, None]  # (A, 1)
+    state = _mix(keys + (torch.as_tensor(position) + 1) * GOLDEN)[:, None]  # (A, 1)
     bits = _mix(state + torch.arange(1, size + 1, device=keys.device) * GOLDEN)  # (A, size)
     bits = _shifted(bits, 11)  # as many as fp64 holds
     # u - 1 and not u, which is near 1 where the noise is large: u - 1 is exact near 0
