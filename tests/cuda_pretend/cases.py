@@ -4,6 +4,7 @@ To add one: a function, and its name in CASES. It is run by run_cases.py, in who
 a GPU; test_pretend.py looks at what came out.
 """
 
+import itertools
 import types
 from typing import NamedTuple
 
@@ -30,7 +31,9 @@ from train.run.meter import Meter
 # FILE:FUNCTION where the host may wait for the device, and why.
 MAY_WAIT = {
     "train/engine/trained.py:_step_unsharded": "the norm decides whether the update is applied",
-    "train/models/generate.py:_decode": "who has finished is looked at after each token",
+    "train/models/generate.py:_decode": "who has finished is looked at every 16 tokens",
+    "train/models/generate.py:__init__": "what noise and ends are comes from lists, once a batch",
+    "train/models/generate.py:completions": "a batch is done",
     "train/models/generate.py:_close_gaps": "where somebody has",
     "train/models/cache.py:batch_select_indices": "the same",
     "train/models/cache.py:update": "transformers' layer of a window begins with empty tensors",
@@ -455,22 +458,41 @@ def deterministic(run: Pretend) -> dict:
 
 
 def decoding(run: Pretend) -> dict:
-    """Generation: prompts read, tokens drawn one after the other."""
-    facts = {}
+    """Generation: prompts read, tokens drawn one after the other. Of each model the launches of one
+    token, and of each token behind the prompt's how often the host waits for the device from one
+    forward pass to the next, and whether it asks the same of the device as the token before.
+    """
+    facts, watch = {}, run.watch
     with run.fake:
-        for name in ("llama", "gemma3"):
+        for name in ("llama", "qwen3", "gpt2", "gemma3"):
             lm = make_lm(FAMILIES[name]).eval()
-            run.watch.forget()
-            with run.watch:
+            begun = []  # of each forward pass: launches, waits, operations so far
+
+            def note(lm, args, begun=begun):
+                waits = len(watch.waits) + len(watch.allowed)
+                begun.append((sum(watch.launches.values()), waits, len(watch.trace)))
+
+            lm.register_forward_pre_hook(note)
+            watch.forget()
+            watch.trace = []
+            with watch:
                 generate.generate(
                     lm,
-                    [(5, 6, 7), (8, 9)],
+                    [tuple(range(5, 65)), (8, 9)],
                     eos_token_ids=[1],
-                    max_new_tokens=3,
+                    max_new_tokens=40,
                     samples_per_prompt=2,
                     autocast=torch.bfloat16,
+                    logps=True,
                 )
-            facts[name] = dict(run.watch.launches)
+            trace, watch.trace = watch.trace, None
+            launches, waits, starts = zip(*begun, strict=True)
+            steps = [trace[a:b] for a, b in itertools.pairwise(starts)]
+            facts[name] = {
+                "launches": launches[3] - launches[2],
+                "waits": [b - a for a, b in itertools.pairwise(waits)][1:],
+                "same": [a == b for a, b in itertools.pairwise(steps)][1:],
+            }
     return facts
 
 

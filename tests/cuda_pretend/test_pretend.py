@@ -45,6 +45,9 @@ NODES = {
     "mistral_window": (243, 460),
 }
 
+# Kernels of one more token of a body of two layers, with head, draw and bookkeeping, at most.
+LAUNCHES_A_TOKEN = {"llama": 194, "qwen3": 226, "gpt2": 144}
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
@@ -99,6 +102,16 @@ def test_deterministic_is_for_the_attention_kernel_alone(found, family):
         assert (
             backwards == 2 and with_atomics == 0
         )  # one a layer; index_add is the one with atomics
+
+
+@pytest.mark.parametrize("family", LAUNCHES_A_TOKEN)
+def test_tokens_are_drawn_without_a_look_in_between(found, family):
+    facts = found["decoding"]["facts"][family]
+    # 40 tokens: 39 forward passes behind the prompts'; the host looks after tokens 16 and 32
+    assert [i for i, waits in enumerate(facts["waits"]) if waits] == [14, 30]
+    # the same operations on the same shapes for one position and the next, but around those
+    assert [i for i, same in enumerate(facts["same"]) if not same] == [13, 14, 29, 30]
+    assert facts["launches"] <= LAUNCHES_A_TOKEN[family]
 
 
 @pytest.mark.parametrize("family", NODES)
