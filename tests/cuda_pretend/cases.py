@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from tests.cuda_pretend import pretend
@@ -187,7 +188,9 @@ def check_gradients(module):
 def made_batch(data=None):
     """A packed batch of pairs on the GPU."""
     data = data or made_pairs()
-    return pack([data.group(i) for i in range(len(data))]).to("cuda")
+    with unset_fake_temporarily():  # a run packs in a thread of its own, and in real memory
+        batch = pack([data.group(i) for i in range(len(data))])
+    return batch.to("cuda")
 
 
 def policy_and_reference(family: Family, layers=LAYERS):

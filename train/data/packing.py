@@ -218,7 +218,9 @@ def _in_one_memory(pin: bool, **arrays: np.ndarray | None) -> dict[str, torch.Te
     given = {name: array for name, array in arrays.items() if array is not None}
     # each begins at a multiple of 8 bytes, where every type may
     sizes = [-(-array.nbytes // 8) * 8 for array in given.values()]
-    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin)
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    if pin:
+        memory = memory.pin_memory()
     raw = memory.numpy()
     tensors = dict.fromkeys(arrays) | {"memory": memory}
     start = 0
