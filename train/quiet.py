@@ -6,7 +6,14 @@ import logging
 import os
 import warnings
 
-LIBRARIES = ("DeepSpeed", "deepspeed", "torch.distributed", "datasets", "transformers")
+LIBRARIES = (
+    "DeepSpeed",
+    "deepspeed",
+    "torch.distributed",
+    "torch.utils.cpp_extension",
+    "datasets",
+    "transformers",
+)
 
 
 def is_verbose() -> bool:

@@ -308,6 +308,14 @@ def test_a_ratio_that_overflows_has_no_gradient():
     assert torch.isfinite(found.loss) and logps.grad.tolist() == [0.0] * 1000
 
 
+def test_a_ratio_on_its_bound_is_within_it():
+    """torch's clamp has slope 1 at its bounds up to 2.13, and 0 from 2.14 on."""
+    x = torch.tensor([-2.0, -1.0, 0.5, 3.0, 3.5], requires_grad=True)
+    bounded = policy.clip(x, -1.0, 3.0)
+    bounded.sum().backward()
+    assert bounded.tolist() == [-1, -1, 0.5, 3, 3] and x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
 def test_measures():
     sums = policy.sums(policy.policy_loss(row(), NEW, known()), None, 27.0, 27)
     found = policy.means(sums + policy.one_update("cpu"), has_critic=False)

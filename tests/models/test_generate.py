@@ -2,6 +2,8 @@
 batches.
 """
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -291,7 +293,9 @@ def test_keys_under_autocast_are_kept_as_attention_reads_them(family):
     caches = [cache.make_cache(lm), transformers.DynamicCache(config=lm.config)]
     with decoding(lm, torch.bfloat16), torch.no_grad():
         for part in text.split([12, 4, 1, 3], dim=1):  # past gemma3's window of 8
-            ours, theirs = (lm(input_ids=part, past_key_values=each).logits for each in caches)
+            ours, theirs = (
+                lm(input_ids=part, **cache.as_argument(lm, each)).logits for each in caches
+            )
             assert torch.equal(ours, theirs)
     kept, wide = ({layer.keys.dtype for layer in each.layers} for each in caches)
     assert kept == {torch.bfloat16} and wide == {torch.float32}
@@ -379,6 +383,24 @@ def test_which_models_take_a_cache_with_room(family):
     lm = tiny.make_model(family)
     with decoding(lm):
         assert cache.takes_room(lm) == (family not in ("mistral", "gemma3"))
+
+
+@pytest.mark.parametrize("look_every", [1, 16])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(family, look_every):
+    """Over a cache that grows, and one with room."""
+    lm = tiny.make_model(family)
+    options = dict(eos_token_ids=[2], max_new_tokens=4, look_every=look_every)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        new = generate(lm, [[5, 6, 7]], **options)
+    own, told = lm.forward, cache.as_argument(lm, None)
+
+    def older(past_key_values, **others):
+        return own(**others, **dict.fromkeys(told, past_key_values))
+
+    lm.forward = older
+    assert generate(lm, [[5, 6, 7]], **options) == new
 
 
 def test_progress_and_batches():

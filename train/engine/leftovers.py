@@ -1,8 +1,8 @@
 """What a run would leave on its machine for the next one to trip over.
 
-torch compiles DeepSpeed's C++ operations into one folder a user, under a lock that is a plain file. A
-process killed while it holds the lock leaves it behind, and every later process waits for it without
-end and without a word. DeepSpeed's collectives on CPU share 69 MB a rank through a file of /dev/shm,
+torch compiles DeepSpeed's C++ operations into one folder a user, under a lock that up to torch 2.13 is a
+plain file. A process killed while it holds the lock leaves it behind, and every later process waits for
+it without end and without a word. DeepSpeed's collectives on CPU share 69 MB a rank through a file of /dev/shm,
 which DeepSpeed never removes: it stays in main memory until the machine is restarted.
 """
 
@@ -12,6 +12,8 @@ import os
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 SHARED_MEMORY = Path("/dev/shm")
 # On a file system that other machines see, a lock's holder may be there. No operation takes so long.
@@ -32,6 +34,8 @@ NETWORK_FILE_SYSTEMS = (
 
 def remove_dead_build_locks():
     """Remove the locks of builds that nobody makes any more. Any rank may call this, at any time."""
+    if _kernel_releases_locks():
+        return
     root = _build_folder()
     if not list(_locks(root)):
         return
@@ -66,6 +70,13 @@ def _build_folder() -> Path:
         return Path(folder)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "torch_extensions"
+
+
+def _kernel_releases_locks() -> bool:
+    """Whether torch's locks end with the process that holds them, and their files mean nothing and
+    stay: from 2.14 on.
+    """
+    return torch.__version__ >= (2, 14)
 
 
 def _locks(root: Path):

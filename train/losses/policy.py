@@ -99,7 +99,14 @@ def bounded(log_ratio):
     """Log-ratios within MOST_NATS, where exp is finite; beyond that a token or an answer has no
     gradient, as in the field's code.
     """
-    return log_ratio.clamp(-MOST_NATS, MOST_NATS)
+    return clip(log_ratio, -MOST_NATS, MOST_NATS)
+
+
+def clip(x, low: float, high: float):
+    """x within [low, high], with slope 1 at the bounds themselves: torch's clamp has that up to 2.13,
+    and 0 from 2.14 on.
+    """
+    return torch.where(x < low, low, torch.where(x > high, high, x))
 
 
 def clipped_loss(algorithm: Algorithm, ratio, advantages, logps):
@@ -119,7 +126,7 @@ def clipped_loss(algorithm: Algorithm, ratio, advantages, logps):
         gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
         return -gate * advantages, torch.zeros_like(ratio, dtype=torch.bool)
     gains = ratio * advantages
-    bounded = ratio.clamp(1 - low, 1 + high) * advantages
+    bounded = clip(ratio, 1 - low, 1 + high) * advantages
     is_clipped = bounded < gains
     gains = torch.minimum(gains, bounded)
     if algorithm.dual_clip:
@@ -150,7 +157,7 @@ def value_loss(algorithm: Algorithm, values: torch.Tensor, known) -> ValueSums:
     is_clipped = torch.zeros_like(errors, dtype=torch.bool)
     if algorithm.value_clip:
         old = known.values.double()
-        near = old + (values - old).clamp(-algorithm.value_clip, algorithm.value_clip)
+        near = old + clip(values - old, -algorithm.value_clip, algorithm.value_clip)
         bounded = (near - returns).square()
         is_clipped = bounded > errors
         errors = torch.maximum(errors, bounded)

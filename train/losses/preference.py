@@ -305,7 +305,9 @@ def _log1p_odds_ratio(a, b):
     CERTAIN instead, without a slope: what comes before, log pi of tokens of probability 1, has none
     either. Where both are certain, they are level.
     """
-    b = torch.where(a > CERTAIN, b.clamp(max=CERTAIN), b).clamp(max=0)
+    b = torch.where(a > CERTAIN, b.clamp(max=CERTAIN), b)
+    # not by `clamp`, whose slope at its bound is 1 up to torch 2.13 and 0 from 2.14 on
+    b = torch.where(b > 0, 0.0, b)
     a = a.clamp(max=CERTAIN)
     # where b is likely, 1 / odds(e^b) = e^-b - 1, which is 0 where b is certain, with a finite slope
     likely = b > -1

@@ -7,6 +7,8 @@ attention would round all of them anew for each token, out of twice the memory.
 Legend: A sequences, G heads of keys, D their size.
 """
 
+import inspect
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -158,3 +160,11 @@ def takes_room(lm) -> bool:
     return lm.config._attn_implementation == "sdpa" and all(
         type(layer) is DynamicLayer for layer in layers
     )
+
+
+def as_argument(lm, cache: Cache) -> dict:
+    """`cache` under the name by which `lm`'s forward takes it: newer versions of transformers call it
+    "cache", older ones and models with code of their own "past_key_values".
+    """
+    is_new = "cache" in inspect.signature(lm.forward).parameters
+    return {"cache" if is_new else "past_key_values": cache}

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from train.models.backbone import STATEFUL, own_attention
-from train.models.cache import RoomCache, make_cache, takes_room
+from train.models.cache import RoomCache, as_argument, make_cache, takes_room
 
 # Bytes of noise that are hashed at a time, by the kind of device: on a CPU a row or two of the
 # logits for each thread, which stay in its core's cache.
@@ -270,6 +270,7 @@ class _Growing:
         if len(prompt_places) > len(prompt_mask):
             self.cache.batch_select_indices(prompt_places)
         self.mask = prompt_mask[prompt_places]  # (A, W)
+        self._cache_argument = as_argument(lm, self.cache)
 
     def keep(self, stay):
         """Go on with the sequences `stay` of the A."""
@@ -283,8 +284,8 @@ class _Growing:
             input_ids=token[:, None],
             attention_mask=self.mask,
             position_ids=self.mask.sum(1, keepdim=True) - 1,
-            past_key_values=self.cache,
             use_cache=True,
+            **self._cache_argument,
         ).logits[:, -1]
 
 
@@ -297,6 +298,7 @@ class _InRoom:
         self.lm = lm
         mask = prompt_mask[prompt_places].bool()  # (A, W)
         self.cache = RoomCache(prompt_cache, prompt_places, mask.shape[1] + max_new_tokens)
+        self._cache_argument = as_argument(lm, self.cache)
         self.mask = torch.nn.functional.pad(mask, (0, max_new_tokens))  # (A, room)
         self.positions = mask.sum(1, keepdim=True) - 1  # (A, 1) of each sequence's last token
 
@@ -318,8 +320,8 @@ class _InRoom:
             input_ids=token[:, None],
             attention_mask=mask,
             position_ids=self.positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **self._cache_argument,
         ).logits[:, -1]
 
 
@@ -357,8 +359,8 @@ def _prefill(lm, prompts):
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
+        **as_argument(lm, cache),
         logits_to_keep=1,
     ).logits[:, -1]
     return logits, cache, mask
