@@ -1,8 +1,16 @@
 """Who a process is under each launcher."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from train.engine import dist
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = (
     "RANK",
@@ -77,3 +85,53 @@ def test_a_batch_job_s_single_task_is_alone(environ):
 )
 def test_first_host(nodes, first):
     assert dist._first_host(nodes) == first
+
+
+def test_ranks_that_share_a_gpu_are_refused():
+    """Five ranks on a node of four GPUs: the fifth took the first GPU again, in silence."""
+    gpus = [("gpu03", f"GPU-{i % 4}") for i in range(5)]
+    with pytest.raises(ValueError, match="ranks 0 and 4 share one GPU of gpu03, .* sees 4: start"):
+        dist.refuse_shared_gpus(gpus, 4)
+    dist.refuse_shared_gpus(gpus[:4], 4)
+    # srun --gpus-per-task=1: each task sees one GPU, as its first
+    dist.refuse_shared_gpus([("gpu03", "GPU-0"), ("gpu03", "GPU-1"), ("gpu04", "GPU-0")], 1)
+
+
+WAITER = """
+import datetime, time
+from train.engine import dist
+dist.TIMEOUT = datetime.timedelta(seconds=6)
+dist.init()
+with dist.main_process_first():
+    if dist.is_main():
+        time.sleep(12)
+dist.barrier()
+print(dist.broadcast("told" if dist.is_main() else None), dist.all_gather(dist.rank()))
+dist.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_longer_than_for_a_computation():
+    """Tokenising may take longer than any collective of tensors does."""
+    with dist.socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITER],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    began = time.monotonic()
+    for rank in ranks:
+        said, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors[-3000:]
+        assert said.splitlines()[-1] == "told [0, 1]"
+    assert time.monotonic() - began > 12

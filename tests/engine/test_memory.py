@@ -1,5 +1,7 @@
 """The default size of a batch, and what is said when a batch was too large."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -7,24 +9,29 @@ import tiny
 import torch
 
 from train.data.packing import Group, pack
-from train.engine import checks, memory
+from train.engine import checks, footprint, memory
 from train.models import cache
 from train.models.backbone import Backbone
 
 
 def test_default_batches_shrink_with_memory_and_stay_large_enough(monkeypatch):
     backbone = Backbone(tiny.make_model())
-    cpu = torch.device("cpu")
 
-    def batch_tokens(free, max_length=1024, checkpointing=False):
+    def batch_tokens(free, max_length=1024, checkpointing=False, device="cuda"):
         monkeypatch.setattr(memory, "free", lambda device: free)
-        return memory.default_batch_tokens(backbone, cpu, 0, checkpointing, max_length)
+        return memory.default_batch_tokens(
+            backbone, torch.device(device), 0, checkpointing, max_length
+        )
 
-    assert batch_tokens(64 << 30) == memory.CPU_TOKENS
-    # 2 layers of (8 x 64 + 4 x 96) floats a token: 7,168 bytes; half of the free memory less two
-    # chunks of logits, where gradients and moments have taken their 12 bytes a parameter
-    num_parameters = sum(p.numel() for p in backbone.parameters())
-    enough = 2 * (2 * memory.LOGITS_BYTES + 7168 * 300) + 12 * num_parameters
+    assert batch_tokens(64 << 30) == memory.CUDA_TOKENS
+    assert batch_tokens(64 << 30, device="cpu") == memory.CPU_TOKENS
+    # Half of what is free, where gradients and moments have taken 12 bytes a weight, two chunks of
+    # logits 1 GB, and the tied head's gradient, with a part of it, 8 bytes a weight of it.
+    num_weights = sum(p.numel() for p in backbone.parameters())
+    pending = 12 * num_weights + 2 * 2**29 + 8 * 1024 * 64
+    assert memory.pending(backbone, 0) + memory.passing(backbone) == pending
+    a_token = footprint.of_module(backbone, "cuda").of_token(2, checkpointing=False)
+    enough = pending + 2 * a_token * 300.5
     assert batch_tokens(enough, max_length=100) == 300
     assert batch_tokens(0, max_length=100) == 100
     assert batch_tokens(enough, max_length=100, checkpointing=True) > 300
@@ -52,6 +59,84 @@ def test_as_many_answers_at_once_as_memory_holds(monkeypatch):
     free = 12 * num_parameters + 2 * 30 * an_answer
     assert decode_batch(free) == 30
     assert decode_batch(free, 2 * many) < decode_batch(free)
+
+
+@pytest.mark.slow
+def test_a_cpu_s_batches_are_of_its_own_layers(monkeypatch):
+    """They keep less than a GPU's: more tokens fit."""
+    backbone = Backbone(tiny.make_model())
+    a_token = footprint.of_module(backbone, "cpu").of_token(2, checkpointing=False)
+    enough = memory.pending(backbone, 0) + memory.passing(backbone) + 2 * a_token * 300.5
+    monkeypatch.setattr(memory, "free", lambda device: enough)
+    assert a_token < footprint.of_module(backbone, "cuda").of_token(2, checkpointing=False)
+    assert memory.default_batch_tokens(backbone, torch.device("cpu"), 0, False, 100) == 300
+
+
+def test_what_is_pending_at_each_stage(monkeypatch):
+    """Of eight ranks: gradients are whole up to stage 1, moments at stage 0; adapters alone have any."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    backbone = Backbone(tiny.make_model(), autocast=torch.bfloat16)
+    weights = sum(p.numel() for p in backbone.parameters())
+    head = 2 * 2**29 + 6 * 1024 * 64  # bf16 products
+    vectors = sum(p.numel() for p in backbone.parameters() if p.dim() == 1)
+    copies = 2 * (weights - vectors)
+    states = [12 * weights, (4 + 8 / 8) * weights, 12 * weights / 8, 12 * weights / 8]
+    for stage, expected in enumerate(states):
+        assert memory.pending(backbone, stage) == expected
+        assert memory.passing(backbone) == copies + head
+    backbone.requires_grad_(False)
+    assert memory.pending(backbone, 0) == 0
+
+
+def test_memory_that_torch_keeps_unused_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert memory.free(torch.device("cuda")) == 140
+
+
+def test_a_model_is_gone_before_the_cache_is_emptied(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(alive() is None))
+    gc.disable()
+    try:
+        for device in ("cpu", "cuda"):
+            model = torch.nn.Linear(2, 2)
+            model.itself = [model]  # a cycle, as modules with hooks have
+            alive = weakref.ref(model)
+            del model
+            memory.release(torch.device(device))
+    finally:
+        gc.enable()
+    assert emptied == [True]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details)"
+        "\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+        "Cuda failure 2 'out of memory'",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 80000000000 bytes",
+    ],
+    ids=lambda words: words[:30],
+)
+def test_memory_runs_out_in_many_words(words):
+    """As torch, its libraries and NCCL (the string in libnccl.so: Cuda failure %d '%s') write them."""
+    assert memory.is_out_of_memory(RuntimeError(words))
+
+
+def test_other_errors_of_cuda_are_something_else():
+    for words in (
+        "CUDA error: device-side assert triggered",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "NCCL error in: x.cpp:1, remote process exited or there was a network error",
+    ):
+        assert not memory.is_out_of_memory(RuntimeError(words))
 
 
 def room_for_batch(batch, batch_tokens):

@@ -17,6 +17,10 @@ from train import quiet
 from train.engine import leftovers
 
 TIMEOUT = datetime.timedelta(minutes=30)
+# Of what ranks wait for that is no computation: rank 0 may tokenise for hours. Whoever dies meanwhile
+# is noticed by its connection, and by engine/preemption.py.
+PATIENCE = datetime.timedelta(hours=24)
+_objects = None  # the group of ranks that objects and barriers go through, by gloo
 # of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -25,8 +29,10 @@ M_MMAP_THRESHOLD = -3
 def init() -> torch.device:
     """Join the job's process group through DeepSpeed and choose this rank's device.
 
-    ValueError where the port that the ranks meet at is taken. Every rank calls this.
+    ValueError where the port that the ranks meet at is taken, and where two ranks have one GPU. Every
+    rank calls this.
     """
+    global _objects
     cuda = torch.cuda.is_available()
     _set_environment()
     if cuda:  # under srun --gpus-per-task=1 each task sees one GPU, whatever its number
@@ -53,14 +59,36 @@ def init() -> torch.device:
             f"port {port} is taken on this machine, by another run it may be: start with "
             f"deepspeed --master_port {int(port) + 1} ... (torchrun's flag has the same name)"
         ) from error
-    if not cuda:
+    if world_size() > 1:
+        _objects = td.new_group(backend="gloo", timeout=PATIENCE)
+    if cuda:
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        refuse_shared_gpus(all_gather((socket.gethostname(), uuid)), torch.cuda.device_count())
+    else:
         barrier()  # now every rank has opened the others' buffers
         leftovers.unlink_shared_memory(rank())
     return device
 
 
+def refuse_shared_gpus(gpus: list[tuple[str, str]], count: int):
+    """ValueError where two ranks have one GPU. gpus: (host, the GPU's uuid) of each rank; count: how
+    many GPUs this rank sees.
+    """
+    first = {}
+    for number, gpu in enumerate(gpus):
+        if gpu in first:
+            raise ValueError(
+                f"ranks {first[gpu]} and {number} share one GPU of {gpu[0]}, where a rank sees "
+                f"{count}: start one process a GPU (deepspeed --num_gpus, torchrun "
+                "--nproc_per_node, srun --gpus-per-task=1)"
+            )
+        first[gpu] = number
+
+
 def shutdown():
     """Leave the process group, so that the interpreter ends without complaint."""
+    global _objects
+    _objects = None
     if td.is_initialized():
         td.destroy_process_group()
 
@@ -126,7 +154,7 @@ def is_main() -> bool:
 def barrier():
     """Wait for all. Every rank calls this."""
     if world_size() > 1:
-        td.barrier()
+        td.barrier(group=_objects)
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:
@@ -141,7 +169,7 @@ def broadcast(value=None):
     if world_size() == 1:
         return value
     values = [value]
-    td.broadcast_object_list(values, src=0)
+    td.broadcast_object_list(values, src=0, group=_objects)
     return values[0]
 
 
@@ -157,7 +185,7 @@ def all_gather(value) -> list:
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    td.all_gather_object(values, value)
+    td.all_gather_object(values, value, group=_objects)
     return values
 
 

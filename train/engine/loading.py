@@ -51,7 +51,11 @@ def load_backbone(
     """
     with sharded_load(config):
         lm = pretrained.load_causal_lm(
-            path, weight_dtype(policy_stage, precision), trust_remote_code, allow_pickle
+            path,
+            weight_dtype(policy_stage, precision),
+            trust_remote_code,
+            allow_pickle,
+            device=_straight_to(device, config),
         )
     _settle(lm, config, device, change)
     backbone = Backbone(lm, layout, autocast=autocast_dtype(policy_stage, precision))
@@ -94,6 +98,7 @@ def load_score_model(
             weight_dtype(policy_stage, precision),
             trust_remote_code,
             allow_pickle,
+            device=_straight_to(device, config),
             needs_head=False,
         )
     deviation, shift = 1.0, 0.0
@@ -145,6 +150,13 @@ def _in_fp32(load: Callable, path, config: dict, policy_stage: int, **options) -
     """What loads the same module with fp32 weights, sharded alike, in main memory."""
     same = {key: value for key, value in config.items() if key not in ("bf16", "data_types")}
     return partial(load, path, same, "fp32", policy_stage, torch.device("cpu"), **options)
+
+
+def _straight_to(device: torch.device, config: dict) -> torch.device | None:
+    """Where weights go as they are read. A GPU's: the eight ranks of a node would else have eight whole
+    models in main memory for a moment, 120 GB of a model of 7B.
+    """
+    return device if device.type == "cuda" and zero_stage(config) < 3 else None
 
 
 def _settle(lm, config: dict, device: torch.device, change: Callable | None):

@@ -1,6 +1,7 @@
 """How many tokens a packed batch may hold on this machine, and what to say when that was too many."""
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -8,40 +9,45 @@ import sys
 import torch
 
 from train.config import fail
-from train.engine import dist
+from train.engine import dist, footprint
 from train.models.cache import ROOM
-from train.models.lm_head import LOGITS_BYTES
 
 CPU_TOKENS = 960  # about three pairs: larger batches gain little on a CPU and cost memory
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
 CPU_ANSWERS, CUDA_ANSWERS = 128, 512  # decoded at once: the same of answers
-# torch's words on a CPU, and oneDNN's, for what has no exception of its own
-OUT_OF_MEMORY_WORDS = ("can't allocate memory", "could not create a memory")
+# What has no exception of its own says when memory runs out.
+OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",  # torch on a CPU
+    "could not create a memory",  # oneDNN
+    "CUDA out of memory",  # torch's allocator, where another exception passes it on
+    "CUDA error: out of memory",  # the driver: contexts, graphs, pinned memory
+    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS has no room for its workspace
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "'out of memory'",  # NCCL, in its last error: "Cuda failure 2 'out of memory'"
+)
 
 
 def default_batch_tokens(
-    backbone, device: torch.device, stage: int, checkpointing: bool, max_length: int
+    module, device: torch.device, stage: int, checkpointing: bool, max_length: int
 ) -> int:
     """The default of --micro_tokens: half of the free memory over what a token's activations take.
 
     At least `max_length`, at most where larger batches stop being faster; the least of all ranks',
-    which must plan alike. Every rank calls this.
+    which must plan alike. module: a PackedModel. Every rank calls this.
     """
-    config = backbone.lm.config.get_text_config()
-    width, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    item = 2 if backbone.autocast or next(backbone.parameters()).dtype == torch.bfloat16 else 4
-    layer_bytes = (8 * width + 4 * inner) * item  # that autograd keeps of a token
-    if backbone.autocast:
-        layer_bytes += 8 * width  # of the residual stream in fp32
-    if checkpointing:  # each layer's input, and one layer's activations at a time
-        token_bytes = width * item * layers + layer_bytes
-    else:
-        token_bytes = layer_bytes * layers
     most = CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS
-    available = free(device) - pending(backbone, stage)
-    fitting = (available // 2 - 2 * LOGITS_BYTES) // token_bytes
-    return min(dist.all_gather(int(max(min(most, fitting), min(max_length, most)))))
+    available = (free(device) - pending(module, stage) - passing(module)) // 2
+    layers = module.lm.config.get_text_config().num_hidden_layers
+
+    def fitting(device_type):
+        activations = footprint.of_module(module, device_type)
+        return available // activations.of_token(layers, checkpointing)
+
+    # A CPU's layers keep hardly more than those of CUDA, which are measured in no time.
+    tokens = fitting("cuda")
+    if device.type == "cpu" and tokens < 2 * most:
+        tokens = fitting("cpu")
+    return min(dist.all_gather(int(max(min(most, tokens), min(max_length, most)))))
 
 
 def default_decode_batch(backbone, device: torch.device, stage: int, tokens: int) -> int:
@@ -63,19 +69,41 @@ def default_decode_batch(backbone, device: torch.device, stage: int, tokens: int
     return min(dist.all_gather(int(max(min(most, fitting), 1))))
 
 
-def pending(backbone, stage: int) -> int:
-    """Bytes of gradients and moments on this rank before the first step has made them: 12 a parameter,
-    sharded from stage 1 on.
+def pending(module, stage: int) -> float:
+    """Bytes of gradients and moments on this rank before the first step has made them."""
+    trained = sum(_numel(p) for p in module.parameters() if p.requires_grad)
+    return footprint.states(trained, stage, precision="bf16", world=dist.world_size()).later
+
+
+def passing(module) -> int:
+    """Bytes that a forward and a backward pass take for a while, however small the batch: autocast's
+    copies of the weights, and what the head takes.
     """
-    total = 12 * sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters())
-    return total // (dist.world_size() if stage else 1)
+    head = module.head.weight
+    product = module.autocast or head.dtype
+    return footprint.autocast_copies(module) + footprint.head_bytes(_numel(head), product)
+
+
+def _numel(weight) -> int:
+    """Elements of a weight, also where ZeRO-3 holds a shard of it."""
+    return getattr(weight, "ds_numel", weight.numel())
 
 
 def free(device: torch.device) -> int:
     """Bytes that this process could still take on `device`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def release(device: torch.device):
+    """Give back what nobody uses any more, a model that has gone say: torch would keep its memory in
+    pieces of that model's sizes.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -60,10 +60,8 @@ class TrainedModel:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.stage, self.grad_clip, self.tokenizer = zero_stage(config), grad_clip, tokenizer
         groups = decay_groups(module, weight_decay)
-        on_cuda = all(p.device.type == "cuda" for group in groups for p in group["params"])
-        self.adamw = torch.optim.AdamW(
-            groups, lr=lr, betas=betas, eps=eps, fused=on_cuda or self.stage == 0
-        )
+        # fused on CUDA and on CPUs: where DeepSpeed keeps weights in main memory, that is what steps
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
         if warmup_steps > total_steps:
             raise ValueError(
                 f"--warmup_steps {warmup_steps} of a run of {total_steps} steps: the rate would never "

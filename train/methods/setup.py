@@ -193,6 +193,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         tokens_a_batch = 2 * batch_tokens(settings, run.device, mode, live.module)
         reference = Cached(live, datasets, tokens_a_batch, mode.precision, run.say)
         del live
+        memory.release(run.device)
 
     module = load(settings, run.device, mode, path, mode.config, change=adapters(settings))
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)

@@ -46,20 +46,30 @@ def load_tokenizer(path, trust_remote_code=False):
         raise ValueError(f"cannot load a tokenizer from {path}: {_why(path, error)}") from error
 
 
-def load_causal_lm(path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False):
+def load_causal_lm(
+    path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False, device=None
+):
     """A causal LM with weights in `dtype` from a directory or hub name: from safetensors only,
     unless `allow_pickle`, which still prefers them.
+
+    device: where weights go as they are read, one by one; None: as a whole into main memory, or into
+    ZeRO-3's shards.
 
     Raises ValueError that names the path where the model is not there, is damaged, or lacks
     weights, which transformers would draw at random.
     """
-    lm, missing = _load(CAUSAL, path, dtype, trust_remote_code, allow_pickle)
+    lm, missing = _load(CAUSAL, path, dtype, trust_remote_code, allow_pickle, device)
     _refuse_missing(path, missing)
     return lm
 
 
 def load_score_model(
-    path, dtype=torch.float32, trust_remote_code=False, allow_pickle=False, needs_head=True
+    path,
+    dtype=torch.float32,
+    trust_remote_code=False,
+    allow_pickle=False,
+    device=None,
+    needs_head=True,
 ):
     """(a model for sequence classification with one label, whether its head was in the files); as
     `load_causal_lm` does it.
@@ -75,7 +85,7 @@ def load_score_model(
         raise ValueError(f"cannot load {SCORE.title} from {path}: {_why(path, error)}") from error
     if gives_scores(config) and config.num_labels != 1:
         raise ValueError(f"{path} is no reward model: it has {config.num_labels} outputs, not 1")
-    lm, missing = _load(SCORE, path, dtype, trust_remote_code, allow_pickle, num_labels=1)
+    lm, missing = _load(SCORE, path, dtype, trust_remote_code, allow_pickle, device, num_labels=1)
     has_head = "score.weight" not in missing
     if needs_head and not has_head:
         raise ValueError(
@@ -116,7 +126,7 @@ def auto_class(config) -> type:
     return (SCORE if gives_scores(config) else CAUSAL).auto_class
 
 
-def _load(kind, path, dtype, trust_remote_code, allow_pickle, **options):
+def _load(kind, path, dtype, trust_remote_code, allow_pickle, device, **options):
     """(a model of a Kind, the names of the weights that were not in its files). Raises ValueError."""
     # Without this, transformers asks a service to convert a repository that has pickles only, in
     # the user's name.
@@ -134,6 +144,7 @@ def _load(kind, path, dtype, trust_remote_code, allow_pickle, **options):
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            device_map=None if device is None else {"": device},
             **options,
         )
         # an adapter that comes from the hub
