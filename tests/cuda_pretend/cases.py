@@ -6,6 +6,7 @@ a GPU; test_pretend.py looks at what came out.
 
 import itertools
 import types
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from tests.cuda_pretend import pretend
 from tests.engine.made_pairs import made_pairs, with_targets
 from train.data.packing import pack
-from train.engine import ds_config
+from train.engine import ds_config, footprint
 from train.engine.trained import TrainedModel
 from train.losses import composition
 from train.losses import policy as losses_of_policies
@@ -528,6 +529,33 @@ def fullgraph(run: Pretend) -> dict:
     return facts
 
 
+def memory(run: Pretend) -> dict:
+    """{family and mode: [bytes that autograd keeps of a token, and the estimate of that]}."""
+    facts = {}
+    batches = [pack([footprint.GROUP] * count) for count in (1, 3)]
+    for name in ("llama", "qwen3", "gemma", "gemma3", "mistral_window", "gpt2"):
+        for mode in ("autocast", "bf16", "checkpointing"):
+            with run.fake:
+                lm = make_lm(FAMILIES[name])
+                lm = lm.to(torch.bfloat16) if mode == "bf16" else lm
+                module = Backbone(lm, autocast=None if mode == "bf16" else torch.bfloat16)
+                if mode == "checkpointing":
+                    module.checkpoint_activations()
+                few, many = (
+                    footprint.kept_bytes(partial(module, batch.to("cuda")), module)
+                    for batch in batches
+                )
+            tokens = len(batches[1].input_ids) - len(batches[0].input_ids)
+            estimate = footprint.of_config(lm.config, "bf16", stage=int(mode == "bf16"))
+            if mode == "checkpointing":
+                estimate = estimate._replace(layer=estimate.layer_input)
+            facts[f"{name}, {mode}"] = [
+                (many - few) / tokens,
+                LAYERS * estimate.layer + estimate.rest,
+            ]
+    return facts
+
+
 CASES = {
     **{f"step_{name}": step_of(name) for name in FAMILIES},
     "ppo": ppo,
@@ -537,4 +565,5 @@ CASES = {
     "deterministic": deterministic,
     "decoding": decoding,
     "fullgraph": fullgraph,
+    "memory": memory,
 }

@@ -118,3 +118,11 @@ def test_tokens_are_drawn_without_a_look_in_between(found, family):
 def test_a_body_is_one_graph(found, family):
     forward, backward = found["fullgraph"]["facts"][family]  # two graphs: fullgraph raises on more
     assert forward <= NODES[family][0] and backward <= NODES[family][1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma3", "mistral_window", "gpt2"])
+def test_memory_is_what_autograd_keeps(found, family):
+    facts = found["memory"]["facts"]
+    for mode in ("autocast", "bf16", "checkpointing"):
+        kept, estimate = facts[f"{family}, {mode}"]
+        assert estimate == pytest.approx(kept, rel=0.1), mode

@@ -321,9 +321,12 @@ def head_bytes(weights: int, dtype: torch.dtype, logits_bytes: int = LOGITS_BYTE
 
 
 def _with_layers(config, count: int):
-    """A copy of a configuration with that many of its first layers."""
+    """A copy of a configuration with that many of its first layers, and no pad token: transformers
+    looks for that among the ids, to warn.
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config()
+    config.pad_token_id = text.pad_token_id = None
     text.num_hidden_layers = count
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:count]
