@@ -22,6 +22,8 @@ import torch.nn.functional as F
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from train.models.buckets import StaticSegments
+
 NAME = "zeropref"
 
 # The kernel behind scaled_dot_product_attention on a CPU, called directly for the logarithms that
@@ -217,7 +219,9 @@ def packed_attention(
     value = value.to(dtype)
     window = sliding_window or 0
     same_head_size = query.shape[-1] == value.shape[-1]
-    if not query.is_cuda and same_head_size:
+    if isinstance(segments, StaticSegments) and not segments.has_flash:
+        out = _in_one_call(query, key, value, segments, scaling, window)
+    elif not query.is_cuda and same_head_size:
         out = CpuAttention.apply(query, key, value, segments, scaling, window)
     elif not query.is_cuda:
         out = _by_segment(query, key, value, segments, scaling, window)
@@ -257,6 +261,21 @@ def _by_segment(query, key, value, segments, scaling, window):
         )  # (1, H, q, D)
         out.append(attended)
     return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _in_one_call(query, key, value, segments, scaling, window):
+    """torch's attention over the whole of a static row, without a segment on the host: (1, H, L, D),
+    (1, G, L, D) x 2 -> (1, L, H, D). Most of its work is on pairs that the mask then hides.
+    """
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=segments.visible(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # (1, H, L, D)
+    return out.transpose(1, 2)
 
 
 class CpuAttention(torch.autograd.Function):

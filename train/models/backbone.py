@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from train.models import attention, layers
+from train.models import attention, buckets, layers
 from train.models.lm_head import LOGITS_BYTES, token_logps
 from train.models.pretrained import load_causal_lm
 
@@ -52,6 +52,9 @@ class PackedModel(nn.Module):
     load_in_fp32: Callable | None = None
     # Whether gradients on CUDA are the same bits each time, those of long segments too.
     deterministic = False
+    # Whether the body gets batches in the shapes of a few buckets (buckets.py), as compiled layers
+    # need them (compiled.py).
+    static_shapes = False
     # Options of the forward passes that are compared at a run's start and after its export.
     compared_with: tuple[dict, ...] = ({},)
 
@@ -89,12 +92,20 @@ class PackedModel(nn.Module):
 
     def packed_hidden(self, batch):
         """(L, H): the final hidden states of a packed batch."""
-        return self.body(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
+        row, num_tokens = batch, len(batch.input_ids)
+        if self.static_shapes:
+            has_flash = attention.has_flash(batch.input_ids.device)
+            segments = buckets.static_segments(batch, has_flash)
+            row = segments.batch
+        else:
+            segments = attention.Segments(batch, self.deterministic)
+        hidden = self.body(
+            input_ids=row.input_ids[None],
+            position_ids=row.positions[None],
             use_cache=False,
-            segments=attention.Segments(batch, self.deterministic),
+            segments=segments,
         ).last_hidden_state[0]
+        return hidden[:num_tokens] if self.static_shapes else hidden  # the junk ends here
 
 
 def rows(hidden, index):
