@@ -171,6 +171,7 @@ class Settings:
             self, at_least, shares=("max_dropped", "max_implausible"), positive=("beta",)
         )
         settings.check_trackers(self.report_to)
+        settings.refuse_shares("data", self.data)
 
 
 def main():

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 # Flags are read before torch and transformers are imported, which takes seconds.
 from train import config
-from train.settings import Data, Needs, Scored, check_bounds, flag, sources, token_options
+from train.settings import Data, Needs, Scored, check_bounds, flag, shares, sources, token_options
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
@@ -102,7 +102,7 @@ def examine(settings, report):
     """Add what is found to `report`, as far as one gets. Raises ValueError for flags and model,
     DataError for data.
     """
-    from train.data import chat, dataset, tokens
+    from train.data import chat, dataset, mixing, tokens
     from train.models import builtin, pretrained
 
     if settings.adapted:
@@ -129,6 +129,7 @@ def examine(settings, report):
                 **token_options(settings),
                 kind=kind,
                 keep_tail=is_reward,
+                shares=shares(settings) if name == "data" else (),
             )
             report[name] = describe(parts[name], named)
             for note in parts[name].notes():
@@ -143,10 +144,15 @@ def examine(settings, report):
             parts["data"], settings.eval_split, settings.data_split_seed
         )
         report["split"] = {"train": len(parts["data"]), "held_out": len(parts["eval_data"])}
+    mix = mixing.mix_of(parts["data"])
+    for line in mix.lines():
+        print(f"data: {line}", file=sys.stderr)
+    report["data"]["by_source"] = mix.described()
     if "eval_data" in parts:
         train_prompts, held_out_prompts = (
             set(parts[name].prompts.tolist()) for name in ("data", "eval_data")
         )
+        report["held_out_by_source"] = mixing.by_source(parts["eval_data"])
         report["prompts_in_both"] = len(train_prompts & held_out_prompts)
 
 

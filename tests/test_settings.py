@@ -5,6 +5,7 @@ and the data where none is named.
 import dataclasses
 import re
 import types
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -356,3 +357,55 @@ def test_what_is_given_stays_beside_a_demonstration():
 )
 def test_data_where_none_is_named(given, expected):
     assert list(settings.sources(settings.Data(**given))) == expected
+
+
+def test_a_share_is_what_follows_a_name_that_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl:0.3").touch()
+    (tmp_path / "saved:1").mkdir()
+    expected = {
+        "b.jsonl:0.3": ("b.jsonl", "0.3"),
+        "b.jsonl:.5": ("b.jsonl", "0.5"),
+        "b.jsonl:1": ("b.jsonl", "1"),
+        "b.jsonl:2.0": ("b.jsonl", "2"),
+        "C:b.jsonl:1.0": ("C:b.jsonl", "1"),
+        "org/name:config@train:0.25": ("org/name:config@train", "0.25"),
+        "org/name:1.0:1": ("org/name:1.0", "1"),  # a configuration that reads like a share
+        "a.jsonl:0.3:0.5": ("a.jsonl:0.3", "0.5"),
+        "a.jsonl:0.3": ("a.jsonl:0.3", None),  # it is there
+        "saved:1": ("saved:1", None),
+        "b.jsonl": ("b.jsonl", None),
+        "org/name:2022": ("org/name:2022", None),
+        "org/name:3.0.0": ("org/name:3.0.0", None),
+        "org/name@train[:0.5]": ("org/name@train[:0.5]", None),
+        "b.jsonl:-0.5": ("b.jsonl:-0.5", None),
+        ":0.5": (":0.5", None),
+    }
+    for word, (source, share) in expected.items():
+        assert settings.with_share(word) == (source, share and Fraction(share)), word
+    mixed = settings.Data(data=["b.jsonl:0.3", "c.jsonl"])
+    assert settings.sources(mixed)[0] == ["b.jsonl", "c.jsonl"]
+    assert settings.shares(mixed) == [Fraction(3, 10), 1]
+    assert settings.shares(settings.Data()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--data a.jsonl b.jsonl:0.0", "--data b.jsonl:0.0: a share lies above 0; leave the source out"),
+        ("--data a.jsonl:1.5", "--data a.jsonl:1.5: a share is at most 1; for more of this source give the others smaller ones, and the run more --epochs"),
+        ("--data a.jsonl --eval_data b.jsonl:0.5", "--eval_data b.jsonl:0.5: evaluation takes all rows, and shares are of training's epochs: write b.jsonl"),
+    ],
+)  # fmt: skip
+def test_shares_that_no_run_can_take(capsys, tmp_path, script, line, words):
+    """On the command line and in a recipe; an evaluation takes none."""
+    if "evaluate" in script:
+        line, words = "--data b.jsonl:0.5", "--data b.jsonl:0.5: evaluation takes all rows, and shares are of training's epochs: write b.jsonl"  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    flags = [part.split() for part in line.split("--")[1:]]
+    recipe.write_text("".join(f"{name}: [{', '.join(given)}]\n" for name, *given in flags))
+    for arguments in (line.split(), ["--config", str(recipe)]):
+        with pytest.raises(SystemExit):
+            config.parse(SCRIPTS[script], arguments)
+        assert capsys.readouterr().err == f"error: {words}; see --help\n"

@@ -43,6 +43,7 @@ CHAT = "prompts and answers go through the model's chat template by themselves"
 WHOLE = "every step counts its own rows exactly; nothing to set"
 BY_LAUNCHER = "the launcher says it: deepspeed --num_gpus N"
 DRAWN = "answers are drawn from the policy as it is, at --temperature"
+SHARES = "a share of each source's rows an epoch: a.jsonl:0.3 b.jsonl"
 LAST = "the last step's model is OUTPUT/model"
 
 # Trainers' names, by what they are about. Those that are called the same here are not in it.
@@ -91,6 +92,9 @@ NAMES: dict[str, Here] = {
     "dataset_test_split": _part("eval_data", note="as org/name@split"),
     "train_split": _part("data", note="as org/name@split"),
     "eval_split_name": _part("eval_data", note="as org/name@split"),
+    "prompt_data_probs": _part("data", note=SHARES),
+    "dataset_probs": _part("data", note=SHARES),
+    "interleave_probs": _part("data", note=SHARES),
     "dataset_dir": _part("data", note="files are named whole"),
     "eval_dataset": _to("eval_data"),
     "validation_file": _to("eval_data"),

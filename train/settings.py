@@ -15,6 +15,9 @@ import copy
 import dataclasses
 import importlib.util
 import math
+import os
+import re
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from train.files import ROOT
@@ -219,6 +222,10 @@ Tracker = Literal[
     "swanlab",
     "none",
 ]
+# What an epoch takes of a source, behind its name: pairs.jsonl:0.3. Other whole numbers are a hub
+# data set's configuration, org/name:2022.
+SHARE = re.compile(r"(.+):(\d{1,3}\.\d+|\.\d+|[01])")
+
 # Of a loss: with the types, so that `--loss_args.tau 2` is a number.
 Arguments = dict[str, bool | int | float | str]
 
@@ -236,8 +243,8 @@ class Data:
     model: str | None = None
     """The policy: a model directory or hub name. None: SmolLM2-135M-Instruct."""
     data: list[str] | None = None
-    """Pairs to train on: jsonl, json, csv, parquet, save_to_disk folders or hub names. None: the
-    built-in pairs.
+    """Pairs to train on: jsonl, json, csv, parquet, save_to_disk folders or hub names, of which an
+    epoch takes a share where one follows: a.jsonl:0.3 b.jsonl. None: the built-in pairs.
     """
     columns: list[str] | None = None
     """Columns that have other names in the data, say prompt=question chosen=better rejected=worse."""
@@ -286,6 +293,8 @@ class Data:
             {"max_length": 2, "max_prompt_length": 1},
             shares=("eval_split", "max_dropped", "max_implausible"),
         )
+        check_mix(self.data)
+        refuse_shares("eval_data", self.eval_data)
         default = Data.max_prompt_length
         self.adapted = ""  # what was changed to fit, to be said
         is_default = self.max_prompt_length == default and "max_prompt_length" not in given
@@ -524,8 +533,8 @@ class Policy(Training):
     value_lr_times: ClassVar = 10
 
     data: list[str] | None = None
-    """Prompts to train on: rows with a prompt, or preference pairs, whose answers are not read. None:
-    the built-in prompts.
+    """Prompts to train on: rows with a prompt, or preference pairs, whose answers are not read; of
+    which an epoch takes a share where one follows: a.jsonl:0.3 b.jsonl. None: the built-in prompts.
     """
     eval_data: list[str] | None = None
     """Prompts to evaluate on. None: the built-in held-out prompts with built-in data, else what
@@ -768,11 +777,55 @@ def token_options(settings: Data) -> dict[str, Any]:
     }
 
 
+def with_share(word: str) -> tuple[str, Fraction | None]:
+    """(the source that a word of --data names, the share of its rows that an epoch takes, or None).
+
+    A file or folder of the whole word's name goes before.
+    """
+    found = SHARE.fullmatch(word)
+    if found is None or os.path.exists(os.path.expanduser(word)):
+        return word, None
+    return found[1], Fraction(found[2])
+
+
+def check_mix(words: list[str] | None):
+    """ValueError for a share of --data that no epoch can take."""
+    for word in words or ():
+        share = with_share(word)[1]
+        if share == 0:
+            raise ValueError(f"--data {word}: a share lies above 0; leave the source out")
+        if share is not None and share > 1:
+            raise ValueError(
+                f"--data {word}: a share is at most 1; for more of this source give the others smaller "
+                "ones, and the run more --epochs"
+            )
+
+
+def refuse_shares(flag_name: str, words: list[str] | None):
+    """ValueError for a source with a share where all rows are evaluated on."""
+    for word in words or ():
+        source, share = with_share(word)
+        if share is not None:
+            raise ValueError(
+                f"--{flag_name} {word}: evaluation takes all rows, and shares are of training's epochs: "
+                f"write {source}"
+            )
+
+
+def shares(settings: Data) -> list[Fraction]:
+    """Of each source of the data to train on the share of its rows that an epoch takes; all of it
+    where none is given.
+    """
+    return [with_share(word)[1] or Fraction(1) for word in settings.data or ()]
+
+
 def sources(settings: Data) -> tuple[list[str], list[str] | None]:
-    """The data to train on and to evaluate on; None for the second: none, or a part of the first."""
+    """The data to train on and to evaluate on, without shares; None for the second: none, or a part
+    of the first.
+    """
     if settings.data:
         # the built-in held-out pairs say nothing about other data
-        return settings.data, settings.eval_data
+        return [with_share(word)[0] for word in settings.data], settings.eval_data
     train, held_out = (str(ROOT / "train/data/builtin" / name) for name in settings.builtin_data)
     held_out = None if settings.eval_split else [held_out]
     return [train], settings.eval_data or held_out

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Tokenised:
     labels: np.ndarray | None = None  # (N,) bool, of answers that were judged one by one
     targets: np.ndarray | None = None  # (N,) float64, what a score model is to learn
     starts: tuple = ()  # (source, number of its first row over all sources), in order
+    # of each of `starts`, what an epoch takes of it (data/mixing.py); (): everything
+    shares: tuple[Fraction, ...] = ()
     remarks: tuple = ()  # (how rows were read or rendered, number of rows), worth saying once
     suspicions: tuple[Suspicion, ...] = ()  # rows that nobody can have meant, by sort
     # (N,) int64 hash of the prompt's and the answers' texts, whatever the kind of data and tokenizer

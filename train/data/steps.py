@@ -7,11 +7,20 @@ budget can change what a step is made of.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from train.data.packing import plan_batches
+
+
+class Mix(Protocol):
+    """What an epoch is made of; data/mixing.py has one."""
+
+    count: int  # groups that an epoch takes
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The epoch's groups in its order, (count,)."""
 
 
 class PlannedStep(NamedTuple):
@@ -54,6 +63,12 @@ def num_steps(count: int, batch_size: int, epochs: float, max_steps: int = 0) ->
     return min(total, max_steps) if max_steps > 0 else total
 
 
+def num_drawn(steps: int, count: int, batch_size: int) -> int:
+    """Groups that the first `steps` steps draw, where an epoch has `count`."""
+    epochs, within = divmod(steps, -(-count // batch_size))
+    return epochs * count + min(within * batch_size, count)
+
+
 def plan_steps(
     tokens: Sequence[int],
     batch_size: int,
@@ -64,19 +79,21 @@ def plan_steps(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    mix: Mix | None = None,
 ) -> Iterator[PlannedStep]:
     """Yield steps `start` to `total` for one rank; starting anywhere costs nothing.
 
     `tokens`: each group's size, (len(data),). `batch_size`: groups a step, over all ranks.
-    `batch_tokens`: the token budget of a packed batch.
+    `batch_tokens`: the token budget of a packed batch. `mix`: what an epoch is made of; None: of
+    everything once.
     """
-    per_epoch = -(-len(tokens) // batch_size)
+    per_epoch = -(-(mix.count if mix else len(tokens)) // batch_size)
     order = None
     order_epoch = -1
     for number in range(start, total):
         epoch, within = divmod(number, per_epoch)
         if epoch != order_epoch:
-            order = shuffled(len(tokens), seed, epoch)
+            order = mix.order(seed, epoch) if mix else shuffled(len(tokens), seed, epoch)
             order_epoch = epoch
         groups = tuple(int(i) for i in order[within * batch_size : (within + 1) * batch_size])
         plan = plan_batches([int(tokens[i]) for i in groups], batch_tokens, world)[rank]
@@ -85,15 +102,15 @@ def plan_steps(
 
 
 def plan_rollouts(
-    count: int, batch_size: int, *, seed: int, total: int, start: int = 0
+    mix: Mix, batch_size: int, *, seed: int, total: int, start: int = 0
 ) -> Iterator[PlannedRollout]:
-    """Yield rollouts `start` to `total`, of `batch_size` of `count` prompts each; an epoch's last one
-    is smaller where it must.
+    """Yield rollouts `start` to `total`, of `batch_size` prompts each; an epoch's last one is smaller
+    where it must.
     """
-    per_epoch = -(-count // batch_size)
+    per_epoch = -(-mix.count // batch_size)
     for number in range(start, total):
         epoch, within = divmod(number, per_epoch)
-        order = shuffled(count, seed, epoch)
+        order = mix.order(seed, epoch)
         groups = order[within * batch_size : (within + 1) * batch_size]
         yield PlannedRollout(number, epoch, tuple(int(i) for i in groups))
 

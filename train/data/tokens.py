@@ -16,6 +16,7 @@ import secrets
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +121,7 @@ def collect(
     split: str = "train",
     kind: str = "pair",
     keep_tail: bool = False,
+    shares: Sequence[Fraction] = (),
 ) -> Tokenised:
     """Read, check and tokenise `sources`, or find them done in the cache, however many rows are
     dropped.
@@ -127,6 +129,7 @@ def collect(
     `columns`: names of columns as --columns has them (shapes.py). `cache_dir` stands for
     $ZEROPREF_CACHE or ~/.cache/zeropref; files lie in its subfolder tokens. Several processes may
     do this at once. `keep_tail`: answers reach to the end of what the template renders (chat.py).
+    `shares`: of each source, what an epoch takes of it (mixing.py); (): everything.
     Raises DataError for the data, ValueError for the tokenizer, the lengths or the kind, OSError
     for the cache folder.
     """
@@ -166,17 +169,24 @@ def collect(
     if KINDS[kind].is_conversation:
         remarks.update(remark for row in used for remark in row.item.remarks)
         del remarks[shapes.SCORES_CONTRADICT]  # it stands among the implausible rows
+    starts = {(row.source, row.number - row.index) for row in rows}
+    starts = tuple(sorted(starts, key=itemgetter(1)))
     return Tokenised(
         **arrays,
         dropped=dropped,
         fingerprint=key,
         contents=np.array([_content_hash(row.item) for row in used], np.int64),
-        starts=tuple(
-            sorted({(row.source, row.number - row.index) for row in rows}, key=itemgetter(1))
-        ),
+        starts=starts,
+        shares=_of_starts(starts, sources, shares) if shares else (),
         remarks=(*remarks.items(), *of_encoder["remarks"].items()),
         suspicions=_suspicions(rows) if KINDS[kind].is_conversation else (),
     )
+
+
+def _of_starts(starts: tuple, sources: Sequence[str], shares: Sequence[Fraction]) -> tuple:
+    """The shares of those sources that have a sound row. A source may be named twice."""
+    left = iter(zip(sources, shares, strict=True))
+    return tuple(next(share for other, share in left if other == source) for source, _ in starts)
 
 
 def kind_of(

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import torch
 
+from train.data import mixing
 from train.data.packing import digest
 from train.engine import dist
 from train.losses import policy
@@ -140,14 +141,15 @@ class PolicyReport:
         if self.algorithm.kl.coef:
             columns["kl_k1"] = self._kl(answers).tolist()
             columns["kl_tokens"] = answers.lengths.tolist()
-        estimates = summary(columns, answers.completions)
-        estimates["kl"] = estimates.pop("kl_k1", {"value": math.nan})
-        found = {"pairs": len(prompts)}
-        for name in NAMES:
-            if math.isfinite(estimates[name]["value"]):
-                found[name] = estimates[name]["value"]
-                if estimates[name]["interval"]:
-                    found[f"{name}_interval"] = estimates[name]["interval"]
+        found = estimated(columns, answers.completions)
+        by_source = {}
+        for source, index in mixing.places_by_source(prompts.data).items():
+            own = {name: [column[i] for i in index] for name, column in columns.items()}
+            by_source[source] = estimated(own, [answers.completions[i] for i in index])
+            shown = {name: by_source[source][name] for name in NAMES if name in by_source[source]}
+            self.board.scalars(shown, number, f"eval/{source}/")
+        if by_source:
+            found["by_source"] = by_source
         if len(self.rewards.names) > 1 or self.settings.missing_end_penalty:
             # what the reward is made of: one source may pay for another
             for name, column in zip(self.rewards.names, scores.T, strict=True):
@@ -343,7 +345,8 @@ class PolicyReport:
         if last:
             parts = [Metric(f"rewards/{name}", f"  of it {name}") for name in self.rewards.names]
             metrics = [POLICY_METRICS[0], *parts, *POLICY_METRICS[1:]]
-            yield from report.table(metrics, first, last, "prompts")
+            more = report.rows_of_sources(metrics, first, last)
+            yield from report.table(metrics, first, last, "prompts", more)
             yield f"({self.rewards.formula})"
             if "win_rate" in self.comparison:
                 yield f"{'better than before':<22} {show(self.comparison['win_rate'], 3)} of the prompts"
@@ -370,6 +373,21 @@ class PolicyReport:
         config = self.models.policy.module.lm.config
         yield f"  {commands.evaluation(settings, folder.path, config, **models)}"
         yield from self.board.next_commands()
+
+
+def estimated(columns: dict[str, list], completions: list) -> dict:
+    """What is said of answers to held-out prompts: NAMES with their intervals, as far as they are
+    numbers, and how many prompts there are. columns: of each answer, by name.
+    """
+    estimates = summary(columns, completions)
+    estimates["kl"] = estimates.pop("kl_k1", {"value": math.nan})
+    found = {"pairs": len(completions)}
+    for name in NAMES:
+        if math.isfinite(estimates[name]["value"]):
+            found[name] = estimates[name]["value"]
+            if estimates[name]["interval"]:
+                found[f"{name}_interval"] = estimates[name]["interval"]
+    return found
 
 
 def no_sums() -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from train.data import chat, prompts
+from train.data import chat, mixing, prompts
 from train.engine import checks, dist, ds_config, loading, memory
 from train.engine.trained import TrainedModel
 from train.methods import reward_functions, setup
@@ -157,7 +157,10 @@ def open_models(settings, run: Run, tokenizer, algorithm, train, held_out) -> Mo
     path = run.folder.model_path(settings.model)
     by_default = CPU_ROLLOUTS if not settings.data and run.device.type == "cpu" else 0
     steps = setup.num_steps(
-        len(train), settings.batch_size, settings.epochs, settings.max_steps or by_default
+        mixing.mix_of(train.data).count,
+        settings.batch_size,
+        settings.epochs,
+        settings.max_steps or by_default,
     )
     module = setup.load(
         settings, run.device, mode, path, mode.config, change=setup.adapters(settings)

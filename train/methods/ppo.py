@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from train.data import mixing
 from train.data.packing import PackedBatch
+from train.data.steps import num_drawn
 from train.engine import dist, memory, prefetch
 from train.losses import advantages as adv
 from train.losses import policy as losses
@@ -149,6 +151,7 @@ class Collector:
             tokens = self._score_tokens(step, answers, score)
             rollout = self._with_advantages(answers, scores, score, tokens)
         facts = self._facts(rollout) | {"episode": float(self._episodes(step.number + 1))}
+        facts |= self._facts_of_sources(step.groups, rollout)
         self.kept.take(step.number, rollout, facts)
         self.report.take(step.number, rollout, facts, samples)
         return rollout
@@ -338,11 +341,28 @@ class Collector:
             )
         return facts
 
+    def _facts_of_sources(self, groups, rollout: Rollout) -> dict[str, float]:
+        """The mean reward and length of the answers to each source's prompts, where there are several.
+
+        groups: the rollout's prompts, as numbers into the data set.
+        """
+        sources = mixing.sources_of(self.prompts.data)
+        k = rollout.answers.samples_per_prompt
+        score, lengths = rollout.score.reshape(-1, k), rollout.answers.lengths.reshape(-1, k)
+        facts = {}
+        places = sources.split(self.prompts.data.rows[list(groups)])
+        for name, index in zip(sources.several, places, strict=True):
+            counted = score[index][np.isfinite(score[index])]
+            if len(counted):
+                facts[f"train/{name}/reward"] = float(counted.mean())
+            if len(index):
+                facts[f"train/{name}/length"] = float(lengths[index].mean())
+        return facts
+
     def _episodes(self, rollouts: int) -> int:
         """Answers in so many rollouts, of which an epoch's last may be smaller."""
-        size, count = self.settings.batch_size, len(self.prompts)
-        epochs, within = divmod(rollouts, -(-count // size))
-        return (epochs * count + min(within * size, count)) * self.algorithm.samples
+        count = mixing.mix_of(self.prompts.data).count
+        return num_drawn(rollouts, count, self.settings.batch_size) * self.algorithm.samples
 
     # Its updates.
 

@@ -47,6 +47,7 @@ def open_report(run, settings, objective, held_out) -> Report:
         settings,
         policy,
         measures,
+        objective.data,
         HeldOut(objective, held_out) if held_out else None,
         # the policy forward and backward, the reference forward
         passes=3 + reference.forwards,

@@ -59,6 +59,7 @@ def open_report(run, settings, loss: Loss, model, data, held_out) -> Report:
         settings,
         model,
         measures,
+        data,
         HeldOut(run, loss, model, held_out) if held_out else None,
         next_commands=next_commands,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train import settings as shared_flags
-from train.data import chat, dataset, padding, same_tokens, show, tokens
+from train.data import chat, dataset, mixing, padding, same_tokens, show, tokens
 from train.data.steps import num_steps
 from train.engine import checks, dist, ds_config, loading, memory
 from train.engine.trained import TrainedModel
@@ -98,7 +98,7 @@ def read_sources(
             max_dropped=settings.max_dropped,
             max_implausible=settings.max_implausible,
         )
-        data = prepare(sources)
+        data = prepare(sources, shares=shared_flags.shares(settings))
         held_out = prepare(eval_sources) if eval_sources else None
     for name, each in (("data", data), ("eval_data", held_out)):
         for note in tokens_of(each).notes() if each else ():
@@ -107,10 +107,15 @@ def read_sources(
     run.folder.note_dropped({"train": tokens_of(data).dropped, "eval": dropped_held_out})
     if not eval_sources and settings.eval_split:
         data, held_out = split(data, settings.eval_split, settings.data_split_seed)
-    run.note(
-        data=describe(tokens_of(data), sources),
-        eval_data=held_out and describe(tokens_of(held_out), eval_sources or sources),
-    )
+    mix = mixing.mix_of(tokens_of(data))
+    for line in mix.lines():
+        run.say(f"data: {line}")
+    described = describe(tokens_of(data), sources) | {"by_source": mix.described()}
+    of_held_out = None
+    if held_out:
+        of_held_out = describe(tokens_of(held_out), eval_sources or sources)
+        of_held_out["by_source"] = mixing.by_source(tokens_of(held_out))
+    run.note(data=described, eval_data=of_held_out)
     return tokenizer, data, held_out
 
 
@@ -164,7 +169,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
             settings.trust_remote_code,
             run.say,
         )
-    steps = total_steps(settings, run.device, len(data))
+    steps = total_steps(settings, run.device, data)
 
     def check_reference(live: Live):
         chat.check_fit(
@@ -241,7 +246,7 @@ def open_reward_model(settings, run: Run, tokenizer, data, held_out) -> TrainedM
     datasets = [each for each in (data, held_out) if each is not None]
     mode = resolve_mode(settings, run.device)
     path = run.folder.model_path(settings.model)
-    steps = total_steps(settings, run.device, len(data))
+    steps = total_steps(settings, run.device, data)
     module = load(
         settings,
         run.device,
@@ -281,11 +286,11 @@ def resolve_mode(settings, device) -> Mode:
     return Mode(precision, config, ds_config.zero_stage(config))
 
 
-def total_steps(settings, device, num_groups: int) -> int:
+def total_steps(settings, device, data) -> int:
     """Optimiser steps of the whole run; the built-in data on a CPU are a demonstration."""
     by_default = CPU_STEPS if not settings.data and device.type == "cpu" else 0
     most = settings.max_steps or by_default
-    return num_steps(num_groups, settings.batch_size, settings.epochs, most)
+    return num_steps(mixing.mix_of(data).count, settings.batch_size, settings.epochs, most)
 
 
 def load(

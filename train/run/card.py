@@ -27,7 +27,7 @@ from train.files import write_text
 from train.losses import composition, policy, reward
 from train.losses.metrics import LABELS, METRICS, POLICY_METRICS, REWARD_METRICS, Metric
 from train.models import builtin
-from train.settings import Policy, Preference, Reward, card_titles
+from train.settings import Policy, Preference, Reward, card_titles, with_share
 
 README = "README.md"
 FIGURES = "figures"
@@ -335,7 +335,8 @@ def _metadata(record: dict) -> ModelCardData:
     task = task_of(record)
     base, on_hub = base_of(record)
     method, paper = _method(record)
-    datasets = [re.split("[:@]", source)[0] for source in flags.get("data") or () if is_hub(source)]
+    sources = [with_share(word)[0] for word in flags.get("data") or ()]
+    datasets = [re.split("[:@]", source)[0] for source in sources if is_hub(source)]
     last = _evaluations(record)[-1]
     title_of = {metric.name: metric.label for metric in task.metrics}
     results = []
@@ -544,11 +545,22 @@ def _data_table(record: dict) -> str:
         if described := record.get(name):
             counts = (f"{described[key]:,}" for key in ("groups", "tokens", "dropped", "truncated"))
             fingerprint = f"`{described['fingerprint'][:16]}`"
-            rows.append((title, shown_sources(described), *counts, fingerprint))
+            rows.append((title, _shown_mix(described), *counts, fingerprint))
     if not rows:
         return ""
     head = ("data", "source", "pairs", "tokens", "dropped", "truncated", "fingerprint")
     return _table(head, rows)
+
+
+def _shown_mix(described: dict) -> str:
+    """The sources of a data set, with the shares that an epoch took of them."""
+    parts = (described.get("by_source") or {}).values()
+    if all(part.get("share", 1) == 1 for part in parts):
+        return shown_sources(described)
+    return ", ".join(
+        shown(part["source"]) + (f" ({part['share']:g} an epoch)" if part["share"] < 1 else "")
+        for part in parts
+    )
 
 
 def _hyperparameters(record: dict) -> str:

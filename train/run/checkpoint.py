@@ -24,7 +24,9 @@ parameter's name in the module, lm.model... (with LoRA those of the adapters alo
 the causal LM, model...:
 
     manifest.json             format, version, step, updates_within (updates of the next step), world,
-                              precision, batch_tokens, decode_batch, order (data, groups, batch_size, seed),
+                              precision, batch_tokens, decode_batch, order (data, groups,
+                              groups_an_epoch of each source beside its groups, null where it takes
+                              all, batch_size, seed),
                               consumed_groups, seconds, flags, parts (each part's state_dict by its
                               name), files (bytes and sha256 of every other file), sha256 (of the
                               manifest itself)
@@ -64,6 +66,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from train.config import Exit, fail
+from train.data.steps import num_drawn
 from train.engine import dist, preemption
 from train.files import follow_umask
 from train.run import checkpoint_files as files
@@ -366,9 +369,9 @@ class Checkpointer:
 
     def _consumed_groups(self, steps) -> int:
         """Groups drawn in `steps` steps, over all epochs and ranks."""
-        groups, batch_size = self.order["groups"], self.order["batch_size"]
-        epochs, within = divmod(steps, -(-groups // batch_size))
-        return epochs * groups + min(within * batch_size, groups)
+        groups, draws = self.order["groups"], self.order["groups_an_epoch"]
+        an_epoch = sum(count for count, _ in draws) if draws else groups
+        return num_drawn(steps, an_epoch, self.order["batch_size"])
 
     def _say_failed(self, problem, unfinished):
         exists = self.path if self.path.exists() else self.run.folder.path

@@ -12,6 +12,7 @@ for all trainers:
 from collections.abc import Iterator
 from typing import ContextManager, Protocol
 
+from train.data import mixing
 from train.data import steps as planning
 from train.data.packing import PackedBatch
 from train.engine import dist, preemption, prefetch
@@ -116,7 +117,7 @@ def rollouts(run, settings, data, state: dict, report: Report) -> Iterator[Rollo
     checkpointer = _begin(run, settings, data, state, report)
     skipped_in_a_row = 0
     plan = planning.plan_rollouts(
-        len(data),
+        mixing.mix_of(data),
         settings.batch_size,
         seed=settings.seed,
         start=run.plan.begun,
@@ -152,6 +153,7 @@ def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
         total=run.plan.steps,
         rank=dist.rank(),
         world=dist.world_size(),
+        mix=mixing.mix_of(data),
     )
     skipped_in_a_row = 0
     prefetched = prefetch.packed(((plan, plan.batches) for plan in planned), data, run.device)
@@ -173,6 +175,7 @@ def _begin(run, settings, data, state, report) -> Checkpointer:
     order = {
         "data": data.fingerprint,
         "groups": len(data),
+        "groups_an_epoch": mixing.mix_of(data).draws(),
         "batch_size": settings.batch_size,
         "seed": settings.seed,
     }

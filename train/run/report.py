@@ -8,9 +8,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from train.data import mixing
+from train.data.dataset import Tokenised
 from train.engine import dist
 from train.losses.metrics import Metric
 from train.models.flops import FlopCounter
@@ -18,6 +21,8 @@ from train.run import card, worries
 from train.run.meter import Meter, peak_flops
 from train.run.tensorboard import open_board, overview
 from train.settings import telling
+
+SHOWN_OF_SOURCES = ("rewards/accuracies", "reward", "loss")
 
 
 class Measures(NamedTuple):
@@ -39,6 +44,8 @@ class Measures(NamedTuple):
 class HeldOut(Protocol):
     """Held-out data, scored again and again."""
 
+    data: Tokenised
+
     def num_batches(self) -> int:
         """This rank's batches of one pass. Every rank calls this."""
 
@@ -55,22 +62,25 @@ class Report:
         settings,
         model,
         measures: Measures,
+        data: Tokenised,
         held_out: HeldOut | None,
         *,
         passes: int = 3,
         health: Callable[[], dict] = dict,
         next_commands: Callable[[], list[str]] = list,
     ):
-        """model: the TrainedModel. passes: forward passes that a batch's work is worth, a backward
+        """model: the TrainedModel. data: what is trained on. passes: forward passes that a batch's work is worth, a backward
         pass counting two. health: what else is looked at when the run is evaluated, {name: value,
         or None where it cannot be said}. next_commands: what the user may do when the run is done.
         """
         self.run, self.settings, self.model, self.measures = run, settings, model, measures
-        self.held_out = held_out
+        self.sources, self.held_out = mixing.sources_of(data), held_out
         self.passes, self.look_at_health, self.next_commands = passes, health, next_commands
         self.flops = FlopCounter(model.module)
         dtype = torch.bfloat16 if run.plan.precision == "bf16" else torch.float32
-        self.meter = Meter(measures.columns, run.device, peak_flops(run.device, dtype))
+        # of all rows, then of each source's where there are several
+        columns = measures.columns * (1 + len(self.sources.several))
+        self.meter = Meter(columns, run.device, peak_flops(run.device, dtype))
         self.board = None  # from `start` on
         self.evaluated = {}  # step -> what the held-out data said after it
         self.evaluated_at = -1  # the last step after which `evaluate` ran
@@ -95,7 +105,7 @@ class Report:
 
     def add(self, batch, examples, losses):
         """Take in a batch. No value leaves the device here."""
-        sums = self.measures.sums(examples, losses).to(self.run.device)
+        sums = self._sums(examples, losses, batch.group_rows).to(self.run.device)
         values = self.measures.distributions(examples)
         self._histogram_names = tuple(values)
         kept = torch.stack(list(values.values()), 1).detach()
@@ -103,11 +113,25 @@ class Report:
         tokens = batch.input_ids.shape[0] if batch.num_responses else 0
         self.meter.add(sums, tokens, work, kept)
 
+    def _sums(self, examples, losses, rows) -> torch.Tensor:
+        """The sums of a batch, then those of each source where there are several. rows: its examples'
+        data rows, by their numbers over all sources.
+        """
+        whole = self.measures.sums(examples, losses)
+        found = [whole]
+        for index in self.sources.split(rows):
+            # a batch holds rows of few of many sources
+            is_there = len(index) > 0
+            own = self.measures.sums(*some(examples, losses, index)) if is_there else 0 * whole
+            found.append(own)
+        return torch.cat(found)
+
     def step(self, step, update):
         """Show a finished step; every `log_every` steps read the sums. Every rank calls this."""
         number = step.number + 1
         if number % self.settings.log_every == 0 or number == self.run.plan.steps:
             sums, perf = self.meter.read()
+            sums, *of_sources = sums.split(self.measures.columns)
             mean = self.measures.means(sums)
             first = number - (number - 1) % self.settings.log_every
             if line := self._nothing_left.look(first, number, mean["loss"]):
@@ -115,6 +139,9 @@ class Report:
             bar = {label: mean[name] for label, (name, _) in self.measures.bar.items()}
             self.last = bar | perf
             self._scalars(mean, number, "train/", "health/")
+            for name, own in zip(self.sources.several, of_sources, strict=True):
+                if own[0]:
+                    self._scalars(finite(self.measures.means(own)), number, f"train/{name}/")
             progress = {
                 "train/grad_norm": update.grad_norm,
                 "train/learning_rate": update.lr,
@@ -133,10 +160,12 @@ class Report:
             shown["tok/s"] = f"{self.last['perf/tokens_per_second']:.0f}"
         self.board.advance(shown)
 
-    def _scalars(self, mean: dict, number: int, prefix: str, health_prefix: str):
-        """Put the metrics that there are on the board, those of health under a prefix of their own."""
+    def _scalars(self, mean: dict, number: int, prefix: str, health_prefix: str = ""):
+        """Put the metrics that there are on the board, those of health under a prefix of their own, or
+        without one not at all.
+        """
         for metric in self.measures.metrics:
-            if metric.name in mean:
+            if metric.name in mean and (metric.logged or health_prefix):
                 where = prefix if metric.logged else health_prefix
                 self.board.scalars({metric.name: mean[metric.name]}, number, where)
 
@@ -178,6 +207,15 @@ class Report:
                 self.board.histogram(f"val/histogram/{name}", values, number)
         counted = {"pairs": len(losses)} | self.measures.intervals(mean, examples)
         self.evaluated[number] = mean | counted
+        by_source = {}
+        for name, index in mixing.places_by_source(self.held_out.data).items():
+            own = some(examples, losses, index)
+            mean = self.measures.means(self.measures.sums(*own))
+            counted = {"pairs": len(index)} | self.measures.intervals(mean, own[0])
+            by_source[name] = mean | counted
+            self._scalars(finite(mean), number, f"eval/{name}/", f"eval/{name}/")
+        if by_source:
+            self.evaluated[number]["by_source"] = by_source
         self.run.note(evaluations=self.evaluated)
 
     def _training_histograms(self, number):
@@ -272,6 +310,7 @@ class Report:
         changed = []
         if last:
             more = self.measures.closing(last) if self.measures.closing else []
+            more = rows_of_sources(in_table, first, last) + more
             changed = table(in_table, first, last, self.measures.noun, more)
             changed += [f"({self.measures.about})"] if self.measures.about else []
             worry = worries.chosen_fell(self.evaluated)
@@ -290,6 +329,18 @@ class Report:
             self.run.say(line)
 
 
+def some(examples, losses: torch.Tensor, index: np.ndarray) -> tuple:
+    """(examples, losses) of those at the places `index`."""
+    places = torch.from_numpy(index).to(losses.device)
+    with torch.no_grad():
+        return type(examples)(*(x[places] for x in examples)), losses[places]
+
+
+def finite(mean: dict[str, float]) -> dict[str, float]:
+    """Without what cannot be said, of a source of rejected answers alone say."""
+    return {name: value for name, value in mean.items() if math.isfinite(value)}
+
+
 def with_nan(value):
     """The same value with NaN where JSON had to write null."""
     if isinstance(value, dict):
@@ -304,14 +355,27 @@ def table(
 ) -> list[str]:
     """What the held-out data say, before and after, as lines of text. more: rows below the metrics'."""
     rows = [(f"{last['pairs']} held-out {noun}", "before", "after", "95 % interval")]
-    for metric in metrics:
-        if metric.name not in last:
-            continue
-        before, after = first[metric.name], last[metric.name]
-        interval = last.get(f"{metric.name}_interval")
-        shown = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-        rows.append((metric.title, f"{before:.4f}", f"{after:.4f}", shown))
+    rows += [_row(m.title, m.name, first, last) for m in metrics if m.name in last]
     return ["", *columns([*rows, *more])]
+
+
+def _row(title: str, name: str, first: dict, last: dict) -> tuple[str, str, str, str]:
+    """The closing table's row of a metric."""
+    interval = last.get(f"{name}_interval")
+    shown = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    return title, f"{first[name]:.4f}", f"{last[name]:.4f}", shown
+
+
+def rows_of_sources(metrics: list[Metric], first: dict, last: dict) -> list[tuple]:
+    """Rows of the closing table with the one of SHOWN_OF_SOURCES that there is, of each source."""
+    name = next(name for name in SHOWN_OF_SOURCES if name in last)
+    title = next(metric.title for metric in metrics if metric.name == name)
+    before = first.get("by_source", {})
+    return [
+        _row(f"{title}, {source}", name, before[source], own)
+        for source, own in last.get("by_source", {}).items()
+        if source in before
+    ]
 
 
 def columns(rows: list[tuple[str, str, str, str]]) -> list[str]:
