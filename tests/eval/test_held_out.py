@@ -107,6 +107,17 @@ def test_the_built_in_pairs_take_their_place_and_it_is_said(tmp_path, run, words
         assert str(tmp_path) not in rows.which  # a report is for others
 
 
+def test_what_a_run_on_shares_held_out_is_of_all_rows(tmp_path, tokenizer):
+    path = write(tmp_path / "mine.jsonl", ROWS)
+    every = split_by_prompt(tokens.prepare([path], tokenizer, **LENGTHS), 0.3, 3)[1]
+    fingerprint = rows_fingerprint(every)
+    run = record([f"{path}:0.25"], eval_split=0.3, fingerprint=fingerprint)
+    rows = held_out.choose(settings(), run, check_pair)
+    found = inputs.read_pairs(rows, tokenizer, RECIPE)
+    assert rows.sources == [path] and rows.is_own and "but" not in rows.said(found)
+    assert found.rows.tolist() == every.rows.tolist()
+
+
 def test_a_policy_answers_the_prompts_that_its_training_held_out(tmp_path, tokenizer):
     path = write(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in ROWS])
     _, of_training = prompts.prepare([path], tokenizer, **LENGTHS).split(0.3, 3)

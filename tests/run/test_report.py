@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,3 +54,21 @@ def test_one_pair_has_no_interval_of_its_margin():
     last = {metric.name: 1.0 for metric in metrics.METRICS} | {"pairs": 1}
     last |= preference_report.intervals(loss, mean, one)
     assert "nan" not in "\n".join(report.table(list(metrics.METRICS), last, last, "pairs"))
+
+
+def test_a_source_s_row_of_the_table():
+    """Of what both evaluations have; a source that had no accuracy before has no row."""
+    first = {"loss": 1.0, "by_source": {"a": {"rewards/accuracies": 0.5}, "b": {"loss": 1.0}}}
+    after = {"rewards/accuracies": 0.75, "rewards/accuracies_interval": [0.25, 1.0]}
+    last = {"rewards/accuracies": 0.75, "by_source": {"a": after, "b": after, "c": after}}
+    assert report.rows_of_sources(list(metrics.METRICS), first, last) == [
+        ("reward accuracy, a", "0.5000", "0.7500", "[0.250, 1.000]")
+    ]
+    assert report.rows_of_sources(list(metrics.METRICS), {}, {"loss": 1.0}) == []
+
+
+def test_examples_at_places():
+    pairs = Pairs(*(torch.arange(4.0) + 10 * i for i in range(6)))
+    examples, losses = report.some(pairs, torch.arange(4.0, requires_grad=True), np.array([3, 1]))
+    assert examples.ref_chosen.tolist() == [23.0, 21.0] and losses.tolist() == [3.0, 1.0]
+    assert not losses.requires_grad

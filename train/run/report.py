@@ -22,6 +22,7 @@ from train.run.meter import Meter, peak_flops
 from train.run.tensorboard import open_board, overview
 from train.settings import telling
 
+# What the closing table has of each source: of pairs, of prompts, of answers that have no label.
 SHOWN_OF_SOURCES = ("rewards/accuracies", "reward", "loss")
 
 
@@ -69,9 +70,10 @@ class Report:
         health: Callable[[], dict] = dict,
         next_commands: Callable[[], list[str]] = list,
     ):
-        """model: the TrainedModel. data: what is trained on. passes: forward passes that a batch's work is worth, a backward
-        pass counting two. health: what else is looked at when the run is evaluated, {name: value,
-        or None where it cannot be said}. next_commands: what the user may do when the run is done.
+        """model: the TrainedModel. data: what is trained on. passes: forward passes that a batch's
+        work is worth, a backward pass counting two. health: what else is looked at when the run is
+        evaluated, {name: value, or None where it cannot be said}. next_commands: what the user may
+        do when the run is done.
         """
         self.run, self.settings, self.model, self.measures = run, settings, model, measures
         self.sources, self.held_out = mixing.sources_of(data), held_out
@@ -121,9 +123,10 @@ class Report:
         found = [whole]
         for index in self.sources.split(rows):
             # a batch holds rows of few of many sources
-            is_there = len(index) > 0
-            own = self.measures.sums(*some(examples, losses, index)) if is_there else 0 * whole
-            found.append(own)
+            if len(index):
+                found.append(self.measures.sums(*some(examples, losses, index)))
+            else:
+                found.append(torch.zeros_like(whole))
         return torch.cat(found)
 
     def step(self, step, update):
@@ -367,15 +370,15 @@ def _row(title: str, name: str, first: dict, last: dict) -> tuple[str, str, str,
 
 
 def rows_of_sources(metrics: list[Metric], first: dict, last: dict) -> list[tuple]:
-    """Rows of the closing table with the one of SHOWN_OF_SOURCES that there is, of each source."""
-    name = next(name for name in SHOWN_OF_SOURCES if name in last)
-    title = next(metric.title for metric in metrics if metric.name == name)
-    before = first.get("by_source", {})
-    return [
-        _row(f"{title}, {source}", name, before[source], own)
-        for source, own in last.get("by_source", {}).items()
-        if source in before
-    ]
+    """Rows of the closing table with the first of SHOWN_OF_SOURCES that there is, of each source."""
+    title_of = {metric.name: metric.title for metric in metrics}
+    name = next((name for name in SHOWN_OF_SOURCES if name in last), None)
+    rows = []
+    for source, after in last.get("by_source", {}).items():
+        before = first.get("by_source", {}).get(source, {})
+        if name in before and name in after:
+            rows.append(_row(f"{title_of[name]}, {source}", name, before, after))
+    return rows
 
 
 def columns(rows: list[tuple[str, str, str, str]]) -> list[str]:
