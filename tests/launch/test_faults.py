@@ -41,6 +41,31 @@ def test_gradients_that_are_not_finite_end_the_run(warm, model_dir, few, tmp_pat
     assert len(rows) == 8 and all(0 <= row < 44 for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (3, 2)])
+@pytest.mark.parametrize(
+    "rate, decay, words",
+    [
+        ("1e30", "1e30", "weights are not finite (model."),
+        ("1e15", "0", "the model's log-probabilities are not finite after training"),
+    ],
+)
+def test_a_model_that_has_overflowed_is_not_written(
+    warm, model_dir, few, tmp_path, stage, ranks, rate, decay, words
+):
+    """By the last step, after which no gradient says so."""
+    out = tmp_path / "out"
+    given = ("--lr", rate, "--weight_decay", decay, "--warmup_ratio", 0, "--max_steps", 1)
+    codes, text = warm.run(flags(model_dir, few, out, stage, *given), ranks)
+    assert codes == [5] * ranks, text[-3000:]
+    assert "Traceback" not in text and text.count("error: ") == 1, text[-3000:]
+    line = text[text.index("error: ") :].splitlines()[0]
+    assert words in line and line.endswith(
+        "no model was written; train again with a smaller --lr or --weight_decay into another --output"
+    )
+    assert (out / "status").read_text() == "failed\n" and not (out / "model").exists()
+
+
 def test_a_rank_that_dies_takes_the_others_along(warm, model_dir, few, tmp_path):
     out = tmp_path / "out"
     job = warm.start(flags(model_dir, few, out, 0, "--max_steps", 800, "--epochs", 300), 2)

@@ -4,6 +4,7 @@ import logging
 import os
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -105,3 +106,15 @@ def test_a_disk_that_cannot_costs_the_chart_only(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "zeropref"):
         run(tmp_path, 1, [2], first[0])
     assert "may show some steps twice: not here" in caplog.text
+
+
+def test_a_histogram_is_of_what_is_finite(tmp_path):
+    board = Board(tmp_path, total=2, quiet=True)
+    board.histogram("margins", torch.tensor([[torch.nan, 1.0], [torch.inf, 3.0]]), 1)
+    board.histogram("margins", torch.tensor([torch.nan, -torch.inf]), 2)
+    board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (shown,) = events.Histograms("margins")
+    found = shown.histogram_value
+    assert (shown.step, found.num, found.min, found.max, found.sum) == (1, 2, 1, 3, 4)

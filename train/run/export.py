@@ -17,6 +17,7 @@ from train.files import follow_umask, replace_directory, write_json
 from train.models import lora
 from train.models.backbone import outputs_to_compare
 from train.models.matmul import release_memory
+from train.run.session import Overflowed
 
 # in the module's own measure of distance: nats a token, or of the mean size of a score
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -38,13 +39,18 @@ def model_directory(
 
     The directory is loaded again before it takes its name, and what it gives for `batches` (packed,
     on this device) compared with what the module gives. write_card: called with the folder. Returns
-    how far apart they are, in `module.unit`. RuntimeError where that is too large.
+    how far apart they are, in `module.unit`. RuntimeError where that is too large, Overflowed where
+    weights, or what they give, are not finite.
     """
     release_memory(module)  # a second model comes into memory below
     with torch.no_grad():
         # (T,) nats, or (N + T,) scores and values
         trained = torch.cat([outputs_to_compare(module, module, each).cpu() for each in batches])
     state = sharded_state.gather_state_dict(module.lm, DTYPES[export_dtype])
+    if overflowed := dist.broadcast(
+        _not_finite(module, state, trained) if dist.is_main() else None
+    ):
+        raise Overflowed(overflowed)
     problem = gap = None
     if dist.is_main():
         try:
@@ -69,6 +75,18 @@ def model_directory(
     if problem:
         raise RuntimeError(problem)
     return gap
+
+
+def _not_finite(module, state: dict, trained: torch.Tensor) -> str | None:
+    """What of a model is not finite, or None. trained: what it gives."""
+    names = [name for name, _ in module.lm.named_parameters() if name in state]
+    names = [name for name in names if not torch.isfinite(state[name]).all()]
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"weights are not finite ({names[0]}{others})"
+    if not torch.isfinite(trained).all():
+        return f"the model's {module.gives} are not finite"
+    return None
 
 
 def _write(folder, module, tokenizer, state, write_card):

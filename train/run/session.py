@@ -29,6 +29,10 @@ class NotFinite(Exception):
     """Too many steps in a row had gradients that are not finite. Holds the last one's data rows."""
 
 
+class Overflowed(Exception):
+    """What was trained is no model any more. Says what of it is not finite."""
+
+
 class Plan(NamedTuple):
     """What is settled before the first step."""
 
@@ -109,6 +113,8 @@ def start(flags, kind: str = "run", interruptible: bool = True):
         _end_preempted(run, flags)
     except NotFinite as error:
         _end_not_finite(run, error)
+    except Overflowed as error:
+        _end_overflowed(run, error)
     except DataError as error:
         if not run.under_way:
             raise
@@ -170,6 +176,14 @@ def _end_not_finite(run, error):
     run.say(
         f"error: {count} steps in a row had gradients that are not finite, the last with the "
         f"data's rows {rows}{where}"
+    )
+    _exit_now(run, "failed", Exit.NONFINITE)
+
+
+def _end_overflowed(run, error):
+    run.say(
+        f"error: {error} after training: no model was written; train again with a smaller --lr or "
+        "--weight_decay into another --output"
     )
     _exit_now(run, "failed", Exit.NONFINITE)
 

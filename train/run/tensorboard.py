@@ -106,9 +106,11 @@ class Board:
             self.trackers.scalars({prefix + name: value for name, value in values.items()}, step)
 
     def histogram(self, name: str, values: torch.Tensor, step: int):
-        """Write the distribution of `values`, any shape; nothing where there are none."""
-        if self.writer and values.numel():
-            self.writer.add_histogram(name, values, step)
+        """Write the distribution of those of `values`, any shape, that are finite; nothing where there
+        are none: TensorBoard's writer raises then.
+        """
+        if self.writer and (known := values[torch.isfinite(values)]).numel():
+            self.writer.add_histogram(name, known, step)
 
     def text(self, name: str, value: str, step: int = 0):
         """Write Markdown."""
