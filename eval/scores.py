@@ -2,9 +2,9 @@
 ranks.
 
 Batches are planned once for the whole job (train/data/steps.py) and dealt to the ranks, so that each
-holds the same groups whatever the world size. Ranks hand over values of single responses, never
-sums: they are put into the data's order and added up in fp64 afterwards, so the world size cannot
-change a digit.
+holds the same groups whatever the world size. A response's tokens are added up in fp64 by the
+rank that has it; what ranks hand over are values of single responses, which are put into the data's
+order before anything is made of several, so the world size cannot change a digit.
 
 Legend: N groups, k responses each, M models, T scored tokens.
 """

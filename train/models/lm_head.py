@@ -2,9 +2,11 @@
 vocabulary) tensor of a whole batch.
 
 The head is worked off in chunks of tokens sized by a byte budget. The last chunk is kept for the
-backward pass, which overwrites it with its gradient; the others are computed a second time. The
-softmax, its logarithm and every sum run in fp32 (fp64 for fp64 weights), whatever the matrix
-product's type.
+backward pass, which overwrites it with its gradient; the others are computed a second time.
+
+The softmax, its logarithm and what is summed over chunks are fp32 (fp64 for fp64 weights). Matrix
+products have the type of their factors: of half precision, the logits come out in fp32 on CUDA and
+rounded to half on a CPU, and their gradient is rounded to half before it goes on, on both.
 
 Legend: T scored tokens, C tokens of a chunk, V vocabulary, H hidden size. Log-probabilities are in
 nats.
