@@ -78,6 +78,7 @@ def test_flags_that_may_differ_on_resume():
     expected = {
         "output",
         "micro_tokens",
+        "compile",
         "gradient_checkpointing",
         "deterministic",
         "log_every",

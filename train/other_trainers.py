@@ -260,7 +260,7 @@ NAMES: dict[str, Here] = {
     "use_rslora": _none("adapters count --lora_alpha / --lora_rank times"),
     "gradient_checkpointing_kwargs": _none("nothing to choose: --gradient_checkpointing alone"),
     "use_liger_kernel": _none("the loss never holds all logits"),
-    "torch_compile": _none("nothing is compiled"),
+    "torch_compile": _to("compile=auto"),
     "use_peft": _to("lora_rank"),
     "finetuning_type": _to("lora_rank", note="0: all weights"),
     "lora_r": _to("lora_rank"),

@@ -39,7 +39,7 @@ HELP_GROUPS = {
     "training": """lr lr_scheduler warmup_ratio warmup_steps num_cycles min_lr value_lr value_warmup
         batch_size epochs max_steps weight_decay grad_clip seed deterministic""",
     "memory": """ds_config reference_ds_config value_ds_config reward_ds_config precision micro_tokens
-        decode_batch offload_frozen layout gradient_checkpointing""",
+        decode_batch offload_frozen layout compile gradient_checkpointing""",
     "saving": """output save_every save_minutes keep resume max_skipped export_dtype card push_to_hub
         hub_public""",
     "logging": "log_every eval_every report_to show json",
@@ -365,6 +365,10 @@ class Training(Data):
     deterministic: bool = flag(False, may_change=True)
     """Make gradients on CUDA the same bits each time, whatever the length: attention's backward pass
     then adds up in a fixed order, which is slower. Elsewhere they are so in any case.
+    """
+    compile: Literal["auto", "off"] = flag("off", may_change=True)
+    """auto: compile each decoder layer for a few shapes, to which batches are filled up, where that
+    holds (not at ZeRO stage 3, nor without flash attention on CUDA); why not is said once.
     """
     gradient_checkpointing: bool = flag(False, may_change=True)
     """Recompute activations in the backward pass: less memory, about a third more work."""

@@ -4,6 +4,7 @@ To add one: a function, and its name in CASES. It is run by run_cases.py, in who
 a GPU; test_pretend.py looks at what came out.
 """
 
+import contextlib
 import itertools
 import types
 from functools import partial
@@ -25,7 +26,7 @@ from train.losses import reward as losses_of_rewards
 from train.methods import preference, preference_report, reward
 from train.methods.reference import Live
 from train.methods.rollout import Known
-from train.models import generate, lora
+from train.models import buckets, compiled, generate, lora
 from train.models.backbone import Backbone
 from train.models.heads import ScoreModel
 from train.run.meter import Meter
@@ -186,11 +187,11 @@ def check_gradients(module):
             assert p.grad.is_cuda and p.grad.dtype == p.dtype, (name, p.grad.device, p.grad.dtype)
 
 
-def made_batch(data=None):
-    """A packed batch of pairs on the GPU."""
+def made_batch(data=None, groups=None):
+    """A packed batch of pairs on the GPU, of all of them or the first `groups`."""
     data = data or made_pairs()
     with unset_fake_temporarily():  # a run packs in a thread of its own, and in real memory
-        batch = pack([data.group(i) for i in range(len(data))])
+        batch = pack([data.group(i) for i in range(groups or len(data))])
     return batch.to("cuda")
 
 
@@ -500,6 +501,64 @@ def decoding(run: Pretend) -> dict:
     return facts
 
 
+def static_shapes(run: Pretend) -> dict:
+    """Layers over batches in the shapes of buckets: whether two batches of one bucket ask the same of
+    the device; as compiled code, how many graphs they come to and with how many nodes; and why a model
+    without flash attention stays as it is.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+
+    facts = {}
+    with run.fake:
+        batches = [made_batch(groups=count) for count in (11, 10)]
+        facts["buckets"] = [buckets.bucket_of(batch) for batch in batches]
+        for name in ("llama", "qwen3", "gemma3", "mistral_window", "gpt2", "llama_lora"):
+            family = FAMILIES[name]
+            module = Backbone(make_lm(family), autocast=torch.bfloat16)
+            assert compiled.why_not(module, stage=0) is None
+            module.static_shapes = True
+            traces = []
+            for batch in batches:
+                run.watch.trace = []
+                with run.watch, between_layers(run.watch, module) as marks:
+                    module(batch).sum().backward()
+                traces.append(run.watch.trace[slice(*marks)])
+            run.watch.trace = None
+            check_gradients(module)
+            nodes = []
+
+            def count(graph, example_inputs, nodes=nodes):
+                nodes.append(len(graph.graph.nodes))
+                return graph.forward
+
+            with pretend.no_gpu_for_dynamo():
+                compiled.compile_layers(module, aot_autograd(fw_compiler=count, bw_compiler=count))
+                for batch in batches:
+                    module(batch).sum().backward()
+            torch._dynamo.reset()
+            facts[name] = {"operations": len(traces[0]), "same": traces[0] == traces[1]}
+            facts[name]["nodes"] = nodes
+        wide = Backbone(make_lm(FAMILIES["llama"]))
+        facts["fp32"] = compiled.why_not(wide, stage=0)
+    return facts
+
+
+@contextlib.contextmanager
+def between_layers(watch, module):
+    """Gives two marks in the watch's trace: where the first decoder layer begins and the last ends."""
+    marks, (first, *_, last) = [], compiled._decoder_layers(module)
+
+    def note(*_):
+        marks.append(len(watch.trace))
+
+    hooks = [first.register_forward_pre_hook(note), last.register_forward_hook(note)]
+    try:
+        yield marks
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def fullgraph(run: Pretend) -> dict:
     """Each family's body is one graph for dynamo, forward and backward; its nodes are counted."""
     from torch._dynamo.backends.common import aot_autograd
@@ -564,6 +623,7 @@ CASES = {
     "other_kernels": other_kernels,
     "deterministic": deterministic,
     "decoding": decoding,
+    "static_shapes": static_shapes,
     "fullgraph": fullgraph,
     "memory": memory,
 }

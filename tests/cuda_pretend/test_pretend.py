@@ -47,6 +47,16 @@ NODES = {
 
 # Kernels of one more token of a body of two layers, with head, draw and bookkeeping, at most.
 LAUNCHES_A_TOKEN = {"llama": 194, "qwen3": 226, "gpt2": 144}
+# Operations of two decoder layers over a batch in its bucket, forward, at most; and nodes of a compiled
+# layer, forward and backward, of each kind of layer there is.
+STATIC = {
+    "llama": (190, [115, 220]),
+    "qwen3": (226, [135, 266]),
+    "gemma3": (274, [161, 161, 307, 307]),  # with a window and without
+    "mistral_window": (190, [115, 220]),
+    "gpt2": (116, [90, 145]),
+    "llama_lora": (375, [221, 222, 347, 290]),  # to the first layer's input no gradient goes
+}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +122,23 @@ def test_tokens_are_drawn_without_a_look_in_between(found, family):
     # the same operations on the same shapes for one position and the next, but around those
     assert [i for i, same in enumerate(facts["same"]) if not same] == [13, 14, 29, 30]
     assert facts["launches"] <= LAUNCHES_A_TOKEN[family]
+
+
+@pytest.mark.parametrize("family", STATIC)
+def test_batches_of_a_bucket_are_one_trace_and_one_graph_a_layer(found, family):
+    facts = found["static_shapes"]["facts"]
+    one, other = facts["buckets"]
+    assert one == other
+    assert facts[family]["same"]  # operations, shapes and dtypes, in order
+    operations, nodes = STATIC[family]
+    assert facts[family]["operations"] <= operations
+    # fullgraph raises where a layer is more than one; two layers and two batches come to these
+    measured = facts[family]["nodes"]
+    assert all(now <= most for now, most in zip(measured, nodes, strict=True)), measured
+
+
+def test_without_flash_layers_stay_uncompiled(found):
+    assert "flash" in found["static_shapes"]["facts"]["fp32"]
 
 
 @pytest.mark.parametrize("family", NODES)

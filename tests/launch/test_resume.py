@@ -77,6 +77,22 @@ def test_killed_once_and_continued_is_bit_for_bit_the_same(
     assert codes == [0] * ranks and "finished" in text
 
 
+@pytest.mark.matrix
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler (c++)")
+def test_compiled_layers_are_bit_for_bit_the_same_after_a_kill(warm, model_dir, few, tmp_path):
+    """And near the same run without --compile."""
+    alone, out, plain = (tmp_path / name for name in ("alone", "killed", "plain"))
+    straight(warm, model_dir, few, alone, 0, 1, "--compile", "auto")
+    _, text = killed_and_continued(warm, model_dir, few, out, 0, 1, 1, 0, "--compile", "auto")
+    assert "continues after step" in text and "stay uncompiled" not in text
+    same_run(out, alone)
+    straight(warm, model_dir, few, plain, 0, 1)
+    losses = [scalars(each)["train/loss"] for each in (alone, plain)]
+    assert losses[0] != losses[1]  # compiled code rounds elsewhere
+    for (step, value), (other_step, other) in zip(*losses, strict=True):
+        assert step == other_step and value == pytest.approx(other, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_in_bf16_too(warm, model_dir, few, tmp_path, stage):

@@ -3,6 +3,8 @@
 losses, data, models and engine take values; this file translates flags into them.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +20,7 @@ from train.losses.composition import LOSSES
 from train.losses.reward import Loss
 from train.methods import reward
 from train.methods.reference import AdaptersOff, Cached, Live, NoReference, Reference
-from train.models import lora
+from train.models import compiled, lora
 from train.models.pretrained import load_tokenizer
 from train.run import export
 from train.run.folder import describe, hardware, versions
@@ -317,7 +319,37 @@ def load(
         change=change,
     )
     module.deterministic = settings.deterministic
+    if settings.compile == "auto":
+        _compile(settings, module, config)
     return module
+
+
+def _compile(settings, module, config: dict):
+    """Compile the module's layers where that holds on every rank, else say why not, once in a run.
+    Every rank calls this.
+
+    What is compared bit for bit, policy and reference, is compiled alike: none where one is at stage 3.
+    """
+    names = ("ds_config", "reference_ds_config", "value_ds_config")
+    paths = [path for name in names if (path := getattr(settings, name, None))]
+    stages = [ds_config.zero_stage(ds_config.read_config(path)) for path in paths]
+    reason = compiled.why_not(module, max(ds_config.zero_stage(config), *stages))
+    if reason is None:
+        try:
+            compiled.compile_layers(module)
+            compiled.try_out(module)
+        except Exception as error:  # of the compiler, whose exceptions are of every kind
+            logging.getLogger("zeropref").info("--compile auto", exc_info=error)
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    reasons = [each for each in dist.all_gather(reason) if each is not None]
+    if reasons:
+        compiled.leave_uncompiled(module)
+        _say_uncompiled(reasons[0])
+
+
+@functools.cache
+def _say_uncompiled(reason: str):
+    logging.getLogger("zeropref").warning("--compile auto: layers stay uncompiled: %s", reason)
 
 
 def batch_tokens(settings, device, mode: Mode, module) -> int:

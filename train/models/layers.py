@@ -1,6 +1,6 @@
 """Layers that take the place of a model's own and are faster on a CPU: products through
-train/models/matmul.py, gradients in fewer passes over memory. Elsewhere they do what the model's
-own do.
+train/models/matmul.py, gradients in fewer passes over memory. Elsewhere, and where they are compiled
+(train/models/compiled.py), they do what the model's own do.
 
 `swap` changes the class of a model's modules, not the modules: weights, names and hooks stay.
 
@@ -35,7 +35,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         """(..., I) -> (..., O)"""
-        if x.device.type != "cpu":
+        if _is_left_to_torch(x):
             return super().forward(x)
         dtype = product_dtype(x, self.weight)
         # Rounded out here, where x itself is at hand: all layers that read x then share one copy.
@@ -53,11 +53,18 @@ class GatedDownProjection(nn.Linear):
 
     def forward(self, gate, up):
         """(..., M), (..., M) -> (..., H)"""
-        if gate.device.type != "cpu":
+        if _is_left_to_torch(gate):
             return super().forward(F.silu(gate) * up)
         dtype = product_dtype(gate, self.weight)
         out = _GatedProduct.apply(_flat(gate), _flat(up), self.weight, self.bias, dtype)
         return out.view(*gate.shape[:-1], self.out_features)
+
+
+def _is_left_to_torch(x):
+    """Whether a layer does what the model's own does: elsewhere than on a CPU, and in compiled code,
+    whose products and passes over memory are the compiler's.
+    """
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def _flat(x):
@@ -143,7 +150,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids):
         """(...) -> (..., H)"""
-        if ids.device.type != "cpu":
+        if _is_left_to_torch(ids):
             return super().forward(ids)
         return _Lookup.apply(ids, self.weight, self.padding_idx)
 
@@ -194,7 +201,7 @@ class RMSNorm:
     def forward(self, x):
         """(..., H) -> (..., H)"""
         is_fp32 = x.dtype == self.weight.dtype == torch.float32
-        if x.device.type != "cpu" or not is_fp32:
+        if _is_left_to_torch(x) or not is_fp32:
             return super().forward(x)
         return _Normed.apply(x, self.weight, self.variance_epsilon)
 
