@@ -27,7 +27,14 @@ class Shown(NamedTuple):
     figures: list[Path]  # PNG files
 
 
-def write(folder: Path, report: dict, shown: Shown, step: int, trackers: Trackers, writes: bool):
+def write(
+    folder: Path,
+    report: dict,
+    shown: Shown,
+    step: int,
+    trackers: Trackers | None = None,
+    writes: bool = True,
+):
     """Scalars under eval/, histograms, PR curves, texts, figures, and a layout that joins train/,
     val/ and eval/. step: the training step that all of it belongs to. trackers: they get the scalars.
     writes: TensorBoard's files.
