@@ -19,7 +19,7 @@ def tell(**what):
 class Run:
     """A run, begun by `init`."""
 
-    url = "https://stand-in/run"
+    url, offline = "https://stand-in/run", False
 
     def __init__(self, run_id):
         self.id = run_id

@@ -324,7 +324,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
     name = json.loads((tmp_path / "trackers/wandb.json").read_text())["run"]
     first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
     assert first.name.endswith(f"-{name}") and second.name.endswith(f"-{name}")
-    assert look == f"wandb sync {second}"
+    assert look == f"wandb sync --id {name} {tmp_path}/wandb/offline-run-*-{name}"
+    found = subprocess.run(f"{look} --dry-run", shell=True, capture_output=True, text=True)
+    assert "Would sync 2 run(s)" in found.stdout + found.stderr, found
     for folder, steps in ((first, range(1, 4)), (second, range(2, 6))):
         found = list(records(folder / f"run-{name}.wandb"))
         (run,) = (r.run for r in found if r.HasField("run"))

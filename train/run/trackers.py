@@ -19,6 +19,7 @@ import logging
 import os
 import queue
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -76,9 +77,14 @@ def wandb_name(tracker) -> str:
 
 
 def wandb_look(tracker) -> str:
-    """The run's page, or the command that sends what was kept on this machine."""
+    """The run's page, or the command that sends what was kept on this machine: a folder for each time
+    that it went on.
+    """
     run = tracker.tracker
-    return run.url or f"wandb sync {Path(run.dir).parent}"
+    if not run.offline:
+        return run.url or "WANDB_MODE keeps nothing"
+    folder = shlex.quote(str(Path(run.dir).parent.parent))
+    return f"wandb sync --id {run.id} {folder}/offline-run-*-{run.id}"
 
 
 def mlflow_options(output: Path, name: str, before: str) -> dict:
