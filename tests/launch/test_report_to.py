@@ -164,6 +164,17 @@ def test_ppo(model_dir, prompts, tmp_path, wandb):
     assert lines[1]["config"]["reward"] == '["length:2-4", "regex:[?]"]'
 
 
+def test_a_run_that_starts_over_is_a_new_one(model_dir, few, tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("STAND_IN_KILLS", "1")
+    line = command("dpo", model_dir, tmp_path / "run", "--data", few, *LENGTHS, "--max_steps", 1)
+    line += ["--report_to", "wandb"]
+    assert launched(line, tmp_path / "cache").returncode == -9
+    done = launched([*line, "--resume", "never"], tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    begun = [entry["options"] for entry in told(wandb) if "options" in entry]
+    assert len(begun) == 2 and all("id" not in options and options["name"] for options in begun)
+
+
 def test_nobody_is_told(model_dir, few, tmp_path):
     output = tmp_path / "run"
     line = command("dpo", model_dir, output, "--data", few, *LENGTHS, "--max_steps", 1)
