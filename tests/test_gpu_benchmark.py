@@ -61,8 +61,9 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     loop = results["breakdown"]
     assert set(loop["parts"]) == {"input", "reference", "forward", "backward", "optimiser"}
     assert loop["tokens_per_second"] == pytest.approx(loop["tokens"] / loop["middle"])
-    of_step = results["step"]["eager"]
-    assert of_step["epoch"] == pytest.approx(of_step["seconds"] * 10_884 / 16)
+    for mode in ("eager", "compiled", "deterministic"):
+        of_step = results[mode]
+        assert of_step["epoch"] == pytest.approx(of_step["seconds"] * 10_884 / 16)
     assert all(rate > 0 for name, rate in results["generate"].items() if name != "took")
     assert results["ppo"]["perf/seconds_train"] > 0
 

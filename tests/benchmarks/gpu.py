@@ -14,8 +14,10 @@ computed what it should not.
     repeat      gradients of segments of 300 to 1,000 tokens, five times: bit for bit the same?
     zero        two updates under ZeRO stages 0 to 3 on this one GPU, fp32
     resume      a run continued from its second step against one that was never stopped
-    step        launch/train_dpo.py as a user runs it, 16 pairs and about 4,859 tokens a step, by mode;
-                the epoch is that of launch/recipes/smollm_human_like.yaml, 10,884 pairs
+    eager, compiled, deterministic
+                launch/train_dpo.py as a user runs it with --compile off, with --compile auto, and with
+                --deterministic: 16 pairs and about 4,859 tokens a step; the epoch is that of
+                launch/recipes/smollm_human_like.yaml, 10,884 pairs
     breakdown   where such a step's time goes, the device waited for between its parts, and, without
                 waiting, how long it idles; memory beside its estimate (train/engine/footprint.py)
     generate    tokens a second by the number of answers at once
@@ -256,7 +258,7 @@ def repeat(sizes, work, device) -> dict:
     batch = pack(groups).to(device)
     backbone = Backbone(make_lm(sizes.model, device), autocast=torch.bfloat16)
     found = {}
-    for deterministic in (False, True)[: 1 + hasattr(backbone, "deterministic")]:
+    for deterministic in (False, True):
         backbone.deterministic = deterministic
 
         def gradients():
@@ -311,7 +313,14 @@ def resume(sizes, work, device) -> dict:
     folder = save_model(SMALL, work / "small", device)
     data = write_pairs(TINY, folder, 24)
     flags = dict(
-        model=folder, data=data, batch_size=4, max_steps=4, max_length=512, save_every=2, keep=3
+        model=folder,
+        data=data,
+        batch_size=4,
+        max_steps=4,
+        max_length=512,
+        save_every=2,
+        keep=3,
+        deterministic="true",
     )
     command("launch/train_dpo.py", output=work / "whole", **flags)
     command(
@@ -333,33 +342,20 @@ def resume(sizes, work, device) -> dict:
 # ------------------------------------------------------------ how fast?
 
 
-def modes() -> dict[str, dict]:
-    """Flags of launch/train_dpo.py by mode: those that there are."""
-    from train.settings import Training
+def step(**mode):
+    """The part that measures a run under flags of a mode: `perf/*` of its second half."""
 
-    names = Training.__dataclass_fields__
-    found = {"eager": {"compile": "off"} if "compile" in names else {}}
-    if "compile" in names:
-        found["compiled"] = {"compile": "auto"}
-    if "deterministic" in names:
-        found["eager, deterministic"] = found["eager"] | {"deterministic": "true"}
-    return found
-
-
-def step(sizes, work, device) -> dict:
-    """`perf/*` of the second half of a run, by mode."""
-    folder = save_model(sizes.model, work / "model", device)
-    half = sizes.steps // 2
-    data = write_pairs(sizes, folder, PAIRS_OF_STEP * sizes.steps)
-    found = {}
-    for name, flags in modes().items():
+    def measure(sizes, work, device) -> dict:
+        folder = save_model(sizes.model, work / "model", device)
+        data = write_pairs(sizes, folder, PAIRS_OF_STEP * sizes.steps)
         record, seconds = command(
-            "launch/train_dpo.py", model=folder, data=data, output=work / f"step-{len(found)}",
-            batch_size=PAIRS_OF_STEP, max_steps=sizes.steps, epochs=1, log_every=half, beta=0.1,
-            max_length=1024, save_minutes=0, max_implausible=1, **flags)  # fmt: skip
+            "launch/train_dpo.py", model=folder, data=data,
+            output=work / "-".join(["step", *mode.values()]), batch_size=PAIRS_OF_STEP,
+            max_steps=sizes.steps, epochs=1, log_every=sizes.steps // 2, beta=0.1,
+            max_length=1024, save_minutes=0, max_implausible=1, **mode)  # fmt: skip
         perf = record["perf"]
         pairs_a_second = perf["perf/pairs_per_second"]
-        found[name] = {
+        return {
             "seconds": PAIRS_OF_STEP / pairs_a_second,
             "tokens": perf["perf/tokens_per_second"] * PAIRS_OF_STEP / pairs_a_second,
             "epoch": PAIRS_OF_EPOCH / pairs_a_second,
@@ -367,7 +363,8 @@ def step(sizes, work, device) -> dict:
             "memory_gb": perf["perf/memory_gb"],
             "whole_run": seconds,
         }
-    return found
+
+    return measure
 
 
 class Clock:
@@ -602,12 +599,12 @@ def of_loop(found):
 
 
 def of_step(found):
-    for name, of_mode in found.items():
-        yield (
-            name,
-            f"{1e3 * of_mode['seconds']:.1f} ms of {of_mode['tokens']:,.0f} tokens, epoch "
-            f"{of_mode['epoch']:,.0f} s, MFU {of_mode['mfu']:.1%}, {of_mode['memory_gb']:.2f} GB",
-        )
+    yield "a step", f"{1e3 * found['seconds']:.1f} ms, {found['tokens']:,.0f} tokens"
+    yield "an epoch of the reference workload", f"{found['epoch']:,.0f} s"
+    yield (
+        "model FLOPs utilisation, memory",
+        f"{found['mfu']:.1%}, {found['memory_gb']:.2f} GB",
+    )
 
 
 def of_rollout(found):
@@ -645,7 +642,9 @@ PARTS = {
     "resume": Part(
         resume, lambda f: [("the same weights", f"{f['same']} of {f['of']} tensors")], 180
     ),
-    "step": Part(step, of_step, 180),
+    "eager": Part(step(compile="off"), of_step, 90),
+    "compiled": Part(step(compile="auto"), of_step, 180),
+    "deterministic": Part(step(compile="off", deterministic="true"), of_step, 90),
     "breakdown": Part(breakdown, of_loop, 90, True),
     "generate": Part(
         generate,

@@ -1,6 +1,11 @@
 """A frozen model in main memory between uses, with other memory standing for the device's."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +72,46 @@ def test_where_main_memory_computes_nothing_moves():
     at = addresses(module)
     with Offloaded(module, torch.device("cpu")):
         assert addresses(module) == at
+
+
+STEP = """
+import json, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import tiny
+from train.data.packing import Group, pack
+from train.engine import dist, ds_config, loading
+from train.engine.trained import TrainedModel
+device = dist.init()
+config = ds_config.read_config("ds_configs/zero3_offload.json")
+config = ds_config.resolve(config, "bf16", 1.0)
+module = loading.load_backbone(sys.argv[2], config, "bf16", 3, device)
+model = TrainedModel(
+    module, config, lr=1e-2, weight_decay=0.0, grad_clip=1.0, scheduler="constant",
+    warmup_ratio=0.0, total_steps=2)
+batch = pack([Group((1, 2, 3), ((4, 5), (6, 7, 8)))])
+losses = []
+for _ in range(2):
+    loss = -model(batch).mean()
+    losses.append(float(loss))
+    model.backward(loss)
+    assert model.step().applied
+print(json.dumps([losses, model.adamw.defaults["fused"]]))
+dist.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_weights_that_deepspeed_offloads_are_stepped_by_the_fused_adamw(model_dir):
+    """One pass over weights and moments in main memory, not ten."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, root, model_dir],
+        cwd=root,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (before, after), fused = json.loads(done.stdout.splitlines()[-1])
+    assert fused and after < before
