@@ -73,6 +73,7 @@ def start(folder: Path):
     torch.cuda.set_device = lambda device: None
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
     torch.cuda.get_device_name = lambda device=None: "a GPU that does not exist"
+    torch.cuda.mem_get_info = lambda device=None: (78 << 30, 80 << 30)  # free and all, an H100's
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: 0
     # else autocast("cuda") switches itself off
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False

@@ -23,7 +23,7 @@ def test_7b_on_a_node_by_hand():
     # bf16 weights, fp32 masters, gradients and moments by eight, the reference in bf16
     states = 2 + (4 + 4 + 8) / 8 + 2
     buckets = 2 * (1e8 + 1e8 + 1e8)
-    in_backward = 2 * 2**29 + (4 + 2) * head
+    in_backward = 2 * 80e9 / 40 + (4 + 2) * head  # 2 GB of logits, twice
     assert found.fixed == pytest.approx(states * model.weights + buckets + in_backward)
     # 28 layers' inputs in bf16, and one layer at a time
     inputs = 28 * 2 * 3584

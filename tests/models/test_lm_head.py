@@ -223,3 +223,14 @@ def test_a_temperature_divides_logits(temperature, chunk):
 def test_log_p2_and_entropy_are_not_made_together():
     with pytest.raises(ValueError, match="in one call"):
         token_logps(*torch.zeros(2, 3, 4), torch.zeros(3).long(), log_p2=True, entropy=True)
+
+
+def test_a_gpu_s_memory_bounds_a_chunk(monkeypatch):
+    def has(gigabytes):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gigabytes << 30))
+        lm_head.default_logits_bytes.cache_clear()
+        return lm_head.default_logits_bytes(torch.device("cuda", 0))
+
+    assert has(80) == 2 << 30 and has(16) == lm_head.LOGITS_BYTES == 1 << 29
+    lm_head.default_logits_bytes.cache_clear()
+    assert lm_head.default_logits_bytes(torch.device("cpu")) == 1 << 29

@@ -19,6 +19,7 @@ from train.engine.ds_config import zero_stage
 from train.files import shipped
 from train.models.backbone import Backbone
 from train.models.flops import FlopCounter
+from train.models.lm_head import chunk_bytes
 
 # The GPU that is assumed: an A100 of 80 GB, by its data sheet, and what is left of that in practice.
 MEMORY = 80e9
@@ -161,7 +162,8 @@ def _try(model: Model, world: int, way: Way) -> Advice:
     # gradients on their way, two such buckets in turn, and gathered weights
     buckets = ("reduce_bucket_size", "reduce_bucket_size", "allgather_bucket_size")
     fixed += sum(2 * min(model.weights, options.get(name, 0)) for name in buckets)
-    fixed += footprint.head_bytes(0 if way.lora else model.head, torch.bfloat16)
+    trained_head = 0 if way.lora else model.head
+    fixed += footprint.head_bytes(trained_head, torch.bfloat16, chunk_bytes(MEMORY))
     a_token = model.activations(stage, way.checkpointing)
     left = MEMORY - RESERVE - fixed
     tokens = int(min(memory.CUDA_TOKENS, left // 2 // a_token)) // 256 * 256

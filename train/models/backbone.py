@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from train.models import attention, buckets, layers
-from train.models.lm_head import LOGITS_BYTES, token_logps
+from train.models.lm_head import default_logits_bytes, token_logps
 from train.models.pretrained import load_causal_lm
 
 LAYOUTS = ("packed", "padded")
@@ -148,11 +148,16 @@ class Backbone(PackedModel):
     unit = "nats a token"
     gap_name = "export_gap_nats_per_token"  # of `distance` between it and its export, in run.json
 
-    def __init__(self, lm, layout="packed", logits_bytes=LOGITS_BYTES, autocast=None):
+    def __init__(self, lm, layout="packed", logits_bytes=None, autocast=None):
         if lm.get_output_embeddings() is None:
             raise ValueError(f"{type(lm).__name__} has no output head: not a causal language model")
         super().__init__(lm, layout, autocast)
-        self.logits_bytes = logits_bytes
+        self._logits_bytes = logits_bytes
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of logits that are made at once."""
+        return self._logits_bytes or default_logits_bytes(self.head.weight.device)
 
     @property
     def head(self):
@@ -172,7 +177,7 @@ class Backbone(PackedModel):
         """The model in `folder`, in the weights' type and computed in the same way."""
         dtype = next(self.parameters()).dtype
         lm = load_causal_lm(folder, dtype, trust_remote_code).to(device)
-        return Backbone(lm, self.layout, self.logits_bytes, self.autocast)
+        return Backbone(lm, self.layout, self._logits_bytes, self.autocast)
 
     def forward(self, batch, log_p2=False, temperature=1.0, entropy=False):
         """Log-probabilities of the batch's scored tokens, (T,) nats in fp32 (fp64 for fp64

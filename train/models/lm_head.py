@@ -12,6 +12,7 @@ Legend: T scored tokens, C tokens of a chunk, V vocabulary, H hidden size. Log-p
 nats.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -29,6 +30,22 @@ from train.models.matmul import (
 
 # At SmolLM's vocabulary of 49,152 and fp32: 2,730 tokens a chunk.
 LOGITS_BYTES = 1 << 29
+# Of a GPU's memory, for a chunk: 2 GB of 80, which are 10,900 such tokens. Of a batch that is one
+# chunk no logits are computed twice.
+CHUNK_SHARE = 1 / 40
+
+
+def chunk_bytes(memory: int) -> int:
+    """Bytes of a chunk's logits on a GPU of so many bytes, where nobody says how many."""
+    return max(LOGITS_BYTES, int(memory * CHUNK_SHARE))
+
+
+@functools.cache
+def default_logits_bytes(device: torch.device) -> int:
+    """Bytes of a chunk's logits on `device`, where nobody says how many."""
+    if device.type != "cuda":
+        return LOGITS_BYTES
+    return chunk_bytes(torch.cuda.mem_get_info(device)[1])
 
 
 def token_logps(
@@ -36,7 +53,7 @@ def token_logps(
     weight,
     target,
     bias=None,
-    logits_bytes=LOGITS_BYTES,
+    logits_bytes=None,
     log_p2=False,
     *,
     temperature=1.0,
@@ -46,7 +63,7 @@ def token_logps(
     (T,) nats in fp32 or wider.
 
     Exact, with exact gradients for hidden, weight and bias. `logits_bytes`: bytes of a chunk's
-    logits; on CUDA two such are alive for a moment. Under autocast the products run in the autocast
+    logits, by default default_logits_bytes; on CUDA two such are alive for a moment. Under autocast the products run in the autocast
     type, like any linear layer's.
 
     With `log_p2` a second (T,) comes out, log sum_v p_v^2 of each token's distribution; with `entropy`
@@ -55,6 +72,7 @@ def token_logps(
     if log_p2 and entropy:
         raise ValueError("log_p2 and entropy are not made in one call")
     second = "log_p2" if log_p2 else "entropy" if entropy else None
+    logits_bytes = logits_bytes or default_logits_bytes(hidden.device)
     options = _Options(product_dtype(hidden, weight), logits_bytes, second, temperature)
     with torch.autocast(hidden.device.type, enabled=False):  # the function below casts by itself
         logps, others = _TokenLogps.apply(hidden, weight, target, bias, options)
