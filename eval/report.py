@@ -358,9 +358,11 @@ def samples(rows: list[dict], mode: str) -> list[str]:
     sides = _sides([side for side in SIDES if rows and f"{mode}/{side}/text" in rows[0]])
     cells = []
     for row in rows:
-        texts = [row["prompt"], *(row[f"{mode}/{side}/text"] for side in sides)]
-        cells.append([row["row"], *map(_cut, texts)])
-    return table(["row", "prompt", *sides.values()], cells)
+        # the number stands before the prompt: TensorBoard breaks a column of its own into letters
+        texts = [f"{row['row']}: {row['prompt']}"]
+        texts += [row[f"{mode}/{side}/text"] for side in sides]
+        cells.append([_cut(text) for text in texts])
+    return table(["row: prompt", *sides.values()], cells)
 
 
 def _cut(text: str) -> str:
