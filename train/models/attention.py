@@ -14,6 +14,7 @@ queries and k keys of one segment, or of the longest; a leading 1 is transformer
 import contextlib
 import functools
 import inspect
+import itertools
 import math
 from typing import NamedTuple
 
@@ -25,6 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train.models.buckets import StaticSegments
 
 NAME = "zeropref"
+
+# Queries of one call of the CPU's kernel. Told that attention is causal it takes as long as for all
+# keys of all queries; in calls of 64 queries with the keys up to their last, a segment of 340 tokens
+# takes two thirds of that, forward and backward, in the order of smaller sums.
+CALL_QUERIES = 64
 
 # The kernel behind scaled_dot_product_attention on a CPU, called directly for the logarithms that
 # its backward pass needs.
@@ -65,6 +71,7 @@ class Segments:
         self.max_keys = max(segment.num_keys for segment in self)
         self._masks = {}
         self._padded_masks = {}
+        self._call_masks = {}
 
     def __iter__(self):
         return iter(self._segments)
@@ -82,13 +89,7 @@ class Segments:
             return None
         which = (num_queries, num_keys, window, query.dtype)
         if which not in self._masks:
-            key_place = torch.arange(num_keys, device=query.device)[None]  # (1, k)
-            query_place = key_place[0, num_keys - num_queries :, None]  # (q, 1)
-            hidden = key_place > query_place  # (q, k)
-            if window > 0:
-                hidden = hidden | (key_place <= query_place - window)
-            mask = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
-            self._masks[which] = mask.masked_fill_(hidden, -math.inf)
+            self._masks[which] = _mask(num_queries, num_keys, window, query)
         return self._masks[which]
 
     @functools.cached_property
@@ -125,6 +126,25 @@ class Segments:
             self._padded_masks[window, dtype] = mask.masked_fill_(~seen, -math.inf)[:, None]
         return self._padded_masks[window, dtype]
 
+    def calls(self, segment, window, like):
+        """A segment's attention in calls of up to CALL_QUERIES queries: a Call each, in their order.
+
+        A mask depends on how far a key is from a query alone, so those of all calls with the same
+        number of queries are the right end of one, of the type and on the device of `like`.
+        """
+        prompt_length = segment.num_keys - segment.num_queries
+        for start in range(0, segment.num_queries, CALL_QUERIES):
+            end = min(start + CALL_QUERIES, segment.num_queries)
+            num_queries = end - start
+            num_keys = prompt_length + end
+            mask = None
+            if num_queries < num_keys or 0 < window < num_keys:
+                which = (num_queries, window, like.dtype)
+                if which not in self._call_masks:
+                    self._call_masks[which] = _mask(num_queries, self.max_keys, window, like)
+                mask = self._call_masks[which][:, self.max_keys - num_keys :]  # (q, k)
+            yield Call(start, end, num_keys, mask)
+
 
 class Padding(NamedTuple):
     """Segments side by side, each as long as the longest: its last query and its last key again where
@@ -136,6 +156,28 @@ class Padding(NamedTuple):
     outputs: torch.Tensor  # (L,) into the S * q padded queries: where each token's is
     query_places: torch.Tensor  # (S, q): the place of a query among its segment's keys
     is_key: torch.Tensor  # (S, k) bool
+
+
+def _mask(num_queries, num_keys, window, like):
+    """What is added to scores, (q, k), of the type and on the device of `like`: -inf for a key behind
+    its query or outside the `window` of keys that end there. The last query is the last key's.
+    """
+    key_place = torch.arange(num_keys, device=like.device)[None]  # (1, k)
+    query_place = key_place[0, num_keys - num_queries :, None]  # (q, 1)
+    hidden = key_place > query_place  # (q, k)
+    if window > 0:
+        hidden = hidden | (key_place <= query_place - window)
+    mask = torch.zeros(num_queries, num_keys, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, -math.inf)
+
+
+class Call(NamedTuple):
+    """Some of a segment's queries, for one call of the CPU's kernel."""
+
+    start: int  # queries [start, end) of the segment's own
+    end: int
+    num_keys: int  # the segment's first keys, up to that of the last of these queries
+    mask: torch.Tensor | None  # (q, k); None where `is_causal` says it all
 
 
 class Segment(NamedTuple):
@@ -291,17 +333,22 @@ class CpuAttention(torch.autograd.Function):
         _, num_heads, length, head_size = query.shape
         out = query.new_empty(1, length, num_heads, head_size)
         out_by_head = out.transpose(1, 2)  # (1, H, L, D), a view
-        log_sums = []  # (1, H, q) each: logarithms of the softmax's denominators
+        log_sums = []  # (1, H, q) of each call: logarithms of the softmax's denominators
         for segment in segments:
-            q = query[:, :, segment.queries]  # (1, H, q, D)
-            k = segment.keys(key)  # (1, G, k, D)
-            v = segment.keys(value)  # (1, G, k, D)
-            mask = segments.mask(q, k, window)
-            # 0.0: no dropout
-            out_by_head[:, :, segment.queries], log_sum = _FLASH_CPU(
-                q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
-            )
-            log_sums.append(log_sum)
+            keys = segment.keys(key)  # (1, G, k, D)
+            values = segment.keys(value)  # (1, G, k, D)
+            for call in segments.calls(segment, window, query):
+                queries = slice(segment.query_start + call.start, segment.query_start + call.end)
+                out_by_head[:, :, queries], log_sum = _FLASH_CPU(
+                    query[:, :, queries],  # (1, H, q, D)
+                    keys[:, :, : call.num_keys],
+                    values[:, :, : call.num_keys],
+                    0.0,  # no dropout
+                    call.mask is None,
+                    attn_mask=call.mask,
+                    scale=scaling,
+                )
+                log_sums.append(log_sum)
         ctx.save_for_backward(query, key, value, out, *log_sums)
         ctx.segments = segments
         ctx.scaling = scaling
@@ -319,25 +366,36 @@ class CpuAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key = torch.empty_like(key)
         grad_value = torch.empty_like(value)
-        for segment, log_sum in zip(ctx.segments, log_sums, strict=True):
-            q = query[:, :, segment.queries]
-            k = segment.keys(key)
-            v = segment.keys(value)
-            mask = ctx.segments.mask(q, k, ctx.window)
-            grad_query[:, :, segment.queries], grad_k, grad_v = _FLASH_CPU_BACKWARD(
-                grad[:, :, segment.queries],
-                q,
-                k,
-                v,
-                out[:, :, segment.queries],
-                log_sum,
-                0.0,
-                mask is None,
-                attn_mask=mask,
-                scale=ctx.scaling,
-            )
-            segment.add_keys_gradient(grad_key, grad_k)
-            segment.add_keys_gradient(grad_value, grad_v)
+        log_sums = iter(log_sums)
+        for segment in ctx.segments:
+            keys = segment.keys(key)  # (1, G, k, D)
+            values = segment.keys(value)  # (1, G, k, D)
+            calls = list(ctx.segments.calls(segment, ctx.window, query))
+            log_sums_of_calls = itertools.islice(log_sums, len(calls))
+            grad_keys = grad_values = None
+            # from the last call on, which reads all keys: the others add to what it gives
+            for call, log_sum in reversed(list(zip(calls, log_sums_of_calls, strict=True))):
+                queries = slice(segment.query_start + call.start, segment.query_start + call.end)
+                grad_query[:, :, queries], grad_k, grad_v = _FLASH_CPU_BACKWARD(
+                    grad[:, :, queries],
+                    query[:, :, queries],
+                    keys[:, :, : call.num_keys],
+                    values[:, :, : call.num_keys],
+                    out[:, :, queries],
+                    log_sum,
+                    0.0,
+                    call.mask is None,
+                    attn_mask=call.mask,
+                    scale=ctx.scaling,
+                )
+                if grad_keys is None:
+                    grad_keys = grad_k
+                    grad_values = grad_v
+                else:
+                    grad_keys[:, :, : call.num_keys] += grad_k
+                    grad_values[:, :, : call.num_keys] += grad_v
+            segment.add_keys_gradient(grad_key, grad_keys)
+            segment.add_keys_gradient(grad_value, grad_values)
         return grad_query, grad_key, grad_value, None, None, None
 
 
