@@ -221,16 +221,20 @@ def test_the_board_tells_them_and_the_files_can_be_left_out(stand_in, tmp_path, 
     plan = SimpleNamespace(steps=2, begun=0)
     run = SimpleNamespace(plan=plan, folder=folder, say=said.append)
 
+    synced = []
+
     def through(report_to):
         LOGGED.clear()
         board = tensorboard.open_board(run, report_to)
         board.scalars({"loss": 1.5}, 1, "train/")
-        board.hparams({"beta": 0.5}, ["val/loss"], {"final/loss": 2.0}, 2)
         board.sync()
+        synced.append(LOGGED[-1:])  # what a checkpoint counts on is sent
+        board.hparams({"beta": 0.5}, ["val/loss"], {"final/loss": 2.0}, 2)
         board.close()
         return board
 
     board = through(["stand_in"])
+    assert synced == [[(1, {"train/loss": 1.5})]]
     assert LOGGED[2:-1] == [
         {"beta": 0.5, "hardware.world": 2, "steps": 2},
         (1, {"train/loss": 1.5}),
