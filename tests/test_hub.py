@@ -136,7 +136,7 @@ def test_what_stands_against_an_upload_is_said_at_the_start(server, monkeypatch,
     assert "must be in the form" in refusal("a/b/c") and "alphanumeric" in refusal("me/a b")
     assert server.requests == []  # nobody was asked
     assert refusal("you/it") == (
-        "--push_to_hub you/it: the token is me's, for me and org; take one of you's"
+        "--push_to_hub you/it: the token is for me and org; set HF_TOKEN to one for you"
     )
     server.repositories["me/open"] = Repository(private=False)
     assert refusal("me/open") == (

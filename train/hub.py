@@ -120,7 +120,7 @@ def _namespace_problem(namespace: str, me: dict) -> str:
     """Why `me`, as the hub describes the token's owner, cannot write there, or ""."""
     mine = [me["name"], *(each["name"] for each in me.get("orgs", ()))]
     if namespace.lower() not in [each.lower() for each in mine]:
-        return f"the token is {me['name']}'s, for {' and '.join(mine)}; take one of {namespace}'s"
+        return f"the token is for {' and '.join(mine)}; set HF_TOKEN to one for {namespace}"
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return "the token may read only; set HF_TOKEN to one that may write"
     return ""

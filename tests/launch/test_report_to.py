@@ -190,7 +190,7 @@ def test_the_model_goes_to_the_hub(model_dir, few, tmp_path, hub):
     line += ["--save_every", 1]
     for name, said in (
         ("me", "write ORG/NAME"),
-        ("you/it", "the token is me's, for me and org; take one of you's"),
+        ("you/it", "the token is for me and org; set HF_TOKEN to one for you"),
     ):
         done = launched([*line, "--push_to_hub", name], cache)
         assert done.returncode == 2 and said in done.stderr, done.stderr
