@@ -13,8 +13,10 @@ built-in pairs, whose answers are short. Contenders:
     TRL     its DPOTrainer, fed our ids in our order: one pair a micro-batch, accumulated
 
 The oracle is neither's code: the same weights in fp64, one sequence at a time, full logits, plain
-autograd and torch's AdamW, transformers' own casts to fp32 lifted (tests/wide.py). Only the ids and
-their order come from train/data.
+autograd and torch's AdamW, transformers' own casts to fp32 lifted (tests/wide.py) but for one: the table
+of cosines and sines by position is transformers' own, of angles in fp32. It is what the model is when
+it is used, a constant that every contender shares, and no sum. Only the ids and their order come from
+train/data.
 
 Prints for each file the largest distance from the oracle over the six steps: of the step's mean
 loss, and of its mean margin. The exit status is 1 where this checkout's loss is farther than TRL's.
@@ -199,12 +201,25 @@ def distance(means, exact):
     return loss, margin
 
 
+def keep_table(rotary):
+    """Let a rotary embedding compute in the types that it asks for."""
+    own = rotary.forward
+
+    def forward(x, position_ids):
+        with wide.Wide.paused():
+            return own(x, position_ids)
+
+    rotary.forward = forward
+
+
 def oracle(policy, reference, groups):
     """(mean loss, mean margin) of each step's pairs, fp64 throughout."""
     lm, frozen = (
         transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).double()
         for path in (policy, reference)
     )
+    for model in (lm, frozen):
+        keep_table(model.model.rotary_emb)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=LR, weight_decay=0.0)
 
     def logp(model, prompt, response):
