@@ -90,7 +90,7 @@ ONE_STEP = "--pairs 2 --contenders ours --precision fp32"
 # In order of the pages, each command once.
 COMMANDS = {
     # README.md
-    "pip install -e .": Launch(DRY),
+    "pip install -c constraints.txt -e .": Launch(DRY),
     "deepspeed launch/train_dpo.py": Launch("--max_steps 1 --save_every 1", "reward margin"),
     "deepspeed launch/train_reward.py": Run(),
     "deepspeed launch/train_ppo.py": Run(f"{COUNTED} --output runs/demonstration"),
@@ -101,7 +101,9 @@ COMMANDS = {
     "deepspeed eval/evaluate.py --model runs/ppo/model --reference runs/dpo/model --output runs/ppo/eval": Run(FEW),
     "deepspeed launch/train_dpo.py --loss ipo --output runs/ipo": Run(),
     "deepspeed eval/evaluate.py --model runs/ipo/model --reference runs/dpo/model --output runs/ipo/eval": Run(FEW),
-    "pip install -e '.[test]'": Launch(DRY),
+    "pip install -c constraints.txt -e '.[test]'": Launch(DRY),
+    "python -m train.engine.advice": Launch(),
+    "python tests/benchmarks/gpu.py": Elsewhere(why="needs a GPU"),
     "pytest": Elsewhere(".ci/run", "pytest || status=1"),
     "pip wheel --no-deps .": Elsewhere("tests/test_wheel.py", '"pip", "wheel"'),
     "deepspeed $(which zeropref-dpo)": Elsewhere("tests/test_wheel.py", '"zeropref-dpo"'),
