@@ -65,7 +65,7 @@ def make(job, tokenizer, data, run, layout):
     objective = preference.Objective(
         run, loss, policy, reference, data, max_length=pair_steps.MAX_LENGTH
     )
-    flags = SimpleNamespace(beta=BETA, log_every=1, reference="live")
+    flags = SimpleNamespace(beta=BETA, log_every=1, reference="live", report_to=["tensorboard"])
     report = preference_report.open_report(run, flags, objective, None)
 
     def examples(batch):

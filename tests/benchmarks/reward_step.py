@@ -58,7 +58,8 @@ def make(job, tokenizer, data, run, layout):
     if layout == "packed":
         checks.check_start(model, None, data, run.device, precision, same_weights=False)
     loss = losses_of_rewards.choose("bradley_terry", {})
-    report = reward_report.open_report(run, SimpleNamespace(log_every=1), loss, model, data, None)
+    flags = SimpleNamespace(log_every=1, report_to=["tensorboard"])
+    report = reward_report.open_report(run, flags, loss, model, data, None)
 
     def examples(batch):
         found = reward.examples(model(batch, at="last"), batch, of_pairs=True)
