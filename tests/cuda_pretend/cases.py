@@ -6,8 +6,10 @@ a GPU; test_pretend.py looks at what came out.
 
 import contextlib
 import itertools
+import logging
 import types
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from tests.cuda_pretend import pretend
 from tests.engine.made_pairs import made_pairs, with_targets
 from train.data.packing import pack
+from train.data.steps import PlannedStep
 from train.engine import ds_config, footprint
 from train.engine.trained import TrainedModel
 from train.losses import composition
@@ -29,11 +32,11 @@ from train.methods.rollout import Known
 from train.models import buckets, compiled, generate, lora
 from train.models.backbone import Backbone
 from train.models.heads import ScoreModel
-from train.run.meter import Meter
+from train.run import loop
+from train.run.checkpoint import Checkpointer
 
 # FILE:FUNCTION where the host may wait for the device, and why.
 MAY_WAIT = {
-    "train/engine/trained.py:_step_unsharded": "the norm decides whether the update is applied",
     "train/models/generate.py:_decode": "who has finished is looked at every 16 tokens",
     "train/models/generate.py:__init__": "what noise and ends are comes from lists, once a batch",
     "train/models/generate.py:completions": "a batch is done",
@@ -58,6 +61,7 @@ class Pretend(NamedTuple):
 
     watch: object  # pretend.make_watch's
     fake: object  # the FakeTensorMode
+    folder: Path  # for files
 
 
 class Family(NamedTuple):
@@ -202,32 +206,78 @@ def policy_and_reference(family: Family, layers=LAYERS):
     return under_deepspeed(module, family), Live(frozen, {})
 
 
-def preference_step(watch, policy, reference, loss, batch, meter):
-    """A step as launch/train_dpo.py has it, phase by phase."""
-    with watch.phase("reference"):
-        ref_logps = reference(batch)
-    with watch.phase("forward"):
-        logps = policy(batch, log_p2=loss.shared.use_weighting)
-    with watch.phase("loss"):
-        scored = preference.score_batch(logps, ref_logps, batch, loss)
-        losses = loss(scored.examples, scored.weights)
-        total = losses.sum() / len(batch.shape)
-    with watch.phase("backward"):
-        policy.backward(total)
-    check_gradients(policy.module)
-    with watch.phase("measures"):
-        sums = preference_report.sums(loss, scored.examples, losses)
-        shown = preference_report.distributions(loss, scored.examples)
-        kept = torch.stack(list(shown.values()), 1).detach()
-        meter.add(sums, batch.input_ids.shape[0], 1.0, kept)
-    with watch.phase("update"):
-        policy.step()
+class Training:
+    """A run of launch/train_dpo.py past its start: the loop, the report and the checkpointer around a
+    policy. log_every is 1, and nothing else is due.
+    """
 
+    def __init__(self, policy, reference, loss, batch, folder):
+        device = torch.device("cuda")
+        settings = types.SimpleNamespace(
+            reference="live",
+            log_every=1,
+            eval_every=1000,
+            save_every=0,
+            save_minutes=0,
+            max_skipped=5,
+            report_to=["tensorboard"],
+        )
+        run = types.SimpleNamespace(
+            device=device,
+            plan=types.SimpleNamespace(steps=1000, begun=0, precision="bf16", batch_tokens=4000),
+            folder=types.SimpleNamespace(
+                path=folder, log=logging.getLogger("pretend"), record={"flags": {}}
+            ),
+            sample="",
+            note=lambda **facts: None,
+            say=print,
+        )
+        self.policy, self.reference, self.loss, self.batch = policy, reference, loss, batch
+        data = made_pairs()
+        data.starts = [("pairs.jsonl", 0)]
+        self.objective = preference.Objective(
+            run, loss, policy, reference, data, max_length=100, reference_every=0
+        )
+        self.report = preference_report.open_report(run, settings, self.objective, None)
+        state = {
+            "policy": policy,
+            "reference": reference,
+            "running_mean": self.objective.running_mean,
+            "report": self.report,
+        }
+        self.checkpointer = Checkpointer(run, settings, state, {})
+        self.report.start()
+        self.run, self.number = run, 0
+        late = device.type in loop.READS_LATE
+        self.ends = loop._Ends(run, settings, self.checkpointer, self.report, data, late)
 
-def a_meter() -> Meter:
-    """A run's sums of preference training, on the GPU."""
-    columns = 1 + len(preference_report.metrics.PAIR_SUMS)
-    return Meter(columns, torch.device("cuda"), peak=1e12)
+    def step(self, watch):
+        """One step as launch/train_dpo.py has it, phase by phase."""
+        planned = PlannedStep(self.number, 0.0, tuple(range(11)), (tuple(range(11)),))
+        step = loop.Step(self.run, planned, [self.batch], before_update=self.ends.settle)
+        loss, objective = self.loss, self.objective
+        objective.begin(step)
+        for batch in step.batches():
+            with watch.phase("reference"):
+                ref_logps = objective.ref_logps(batch)
+            with watch.phase("forward"):
+                logps = self.policy(batch, log_p2=loss.shared.use_weighting)
+            with watch.phase("loss"):
+                scored = objective.score(logps, ref_logps, batch)
+                losses = objective.losses(scored)
+                total = losses.sum() / step.num_groups
+            with watch.phase("backward"):
+                self.policy.backward(total)
+            check_gradients(self.policy.module)
+            with watch.phase("measures"):
+                self.report.add(batch, scored.examples, losses)
+        with watch.phase("update"):
+            update = self.policy.step()
+        objective.end(step, update)
+        step.finish(update)
+        with watch.phase("measures"):
+            self.ends.add(step)
+        self.number += 1
 
 
 def step_of(name: str):
@@ -242,12 +292,16 @@ def step_of(name: str):
             policy, reference = policy_and_reference(family)
             batch = made_batch()
             loss = composition.choose("sigmoid", 0.1, {})
-            meter = a_meter()
+            training = Training(policy, reference, loss, batch, run.folder / name)
+            watch.forget(everything=True)  # TensorBoard's clock, which starts once
             with watch:
                 # DeepSpeed's timer waits for the device from its third step on
                 for _ in range(4):
                     watch.forget()
-                    preference_step(watch, policy, reference, loss, batch, meter)
+                    training.step(watch)
+            # what the step before came to was read, shown and marked
+            assert training.checkpointer._mark.place.step == training.number - 1
+            assert training.report.last["perf/tokens_per_second"] > 0
             facts = {"step": dict(watch.launches)}
             with watch:
                 logps = policy(batch, log_p2=True)
@@ -440,7 +494,9 @@ def other_kernels(run: Pretend) -> dict:
 
 
 def deterministic(run: Pretend) -> dict:
-    """--deterministic: which kernels run under torch's flag, without and with it."""
+    """--deterministic: what computes attention's backward, without and with it, and how many operations
+    add up with atomics.
+    """
     facts = {}
     with run.fake:
         batch = made_batch()
@@ -454,10 +510,11 @@ def deterministic(run: Pretend) -> dict:
                 with run.watch:
                     module(batch).sum().backward()
                 check_gradients(module)
+                names = run.watch.names[""]
+                backwards = {name: n for name, n in names.items() if "backward" in name}
                 facts[f"{family} {asked}"] = [
-                    sorted(run.watch.in_order),
-                    run.watch.names[""]["_varlen_attn_backward"],
-                    run.watch.names[""]["index_add"] + run.watch.names[""]["index_add_"],
+                    {name: n for name, n in backwards.items() if "varlen" in name},
+                    names["index_add"] + names["index_add_"],
                 ]
     return facts
 

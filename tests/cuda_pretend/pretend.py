@@ -72,8 +72,10 @@ def start(folder: Path):
     torch.cuda.current_device = lambda: 0
     torch.cuda.set_device = lambda device: None
     torch.cuda.get_device_capability = lambda device=None: CAPABILITY
-    torch.cuda.get_device_name = lambda device=None: "a GPU that does not exist"
+    torch.cuda.get_device_name = lambda device=None: "NVIDIA H100 of nowhere"
     torch.cuda.mem_get_info = lambda device=None: (78 << 30, 80 << 30)  # free and all, an H100's
+    torch.cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
+    torch.cuda.max_memory_allocated = lambda device=None: 0
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: 0
     # else autocast("cuda") switches itself off
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
@@ -138,6 +140,8 @@ def no_gpu_for_dynamo():
 
 # Operations that make no kernel run: they give memory, or another view of it.
 WITHOUT_LAUNCH = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "_reshape_alias", "set_")
+# As many kernels as the device has to do after what the host waits for, or it runs dry.
+LAUNCHES_AHEAD = 200
 # Operations whose result has a shape that depends on values: the host waits for it.
 SHAPED_BY_VALUES = (
     "nonzero",
@@ -167,6 +171,7 @@ def make_watch(may_wait: dict[str, str]):
 
         def __init__(self):
             super().__init__()
+            self.launched = 0  # kernels, in all
             self.trace = None  # a list: every operation with its arguments' shapes
             self._phase = ""
             self.forget(everything=True)
@@ -178,7 +183,6 @@ def make_watch(may_wait: dict[str, str]):
             self.ops = collections.Counter()  # by phase
             self.launches = collections.Counter()  # by phase
             self.names = collections.defaultdict(collections.Counter)  # of launches, by phase
-            self.in_order = set()  # operations run under torch's flag for deterministic kernels
 
         @contextlib.contextmanager
         def phase(self, name: str):
@@ -210,12 +214,11 @@ def make_watch(may_wait: dict[str, str]):
                 if name == "nonzero":
                     return args[0].new_zeros(1, args[0].dim(), dtype=torch.int64)
             found = func(*args, **kwargs)
-            if torch.are_deterministic_algorithms_enabled():
-                self.in_order.add(name)
             on_device = any(x.is_cuda for x in _tensors((args, kwargs, found)))
             if on_device:
                 self.ops[self._phase] += 1
                 if not (func.is_view or name.startswith(WITHOUT_LAUNCH)):
+                    self.launched += 1
                     self.launches[self._phase] += 1
                     self.names[self._phase][name] += 1
                 if self.trace is not None:
@@ -268,8 +271,25 @@ def make_watch(may_wait: dict[str, str]):
         return [x for x in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(x)]
 
     watch = Watch()
+
+    class Event:
+        """An event of the device: to wait for it costs nothing while more has been launched since than
+        the device can have done.
+        """
+
+        def __init__(self, *_, **__):
+            self.launched = None
+
+        def record(self, stream=None):
+            self.launched = watch.launched
+
+        def synchronize(self):
+            if watch.launched - self.launched < LAUNCHES_AHEAD:
+                watch.waited("event")
+
     # what waits without an operation
     torch.cuda.synchronize = lambda device=None: watch.waited("synchronize")
+    torch.cuda.Event = Event
     return watch
 
 

@@ -49,7 +49,7 @@ def main():
         watch.forget(everything=True)
         began, error, facts = time.perf_counter(), None, {}
         try:
-            facts = cases.CASES[name](cases.Pretend(watch, fake))
+            facts = cases.CASES[name](cases.Pretend(watch, fake, Path(folder)))
         except Exception as raised:
             error = in_short(raised)
         found = {

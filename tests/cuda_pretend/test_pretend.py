@@ -34,7 +34,7 @@ LAUNCHES_A_LAYER = {
     "phi3": (40, 44, 106),
 }
 # Around the layers of a step: head, embedding and rotary angles not counted.
-LAUNCHES_A_STEP = {"loss": 20, "measures": 35}
+LAUNCHES_A_STEP = {"loss": 20, "measures": 42}
 # Forward and backward of one more layer where the flash kernel does not apply, at most.
 LAUNCHES_WITHOUT_FLASH = {"fp32": 156, "fp32_window": 245, "before_sm80": 199, "odd_heads": 199}
 # Nodes of a body of two layers as one graph, forward and backward, at most.
@@ -107,11 +107,9 @@ def test_without_flash_attention_is_one_call_a_layer(found, what):
 def test_deterministic_is_for_the_attention_kernel_alone(found, family):
     facts = found["deterministic"]["facts"]
     for asked in (False, True):
-        in_order, backwards, with_atomics = facts[f"{family} {asked}"]
-        assert in_order == (["_varlen_attn_backward"] if asked else [])
-        assert (
-            backwards == 2 and with_atomics == 0
-        )  # one a layer; index_add is the one with atomics
+        backwards, with_atomics = facts[f"{family} {asked}"]
+        name = "varlen_backward_in_order" if asked else "_varlen_attn_backward"
+        assert backwards == {name: 2} and with_atomics == 0  # one a layer
 
 
 @pytest.mark.parametrize("family", LAUNCHES_A_TOKEN)

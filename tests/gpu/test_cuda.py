@@ -31,8 +31,8 @@ def groups():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
-@pytest.mark.parametrize("mode", ["weights", "autocast"])
-def test_flash_batches_are_near_fp64(family, mode):
+@pytest.mark.parametrize("mode", ["weights", "autocast", "fp32"])  # the last without flash
+def test_batches_are_near_fp64(family, mode):
     # head sizes of 16 and more that flash kernels take, which these two have as they are
     width = {} if family in ("gemma3", "qwen3") else {WIDTH.get(family, "hidden_size"): 128}
 
@@ -58,9 +58,25 @@ def test_flash_batches_are_near_fp64(family, mode):
         assert gap < 0.1 or q.grad.norm() < 1e-6, (name, float(gap))
 
 
-def test_gradients_repeat_bit_for_bit():
-    batch = pack(groups()).to("cuda")
-    backbone = Backbone(tiny.make_model("llama", hidden_size=128).cuda(), autocast=torch.bfloat16)
+# Prompt and responses: below one block of keys of the flash kernel's backward pass, which is 128 or
+# so, and many of them, whose order counts where it is not kept.
+LONG = [(300, 400, 500), (10, 300, 1000), (700, 50), (1, 900)]
+
+
+@pytest.mark.parametrize("sizes", [None, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, None], ids=["bf16", "fp32"])
+def test_gradients_repeat_bit_for_bit(sizes, autocast):
+    """With --deterministic; without it for short segments too, which is not promised."""
+    random = torch.Generator().manual_seed(1)
+
+    def ids(n):
+        return tuple(torch.randint(3, 1000, (n,), generator=random).tolist())
+
+    long = [Group(ids(p), tuple(map(ids, r)), row=i) for i, (p, *r) in enumerate(sizes or ())]
+    batch = pack(long or groups()).to("cuda")
+    lm = tiny.make_model("llama", hidden_size=128, max_position_embeddings=2048)
+    backbone = Backbone(lm.cuda(), autocast=autocast)
+    backbone.deterministic = True
 
     def gradients():
         backbone.zero_grad()

@@ -4,6 +4,7 @@ one segment at a time in fp64; and when it applies.
 
 import pytest
 import torch
+import transformers
 
 from train.data.packing import Group, pack
 from train.engine.ds_config import resolve_precision
@@ -102,9 +103,59 @@ def test_what_a_gpu_is_given(monkeypatch, gpu, capability, flash, precision):
     assert resolve_precision("bf16", device) == "bf16"  # asked for is asked for
 
 
+@pytest.mark.parametrize(
+    "capability, dtype, heads, why",
+    [
+        ((8, 0), torch.bfloat16, {}, ""),
+        ((7, 5), torch.bfloat16, {}, "a T4 is older than sm80"),
+        ((8, 0), torch.float32, {}, "it has no fp32"),
+        (
+            (9, 0),
+            torch.bfloat16,
+            {"head_dim": 20},
+            "it has no heads of 20: multiples of 8 up to 256",
+        ),
+        (
+            (9, 0),
+            torch.bfloat16,
+            {"head_dim": None, "hidden_size": 1200, "num_attention_heads": 4},
+            "it has no heads of 300: multiples of 8 up to 256",
+        ),
+    ],
+)
+def test_why_attention_goes_without_flash(monkeypatch, capability, dtype, heads, why):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a T4")
+    config = transformers.LlamaConfig(**heads)
+    assert attention.without_flash(config, dtype, torch.device("cuda", 0)) == why
+    assert attention.without_flash(config, dtype, torch.device("cpu")) == ""
+
+
 def test_a_cpu_is_asked_for_no_gpu():
     assert not attention.has_flash(torch.device("cpu"))
     assert resolve_precision("auto", torch.device("cpu")) == "fp32"
+
+
+def test_the_flash_backward_runs_under_the_flag():
+    """The kernel itself is on CUDA only: a stand-in on the CPU says what it was called with."""
+    from torch.nn.attention import varlen
+
+    seen = []
+
+    @varlen._varlen_attn_backward.register_kernel("cpu")
+    def stand_in(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, rng, scale, window):
+        flag = torch.are_deterministic_algorithms_enabled()
+        seen.append((flag, max_q, max_k, causal, scale, window))
+        return q + 1, k + 2, v + 3
+
+    x = torch.zeros(4, 2, 8)
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    tensors = (x, x, x, x, x, x, cu, cu, x)
+    grads = attention.varlen_backward_in_order(*tensors, 4, 3, 0.5, [3, 0])
+    attention.varlen_backward_in_order(*tensors, 4, 3, None, [-1, 0])
+    assert seen == [(True, 4, 3, False, 0.5, [3, 0]), (True, 4, 3, True, None, [-1, 0])]
+    assert [float(grad.mean()) for grad in grads] == [1, 2, 3]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("before", [False, True])

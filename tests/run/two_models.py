@@ -53,7 +53,7 @@ def main():
         def add(self, losses):
             self.unread += torch.stack(losses).detach().double()
 
-        def step(self, step, update):
+        def end_step(self, step):
             self.values.append(dist.all_reduce(self.unread).tolist())
             self.unread = torch.zeros(2, dtype=torch.float64)
 
@@ -75,6 +75,9 @@ def main():
             return torch.no_grad()
 
         def start(self):
+            pass
+
+        def step(self, step, update):
             pass
 
         evaluate = forget_evaluations = lambda self, number=None: None

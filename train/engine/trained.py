@@ -4,11 +4,11 @@ Policy, reward model and value model are each a TrainedModel, with a DeepSpeed c
 own (train/engine/ds_config.py). It is a part of a checkpoint (train/run/checkpoint.py).
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -16,23 +16,44 @@ from transformers import get_scheduler
 
 from train.engine import dist, sharded_state
 from train.engine.ds_config import zero_stage
+from train.engine.later import Later
 from train.models.matmul import accumulate_in_place
 
 BUCKET = 25_000_000  # gradient elements that stage 0 sends at a time
 SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # of a scheduler's state; flags make the rest
 
 
-class Update(NamedTuple):
-    """What one optimiser step did."""
+class Update:
+    """What one optimiser step did. Its norm may still be under way from the device: who asks for it,
+    or for whether the step was applied, waits until it is here.
+    """
 
-    grad_norm: float  # 2-norm over all ranks' shards, before clipping
-    lr: float  # the rate that this update used
-    # False where a gradient was not finite: weights, moments and schedule stay as they were
-    applied: bool
+    def __init__(self, lr: float, norm: Later, was_applied: bool = True):
+        """lr: the rate that this update used. norm: of the gradient. was_applied: False where
+        DeepSpeed has said no.
+        """
+        self.lr = lr
+        self._norm, self._was_applied = norm, was_applied
+
+    @functools.cached_property
+    def grad_norm(self) -> float:
+        """The 2-norm over all ranks' shards, before clipping."""
+        return float(self._norm.read())
+
+    @property
+    def applied(self) -> bool:
+        """False where a gradient was not finite: weights, moments and schedule stay as they were."""
+        return self._was_applied and math.isfinite(self.grad_norm)
+
+    def as_dict(self) -> dict:
+        """All of it, for a log."""
+        return {"grad_norm": self.grad_norm, "lr": self.lr, "applied": self.applied}
 
 
 class TrainedModel:
     """A module under a DeepSpeed engine: call it on a batch, `backward` its loss, `step` once a step."""
+
+    known_late = True  # see train/run/checkpoint.py
 
     def __init__(
         self,
@@ -78,8 +99,10 @@ class TrainedModel:
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=self.adamw, config=config
         )
-        self.updates = 0  # optimiser steps that were applied
-        self.skipped = 0  # and those that were not, because a gradient was not finite
+        self._updates = 0  # optimiser steps that were applied
+        self._skipped = 0  # and those that were not, because a gradient was not finite
+        # the last step, where it is not counted yet, and whether the schedule goes on after it
+        self._uncounted: tuple[Update, bool] | None = None
         self._moments_are_linked = self.stage in (0, 3)
         if self.stage == 0:
             # summed up in `step`, once, because nothing in DeepSpeed checks or reports the norm
@@ -113,17 +136,46 @@ class TrainedModel:
 
         Where the gradient is not finite nothing is changed; that is counted in `skipped`. advance: not
         where the schedule counts something else than updates, whose end says `advance`.
+
+        At stage 0 the host does not wait for the device, but for what it may still have to do of the
+        step before. What this step came to is known to whoever asks.
         """
+        self._count()
         lr = self.schedule.get_last_lr()[0]
-        norm, applied = self._step_unsharded() if self.stage == 0 else self._step_sharded()
-        self.skipped += not applied
-        self.updates += applied
-        if advance and applied:
-            self.advance()
-        return Update(norm, lr, applied)
+        norm, was_applied = self._step_unsharded() if self.stage == 0 else self._step_sharded()
+        update = Update(lr, Later(norm), was_applied)
+        self._uncounted = update, advance
+        return update
+
+    def _count(self):
+        """Count the last step and advance the schedule, where that is still to be done."""
+        if self._uncounted is None:
+            return
+        (update, advance), self._uncounted = self._uncounted, None
+        self._skipped += not update.applied
+        self._updates += update.applied
+        if advance and update.applied:
+            self.schedule.step()
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps that were applied."""
+        self._count()
+        return self._updates
+
+    @updates.setter
+    def updates(self, count: int):
+        self._updates = count
+
+    @property
+    def skipped(self) -> int:
+        """Optimiser steps that were not, because a gradient was not finite."""
+        self._count()
+        return self._skipped
 
     def advance(self):
         """Go on to the schedule's next rate."""
+        self._count()
         self.schedule.step()
 
     def drop(self, batch, **options):
@@ -137,34 +189,37 @@ class TrainedModel:
             self.engine.zero_grad()
             return
         self.backward(self(batch, **options).sum() * math.nan)
-        _, applied = self._step_sharded()
-        assert not applied, "an update that was to be dropped was applied"
+        norm, was_applied = self._step_sharded()
+        assert not (was_applied and norm.isfinite()), "an update that was to be dropped was applied"
         self.engine.global_steps = self.updates + self.skipped
         self.engine.skipped_steps = self.skipped
 
     def _step_unsharded(self):
-        """Stage 0: DeepSpeed reduces, the norm, the clipping and the check are ours."""
+        """Stage 0: DeepSpeed reduces, the norm, the clipping and the check are ours: (the norm, a scalar
+        on the device, True).
+        """
         if dist.world_size() > 1:
             # one rank has nothing to add, and the buffer would be a second copy of the gradient
             self.engine.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
         params = [p for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(params, self.grad_clip or math.inf))
-        if not math.isfinite(norm):
-            self.engine.zero_grad()
-            return norm, False
+        norm = torch.nn.utils.clip_grad_norm_(params, self.grad_clip or math.inf)
+        # where it is 1 the fused AdamW leaves everything as it is, without the host having looked
+        self.adamw.found_inf = (~norm.isfinite()).float()
         self.engine.step()
         # the fused AdamW does not say that it changed them; see models/matmul.py: rounded
         torch.autograd.graph.increment_version(params)
         return norm, True
 
     def _step_sharded(self):
-        """Stages 1 to 3: all of it is DeepSpeed's."""
+        """Stages 1 to 3: all of it is DeepSpeed's, and it has waited for the device: (the norm, whether
+        DeepSpeed has applied the step).
+        """
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        applied = self.engine.was_step_applied() and math.isfinite(norm)
-        if applied and not self._moments_are_linked:
+        norm = torch.as_tensor(float(self.engine.get_global_grad_norm()), dtype=torch.float64)
+        was_applied = self.engine.was_step_applied()
+        if was_applied and norm.isfinite() and not self._moments_are_linked:
             self.link_moments()
-        return norm, applied
+        return norm, was_applied
 
     def link_moments(self):
         """Let DeepSpeed know where every parameter's AdamW moments lie, for reading them.
@@ -181,17 +236,18 @@ class TrainedModel:
 
     def state_dict(self) -> dict:
         """Counters and the schedule, for JSON."""
+        self._count()
         schedule = self.schedule.state_dict()
         return {
-            "updates": self.updates,
-            "skipped": self.skipped,
+            "updates": self._updates,
+            "skipped": self._skipped,
             "schedule": {name: schedule[name] for name in SCHEDULE},
             "stage": self.stage,  # for whoever reads it: another stage continues as well
         }
 
     def load_state_dict(self, state: dict):
         """Continue from `state_dict`."""
-        self.updates, self.skipped = state["updates"], state["skipped"]
+        self._updates, self._skipped = state["updates"], state["skipped"]
         for name, value in state["schedule"].items():
             setattr(self.schedule, name, value)
         for group, lr in zip(self.adamw.param_groups, state["schedule"]["_last_lr"], strict=True):

@@ -76,7 +76,8 @@ class PolicyReport:
     def step(self, step, updates):
         """Show a finished rollout. Every rank calls this."""
         number = step.number + 1
-        means = policy.means(dist.all_reduce(self.sums), self.algorithm.needs_critic)
+        summed = dist.all_reduce(self.sums.to(self.run.device))  # NCCL takes nothing on the host
+        means = policy.means(summed, self.algorithm.needs_critic)
         shown = self.last | means | self._of_updates(updates)
         shown["eps"] = number / max(self.run.plan.steps, 1)
         self.board.scalars(shown, number)

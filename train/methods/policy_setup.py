@@ -184,6 +184,7 @@ def open_models(settings, run: Run, tokenizer, algorithm, train, held_out) -> Mo
     critic = None
     if algorithm.needs_critic:
         critic = open_critic(settings, run, mode, tokenizer, datasets, path, steps)
+    setup.say_attention(settings, run, mode, module)
     ends = ends_of(tokenizer, module.lm)
 
     def make_copy():

@@ -79,7 +79,9 @@ class Minibatch:
         k = answers.samples_per_prompt
         lengths = answers.lengths.reshape(-1, k)[list(part.groups)]  # (groups, k)
         self.num_samples, self.num_tokens = lengths.size, int(lengths.sum())
-        self._moved = 0.0  # (2,): k2 of this rank's tokens, nats, and their number
+        # (2,): k2 of this rank's tokens, nats, and their number; it stays on the device, whose ranks
+        # cannot add up what lies on the host
+        self._moved = 0.0
         self.ratios = []  # of this rank's tokens, (T,) a batch
         self.denominator = losses.denominator(
             collector.algorithm,
@@ -115,7 +117,7 @@ class Minibatch:
     def sums(self, found, of_values) -> torch.Tensor:
         """What a batch adds to the measures."""
         self.ratios.append(found.ratios)
-        self._moved = self._moved + torch.stack([found.moved, found.tokens]).cpu()
+        self._moved = self._moved + torch.stack([found.moved, found.tokens])
         return losses.sums(found, of_values, self.denominator, self.num_tokens)
 
     def finish(self):

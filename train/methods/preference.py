@@ -119,10 +119,11 @@ class Objective:
         A step that was not applied takes its share of the running mean back; the reference moves
         where it is time.
         """
-        if not update.applied:
+        # whether it was applied is not asked where it does not matter: the device may not know yet
+        if self.loss.couples and not update.applied:
             self.running_mean.load_state_dict(self._mean_before)
         every = self.reference_every
-        if every and update.applied and (step.number + 1) % every == 0:
+        if every and (step.number + 1) % every == 0 and update.applied:
             self.reference.follow(self.policy, self.reference_mixup)
         self._whole_step = None
 

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from train import settings as shared_flags
 from train.data import chat, dataset, mixing, padding, same_tokens, show, tokens
 from train.data.steps import num_steps
@@ -21,6 +23,7 @@ from train.losses.reward import Loss
 from train.methods import reward
 from train.methods.reference import AdaptersOff, Cached, Live, NoReference, Reference
 from train.models import compiled, lora
+from train.models.attention import without_flash
 from train.models.pretrained import load_tokenizer
 from train.run import export
 from train.run.folder import describe, hardware, versions
@@ -203,6 +206,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
         memory.release(run.device)
 
     module = load(settings, run.device, mode, path, mode.config, change=adapters(settings))
+    say_attention(settings, run, mode, module)
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
     policy = wrap_for_training(settings, mode, module, tokenizer, steps)
     if settings.reference == "live" and settings.lora_rank and same_model:
@@ -265,6 +269,7 @@ def open_reward_model(settings, run: Run, tokenizer, data, held_out) -> TrainedM
     for name in SCALE:  # of the model that training goes on from
         if hasattr(config, name):
             delattr(config, name)
+    say_attention(settings, run, mode, module)
     model = wrap_for_training(settings, mode, module, tokenizer, steps)
     run.set_plan(
         Plan(mode.precision, batch_tokens(settings, run.device, mode, module), steps),
@@ -350,6 +355,14 @@ def _compile(settings, module, config: dict):
 @functools.cache
 def _say_uncompiled(reason: str):
     logging.getLogger("zeropref").warning("--compile auto: layers stay uncompiled: %s", reason)
+
+
+def say_attention(settings, run: Run, mode: Mode, module):
+    """Say where a GPU computes attention without its fastest kernel, and why."""
+    dtype = torch.bfloat16 if mode.precision == "bf16" else torch.float32
+    why = without_flash(module.lm.config, dtype, run.device)
+    if why and settings.layout == "packed":
+        run.say(f"attention goes without the flash kernel, which takes longer: {why}")
 
 
 def batch_tokens(settings, device, mode: Mode, module) -> int:

@@ -284,6 +284,26 @@ def flash_takes(head_size: int, dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
 
 
+def without_flash(config, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a model's attention on this GPU goes without the flash kernel, in words; "" where it has it,
+    and on a CPU.
+
+    config: the model's. dtype: that it computes in.
+    """
+    if device.type != "cuda":
+        return ""
+    if not has_flash(device):
+        return f"{torch.cuda.get_device_name(device)} is older than sm80"
+    config = config.get_text_config()
+    head_size = getattr(config, "head_dim", None)
+    head_size = head_size or config.hidden_size // config.num_attention_heads
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "it has no fp32"
+    if not flash_takes(head_size, dtype):
+        return f"it has no heads of {head_size}: multiples of 8 up to 256"
+    return ""
+
+
 def _by_segment(query, key, value, segments, scaling, window):
     """The plain form: (1, H, L, D), (1, G, L, D) x 2 -> (1, L, H, D)."""
     out = []
@@ -481,20 +501,59 @@ class DeterministicFlash(torch.autograd.Function):
             query, key, value, cu_q, cu_k, max_q, max_k, **kernel_options
         )
         ctx.save_for_backward(query, key, value, out, log_sum, cu_q, cu_k, rng)
-        kernel_options.pop("enable_gqa", None)  # the backward sees it in the shapes
-        ctx.options = kernel_options | {"max_q": max_q, "max_k": max_k}
+        ctx.numbers = (max_q, max_k, options.get("scale"), kernel_options["window_size"])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         """(L, H, D) -> (L, H, D), (K, G, D) x 2"""
-        query, key, value, out, log_sum, cu_q, cu_k, rng = ctx.saved_tensors
-        with _deterministic_kernels():
-            grads = torch.ops.torch_attn._varlen_attn_backward(
-                grad, query, key, value, out, log_sum, cu_q, cu_k, rng_state=rng, **ctx.options
-            )
+        grads = varlen_backward_in_order(grad, *ctx.saved_tensors, *ctx.numbers)
         return *grads, None, None, None, None, None
+
+
+# an operation of its own, so that the flag around it is no business of a compiler's
+@torch.library.custom_op("zeropref::varlen_backward_in_order", mutates_args=())
+def varlen_backward_in_order(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    log_sum: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    rng: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+    window: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The backward of torch's varlen_attn, (L, H, D) -> (L, H, D), (K, G, D) x 2, which adds up in a
+    fixed order.
+    """
+    with _deterministic_kernels():
+        return torch.ops.torch_attn._varlen_attn_backward(
+            grad,
+            query,
+            key,
+            value,
+            out,
+            log_sum,
+            cu_q,
+            cu_k,
+            max_q,
+            max_k,
+            is_causal=window == [-1, 0],
+            rng_state=rng,
+            scale=scale,
+            window_size=window,
+        )
+
+
+@varlen_backward_in_order.register_fake
+def _(grad, query, key, value, *others):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ part has some of the methods below; those of a row go together.
 
     state_dict() -> dict                         JSON. Called after every step, so cheap.
     load_state_dict(dict)
+    known_late = True                            Its state_dict depends on what the step came to: it is
+                                                 called when that is known, before the next update.
 
     shapes(state=None) -> {key: shape}           Whole fp32 tensors, the same for any number of ranks
     tensors() -> iterator over them              and ZeRO stage. They must not change before the
@@ -84,7 +86,7 @@ class Mark(NamedTuple):
     """
 
     place: Place
-    states: dict[str, dict]  # each part's state_dict
+    states: dict[str, dict | None]  # each part's state_dict; None in a draft where it is known late
     # by part, and "rng": what makes this rank's tensors
     rank_tensors: dict[str, Callable[[], dict]]
 
@@ -101,6 +103,7 @@ class Checkpointer:
         self.path = run.folder.path / "checkpoints"
         self.from_another_run = False  # begun from another run's checkpoint
         self.resumed_within = 0  # updates of the step that was under way there
+        self.before_use = lambda: None  # settles what the last step came to
         self._mark = None
         self._saved = Place(0)
         self._last_save = time.monotonic()
@@ -108,6 +111,7 @@ class Checkpointer:
     @property
     def place(self) -> Place:
         """Where the last mark was set: what `save` would save. Place(0): nothing is done yet."""
+        self.before_use()
         return self._mark.place if self._mark else Place(0)
 
     def directory(self) -> Path:
@@ -247,24 +251,42 @@ class Checkpointer:
         """`step` steps are done, and `updates` updates of the next one: take down what is overwritten
         by what follows.
         """
-        states = {name: part.state_dict() for name, part in self.state.items()}
+        self.complete(self.draft(step, updates))
+
+    def draft(self, step: int, updates: int = 0) -> Mark:
+        """A mark but for what is not known yet where the device is still at it."""
+        states = {
+            name: None if getattr(part, "known_late", False) else part.state_dict()
+            for name, part in self.state.items()
+        }
         makers = {
             name: part.rank_tensors()
             for name, part in self.state.items()
             if hasattr(part, "rank_tensors")
         }
-        self._mark = Mark(Place(step, updates), states, makers | {"rng": rng.capture()})
+        return Mark(Place(step, updates), states, makers | {"rng": rng.capture()})
 
-    def save_if_due(self, step: int):
-        """Save after `step` steps where the flags say so. Every rank calls this."""
+    def complete(self, draft: Mark):
+        """Let `draft` be the last mark, before the next update changes the weights."""
+        states = {
+            name: self.state[name].state_dict() if state is None else state
+            for name, state in draft.states.items()
+        }
+        self._mark = draft._replace(states=states)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the flags say to save after `step` steps. Every rank calls this."""
         every, minutes = self.settings.save_every, self.settings.save_minutes
         due = bool(every) and step % every == 0
         if not due and minutes > 0:  # rank 0's clock counts
             late = dist.is_main() and time.monotonic() - self._last_save >= 60 * minutes
             due = preemption.any_rank(late)
-        if due:
-            with self.run.report.pause():
-                self.save()
+        return due
+
+    def save_now(self):
+        """Save what was marked last; the clock of throughput stands still. Every rank calls this."""
+        with self.run.report.pause():
+            self.save()
 
     # Saving.
 

@@ -9,7 +9,7 @@ for all trainers:
         step.finish(policy.step())
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ContextManager, Protocol
 
 from train.data import mixing
@@ -19,6 +19,10 @@ from train.engine import dist, preemption, prefetch
 from train.run.checkpoint import Checkpointer
 from train.run.session import NotFinite
 
+# Devices where what a step came to is read when the next one's work is launched: a GPU, which the
+# host runs ahead of, would have nothing to do while the host looks.
+READS_LATE = ("cuda",)
+
 
 class Report(Protocol):
     """What the loop asks of a run's report; run/report.py is one."""
@@ -26,8 +30,11 @@ class Report(Protocol):
     def start(self):
         """Open TensorBoard and the bar: the folder is taken, and run.plan says where it begins."""
 
+    def end_step(self, step):
+        """Take down what a step leaves, before the next adds to it. Every rank calls this."""
+
     def step(self, step, update):
-        """Show a finished step. Every rank calls this."""
+        """Show a finished step, which `end_step` has seen: its values are on the host now."""
 
     def evaluate(self, number: int):
         """Score held-out data after `number` steps, once for a number. Every rank calls this."""
@@ -48,13 +55,20 @@ class Report(Protocol):
 class Step:
     """One optimiser step, under way."""
 
-    def __init__(self, run, planned: planning.PlannedStep, batches: list[PackedBatch]):
+    def __init__(
+        self,
+        run,
+        planned: planning.PlannedStep,
+        batches: list[PackedBatch],
+        before_update: Callable[[], None],
+    ):
+        """before_update: called when the last batch's work is launched."""
         self.number, self.epoch = planned.number, planned.epoch  # the number is 0-based
         self.groups = planned.groups  # of all ranks, as numbers into the data set
         self.num_groups = len(planned.groups)  # what a mean over the step divides by
         self.groups_of_batches = planned.batches  # this rank's batches as tuples of groups
         self.update = None
-        self._run, self._batches = run, batches
+        self._run, self._batches, self._before_update = run, batches, before_update
         run.batch = batches[0]
 
     def batches(self) -> Iterator[PackedBatch]:
@@ -68,6 +82,7 @@ class Step:
             self._run.batch = batch
             yield batch
         self._run.batch = None  # what runs out of memory from here on is no batch's fault
+        self._before_update()
 
     def finish(self, update):
         """Hand over what the optimiser did (engine/trained.py: Update).
@@ -131,7 +146,11 @@ def rollouts(run, settings, data, state: dict, report: Report) -> Iterator[Rollo
         report.step(step, step.updates)
         for _, update in step.updates:
             skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
-        _end_of_step(run, settings, checkpointer, report, data, step, number, skipped_in_a_row)
+        save_due = checkpointer.is_due(number)
+        draft = checkpointer.draft(number)
+        _end_of_step(run, settings, checkpointer, report, data, step, draft, skipped_in_a_row)
+        if save_due:
+            checkpointer.save_now()
     report.evaluate(run.plan.steps)
     preemption.raise_if_preempted()
 
@@ -144,6 +163,8 @@ def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
     NotFinite, which the session handles.
     """
     checkpointer = _begin(run, settings, data, state, report)
+    ends = _Ends(run, settings, checkpointer, report, data, late=run.device.type in READS_LATE)
+    checkpointer.before_use = ends.settle
     planned = planning.plan_steps(
         data.lengths.sum(1),
         settings.batch_size,
@@ -155,19 +176,61 @@ def steps(run, settings, data, state: dict, report: Report) -> Iterator[Step]:
         world=dist.world_size(),
         mix=mixing.mix_of(data),
     )
-    skipped_in_a_row = 0
     prefetched = prefetch.packed(((plan, plan.batches) for plan in planned), data, run.device)
     for plan, batches in prefetched:
-        step = Step(run, plan, batches)
+        step = Step(run, plan, batches, before_update=ends.settle)
         yield step
         assert step.update is not None, "the script finishes each step: step.finish(policy.step())"
         run.batch = None
-        number = plan.number + 1
-        report.step(step, step.update)
-        skipped_in_a_row = 0 if step.update.applied else skipped_in_a_row + 1
-        _end_of_step(run, settings, checkpointer, report, data, step, number, skipped_in_a_row)
+        ends.add(step)
+    ends.settle()
     report.evaluate(run.plan.steps)
     preemption.raise_if_preempted()
+
+
+class _Ends:
+    """What follows from steps: one is shown, marked, evaluated and saved after."""
+
+    def __init__(self, run, settings, checkpointer, report, data, late: bool):
+        """late: what a step came to is not asked before the next one's update, unless something is due
+        after it that needs its weights.
+        """
+        self.run, self.settings, self.data, self.late = run, settings, data, late
+        self.checkpointer, self.report = checkpointer, report
+        self.skipped_in_a_row = 0
+        self._unsettled = None  # a step, what was taken down of it, and whether to save after it
+
+    def add(self, step):
+        """A step has been launched, its update included. Every rank calls this."""
+        number = step.number + 1
+        self.report.end_step(step)
+        save_due = self.checkpointer.is_due(number)
+        self._unsettled = step, self.checkpointer.draft(number), save_due
+        last = number == self.run.plan.steps
+        if not self.late or save_due or last or _is_due(self.settings.eval_every, number):
+            self.settle()
+
+    def settle(self):
+        """Do what follows from the step that was added last; nothing where that is done. Every rank
+        calls this at the same step, before the next update changes the weights.
+        """
+        if self._unsettled is None:
+            return
+        (step, draft, save_due), self._unsettled = self._unsettled, None
+        self.report.step(step, step.update)
+        self.skipped_in_a_row = 0 if step.update.applied else self.skipped_in_a_row + 1
+        _end_of_step(
+            self.run,
+            self.settings,
+            self.checkpointer,
+            self.report,
+            self.data,
+            step,
+            draft,
+            self.skipped_in_a_row,
+        )
+        if save_due:
+            self.checkpointer.save_now()
 
 
 def _begin(run, settings, data, state, report) -> Checkpointer:
@@ -193,11 +256,12 @@ def _begin(run, settings, data, state, report) -> Checkpointer:
     return checkpointer
 
 
-def _end_of_step(run, settings, checkpointer, report, data, step, number, skipped_in_a_row):
-    """What follows from a step: a mark of it, evaluation and a checkpoint where they are due."""
+def _end_of_step(run, settings, checkpointer, report, data, step, draft, skipped_in_a_row):
+    """What follows from a step: a mark of it, which was drafted, and evaluation where it is due."""
+    number = step.number + 1
     applied = not skipped_in_a_row
     if applied:
-        checkpointer.mark(number)
+        checkpointer.complete(draft)
     else:
         run.say(f"step {number}: the gradient is not finite; skipped ({skipped_in_a_row} in a row)")
         if skipped_in_a_row > settings.max_skipped:
@@ -207,7 +271,6 @@ def _end_of_step(run, settings, checkpointer, report, data, step, number, skippe
         report.evaluate(number)
         if applied:  # the step's own mark knows nothing of the evaluation
             checkpointer.mark(number)
-    checkpointer.save_if_due(number)
 
 
 def _is_due(every: int, number: int) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from train.engine import dist
+from train.engine.later import Later
 
 # Dense bf16 matrix throughput from the makers' data sheets, in FLOP/s; other machines are measured
 # at the start.
@@ -124,13 +125,25 @@ class Meter:
 
         Every rank calls this.
         """
-        work = torch.tensor([self.tokens, self.flops], dtype=torch.float64, device=self.device)
-        sums = dist.all_reduce(torch.cat([self.sums, work])).cpu()
+        return self.reading_of(*self.close())
+
+    def close(self) -> tuple[Later, float]:
+        """End the interval: the sums over all ranks on their way to the host, and its seconds. What is
+        added from here on belongs to the next. Every rank calls this.
+        """
+        # filled on the device, where a copy of two numbers from the host would wait
+        work = [self.sums.new_full((1,), count) for count in (self.tokens, self.flops)]
+        sums = Later(dist.all_reduce(torch.cat([self.sums, *work])))
         now = time.perf_counter()
         seconds, self.began = now - self.began, now
         self.sums.zero_()
         self.tokens = 0
         self.flops = 0
+        return sums, seconds
+
+    def reading_of(self, sums: Later, seconds: float) -> tuple[torch.Tensor, dict[str, float]]:
+        """What `read` gives, of what `close` gave. Waits until the device has come to it."""
+        sums = sums.read()
         tokens, flops = sums[-2:].tolist()
         perf = {
             "perf/pairs_per_second": float(sums[0]) / seconds,

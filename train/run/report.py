@@ -57,6 +57,8 @@ class HeldOut(Protocol):
 class Report:
     """The numbers of one run, collected and shown. A part of its checkpoints (run/checkpoint.py)."""
 
+    known_late = True
+
     def __init__(
         self,
         run,
@@ -88,6 +90,8 @@ class Report:
         self.evaluated_at = -1  # the last step after which `evaluate` ran
         self.last = {}  # the last reading of training's measures
         self.health = {}  # the last look at it
+        self._unread = None  # what the meter gave of the interval that the last step ended
+        self._meter_state = None  # the meter's as the last step left it
         self._nothing_left = worries.NothingLeft()
         self._histogram_names = ()
         self._events = None  # where TensorBoard's files of an interrupted run are to be cut
@@ -129,11 +133,21 @@ class Report:
                 found.append(torch.zeros_like(whole))
         return torch.cat(found)
 
-    def step(self, step, update):
-        """Show a finished step; every `log_every` steps read the sums. Every rank calls this."""
+    def end_step(self, step):
+        """Take down what the step leaves, before the next one adds to it; every `log_every` steps that
+        ends an interval. No value leaves the device here. Every rank calls this.
+        """
         number = step.number + 1
         if number % self.settings.log_every == 0 or number == self.run.plan.steps:
-            sums, perf = self.meter.read()
+            self._unread = self.meter.close()
+        self._meter_state = self.meter.state_dict()
+
+    def step(self, step, update):
+        """Show a finished step, and the sums of the interval where it ended one."""
+        number = step.number + 1
+        if self._unread is not None:
+            sums, perf = self.meter.reading_of(*self._unread)
+            self._unread = None
             sums, *of_sources = sums.split(self.measures.columns)
             mean = self.measures.means(sums)
             first = number - (number - 1) % self.settings.log_every
@@ -152,7 +166,7 @@ class Report:
                 "health/skipped_steps": self.model.skipped,
             }
             self.board.scalars(progress | perf, number)
-            self.run.folder.log.info("step %d %s", number, {**mean, **perf, **update._asdict()})
+            self.run.folder.log.info("step %d %s", number, {**mean, **perf, **update.as_dict()})
         shown = {}
         if self.last:
             shown = {
@@ -249,7 +263,7 @@ class Report:
             "evaluated": dict(self.evaluated),
             "last": self.last,
             "health": dict(self.health),
-            "meter": self.meter.state_dict(),
+            "meter": self._meter_state or self.meter.state_dict(),
             "events": self.board.position(),
         }
 
@@ -334,7 +348,7 @@ class Report:
 
 def some(examples, losses: torch.Tensor, index: np.ndarray) -> tuple:
     """(examples, losses) of those at the places `index`."""
-    places = torch.from_numpy(index).to(losses.device)
+    places = torch.from_numpy(index).to(losses.device, non_blocking=True)
     with torch.no_grad():
         return type(examples)(*(x[places] for x in examples)), losses[places]
 

@@ -157,7 +157,11 @@ def end_in_order():
 def _end_preempted(run, flags):
     """Save the last finished step, and exit with code 85: whoever waits for it starts again."""
     saver = run.checkpointer
-    if saver is None or saver.place == Place(0):
+    try:
+        nothing_done = saver is None or saver.place == Place(0)
+    except NotFinite as error:  # that is what the last step came to
+        _end_not_finite(run, error)
+    if nothing_done:
         done = "no step was done"
     elif saver.save():
         done = f"saved after {saver.place}"

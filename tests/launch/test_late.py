@@ -1,0 +1,65 @@
+"""What a step came to is read when the next one has been launched, as on CUDA: the run is the one that
+reads it at once, bit for bit, wherever it is stopped.
+"""
+
+import json
+import signal
+
+import pytest
+
+from tests.launch.compare import flags, moments, same_bits, same_run, scalars, straight
+
+pytestmark = pytest.mark.slow
+LATE = {"train.run.loop.READS_LATE": ["cpu", "cuda"]}
+# nothing is saved before the last step, so that nothing settles a step early; an interval is two steps
+QUIET = ["--save_every", 8, "--eval_every", 5, "--log_every", 2]
+
+
+@pytest.fixture(scope="module")
+def at_once(warm, model_dir, few, tmp_path_factory):
+    """The folder of a run that reads at once."""
+    out = tmp_path_factory.mktemp("runs") / "at_once"
+    straight(warm, model_dir, few, out, 0, 1, *QUIET)
+    return out
+
+
+def test_the_same_run(warm, model_dir, few, at_once, tmp_path):
+    line = flags(model_dir, few, tmp_path / "late", 0, *QUIET)
+    codes, text = warm.run(line, patch=LATE)
+    assert codes == [0], text[-3000:]
+    same_run(tmp_path / "late", at_once)
+    assert [step for step, _ in scalars(tmp_path / "late")["train/loss"]] == [2, 4, 6, 8]
+
+
+# batches after which the run is told to stop; a step has two or three of them
+@pytest.mark.parametrize("batches", [1, 3, 4, 5, 9, 14])
+def test_told_to_stop_between_two_steps(warm, model_dir, few, at_once, tmp_path, batches):
+    out = tmp_path / "told"
+    line = flags(model_dir, few, out, 0, *QUIET)
+    told = (signal.SIGUSR1, [("train.run.report:Report.add", batches)])
+    codes, text = warm.run(line, patch=LATE, signal_after=told)
+    assert codes == [85], text[-3000:]
+    codes, text = warm.run(line, patch=LATE)
+    assert codes == [0] and "Traceback" not in text, text[-3000:]
+    same_run(out, at_once)
+
+
+def test_gradients_that_are_not_finite(warm, model_dir, few, tmp_path):
+    """The second step's and all that follow: the same words, and the state after the first is kept."""
+    said = {}
+    breaking = ("--lr", "1e30", "--warmup_ratio", 0, *QUIET)
+    first = tmp_path / "first"
+    straight(warm, model_dir, few, first, 0, 1, *breaking, "--max_steps", 1, "--save_every", 1)
+    for name, patch in (("at_once", {}), ("late", LATE)):
+        out = tmp_path / name
+        line = flags(model_dir, few, out, 0, *breaking, "--max_skipped", 1)
+        codes, text = warm.run(line, patch=patch)
+        assert codes == [5] and "Traceback" not in text, text[-3000:]
+        lines = [part for part in text.splitlines() if "finite" in part]
+        said[name] = [part.replace(str(out), "OUT") for part in lines]
+        kept = [path.name for path in (out / "checkpoints").glob("step-*")]
+        manifest = json.loads((out / "checkpoints" / kept[0] / "manifest.json").read_text())
+        policy = manifest["parts"]["policy"]
+        assert kept == ["step-1"] and (policy["updates"], policy["skipped"]) == (1, 0)
+        same_bits(moments(out, 1), moments(first, 1))
+    assert said["late"] == said["at_once"] and len(said["late"]) == 3
