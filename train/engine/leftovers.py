@@ -1,9 +1,10 @@
 """What a run would leave on its machine for the next one to trip over.
 
-torch compiles DeepSpeed's C++ operations into one folder a user, under a lock that up to torch 2.13 is a
-plain file. A process killed while it holds the lock leaves it behind, and every later process waits for
-it without end and without a word. DeepSpeed's collectives on CPU share 69 MB a rank through a file of /dev/shm,
-which DeepSpeed never removes: it stays in main memory until the machine is restarted.
+torch compiles DeepSpeed's C++ operations into one folder a user, under a lock that up to torch 2.13
+is a plain file. A process killed while it holds the lock leaves it behind, and every later process
+waits for it without end and without a word. DeepSpeed's collectives on CPU share 69 MB a rank through
+a file of /dev/shm, which DeepSpeed never removes: it stays in main memory until the machine is
+restarted.
 """
 
 import contextlib

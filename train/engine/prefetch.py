@@ -16,7 +16,7 @@ def packed(
 
     A key is whatever the caller knows its batches by, a step say; a batch is a tuple of numbers of
     groups of `data`. One plan ahead is packed, no more, so memory holds two. Packing takes well under
-    a millisecond, most of it in numpy, so the thread keeps the caller's from launching no longer.
+    a millisecond, most of it in numpy: for so long at most the thread keeps the caller's from launching.
     """
     pin = device.type == "cuda"
 

@@ -15,7 +15,8 @@ def sum_per_response(values, lengths):
     torch adds a segment's values up one after the other: in fp32 a real answer of 800 tokens and
     5,483 nats comes out 3.6e-3 nats off, and what follows are differences of such sums. In fp64
     what is lost lies far below the fp32 values' last digit; there are few responses, so what is
-    computed with their scores costs nothing. One reduction a segment in a fixed order, so it is deterministic on CUDA as well.
+    computed with their scores costs nothing. One reduction a segment in a fixed order, so it is
+    deterministic on CUDA as well.
     """
     values = values.double()
     if not lengths.numel():  # the empty batch: (0,) either way, and still part of the graph

@@ -244,9 +244,8 @@ def score_batch(logps, ref_logps: torch.Tensor, batch: PackedBatch, loss: Loss) 
         scored = [size - (not prompt) for prompt, *sizes in batch.shape for size in sizes]
         own_tokens = np.repeat(own, scored)  # (T,) bool
 
-        def places(
-            mask,
-        ):  # made on the host: how many they are would have to be asked of the device
+        def places(mask):
+            # made on the host: how many they are would have to be asked of the device
             return torch.from_numpy(mask.nonzero()[0]).to(logps.device, non_blocking=True)
 
         other, other_tokens = lengths[places(~own)], places(~own_tokens)

@@ -42,7 +42,7 @@ class StaticSegments(NamedTuple):
     # token its group and its response, (L,) int64; a prompt has 0.
     group: torch.Tensor | None
     response: torch.Tensor | None
-    deterministic: bool = False
+    deterministic: bool = False  # as that of Segments; with it nothing is compiled
 
     def visible(self, window: int) -> torch.Tensor:
         """(L, L) bool: whether a query (row) sees a key (column): of its group's prompt or of its own

@@ -1,7 +1,8 @@
 """Decoder layers compiled by torch (--compile auto), each as one graph for each bucket of shapes.
 
-Only calls with a packed batch in the shape of its bucket (train/models/buckets.py) are compiled:
-generation, padded checks and evaluation run a layer as it is. Embedding and head stay as they are.
+Only calls with a packed batch in the shape of its bucket (train/models/buckets.py) are compiled,
+those that score held-out rows too; generation and the check against transformers' own attention run
+a layer as it is. Embedding and head stay as they are.
 Compiled layers round in other places than the same layers uncompiled, which stay what they are
 measured against (tests/models/test_compiled.py).
 """

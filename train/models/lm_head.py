@@ -63,8 +63,8 @@ def token_logps(
     (T,) nats in fp32 or wider.
 
     Exact, with exact gradients for hidden, weight and bias. `logits_bytes`: bytes of a chunk's
-    logits, by default default_logits_bytes; on CUDA two such are alive for a moment. Under autocast the products run in the autocast
-    type, like any linear layer's.
+    logits, by default default_logits_bytes; on CUDA two such are alive for a moment. Under autocast
+    the products run in the autocast type, like any linear layer's.
 
     With `log_p2` a second (T,) comes out, log sum_v p_v^2 of each token's distribution; with `entropy`
     -sum_v p_v log p_v, in nats. Both are without gradient; ValueError for both at once.

@@ -120,12 +120,10 @@ class Board:
     def custom_scalars(self, pages: dict[str, dict[str, list[str]]]):
         """Write what CUSTOM SCALARS shows: page -> chart -> the tags that it joins."""
         if self.writer:
+            # TensorBoard takes tags for patterns
             layout = {
                 page: {
-                    chart: [
-                        "Multiline",
-                        [f"{re.escape(tag)}$" for tag in tags],
-                    ]  # they are patterns
+                    chart: ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
                     for chart, tags in charts.items()
                 }
                 for page, charts in pages.items()
