@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from train import hub, quiet
-from train.config import Exit, fail
+from train.config import Exit, fail, named
 from train.files import near_names
 
 
@@ -98,7 +98,7 @@ def push(args: argparse.Namespace):
         print(hub.upload(args.folder, args.push_to_hub, args.hub_public))
     except Exception as error:  # the client has dozens of types
         later = hub.upload_command(args.folder, args.push_to_hub, args.hub_public)
-        fail(f"{args.folder} was not uploaded ({hub.one_line(error)}); later: {later}", Exit.HUB)
+        fail(f"{args.folder} was not uploaded ({named(error)}); later: {later}", Exit.HUB)
 
 
 def refuse_other_folders(checkpoint: Path):

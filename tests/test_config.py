@@ -296,3 +296,9 @@ def test_settings_as_plain_values():
         "nested": {"a": ["x", None]},
     }
     assert json.loads(json.dumps(plain)) == plain
+
+
+def test_an_error_in_one_line():
+    assert config.named(OSError("no\n\n  room")) == "OSError: no room"
+    assert config.named(KeyError()) == "KeyError"
+    assert config.named(ValueError("x" * 999)) == "ValueError: " + "x" * 300

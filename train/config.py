@@ -122,6 +122,12 @@ def fail(message, code=Exit.FLAGS):
     raise SystemExit(int(code))
 
 
+def named(error: BaseException) -> str:
+    """An error's type and the beginning of what it says, in one line."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _refuse_unwritable(settings):
     """ValueError for a value that must not, or cannot, stand in run.json, logs and model cards."""
     for name, value in as_dict(settings).items():

@@ -16,7 +16,11 @@ import queue
 import shlex
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from train.config import named
 
 SECONDS = 5  # for a sign of life, name resolution included
 
@@ -49,29 +53,37 @@ def why_offline() -> str:
 
 @functools.cache
 def _silence() -> str:
-    """Why the hub does not answer; "" where it does.
-
-    In a thread, because no timeout of an HTTP client covers name resolution; it is left behind.
-    """
+    """Why the hub does not answer; "" where it does."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
+    def ask():
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+
+    _, reason = call_within(SECONDS, ask)
+    return f"{constants.ENDPOINT} does not answer ({reason})" if reason else ""
+
+
+def call_within(seconds: float | None, call: Callable) -> tuple[Any, str | None]:
+    """(`call()`, None), or (None, why not): its error, or that it took longer than `seconds` (None:
+    however long).
+
+    In a thread, because no timeout of an HTTP client covers name resolution; the thread is left
+    behind.
+    """
     answers = queue.SimpleQueue()
 
-    def ask():
+    def run():
         try:
-            get_session().head(constants.ENDPOINT, timeout=SECONDS)
-            answers.put("")
-        except Exception as error:  # the client has dozens of types, and all mean the same
-            first_line = next(iter(str(error).strip().splitlines()), "")
-            answers.put(f"{type(error).__name__}: {first_line}")
+            answers.put((call(), None))
+        except Exception as error:  # a client has dozens of types, and all mean: not from there
+            answers.put((None, named(error)))
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     try:
-        reason = answers.get(timeout=SECONDS)
+        return answers.get(timeout=seconds)
     except queue.Empty:
-        reason = f"nothing in {SECONDS} s"
-    return reason and f"{constants.ENDPOINT} does not answer ({reason})"
+        return None, f"nothing in {seconds} s"
 
 
 def check_upload(name: str, public: bool) -> str:
@@ -105,12 +117,12 @@ def check_upload(name: str, public: bool) -> str:
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise ValueError(
-                f"{flag}: the hub does not take the token ({one_line(error)}); `hf auth login`, or "
+                f"{flag}: the hub does not take the token ({named(error)}); `hf auth login`, or "
                 "set HF_TOKEN to one that may write"
             ) from error
-        return one_line(error)
+        return named(error)
     except Exception as error:  # the client has dozens of types for a network that fails
-        return one_line(error)
+        return named(error)
     if problem:
         raise ValueError(f"{flag}: {problem}")
     return ""
@@ -157,9 +169,3 @@ def upload_command(folder: Path, name: str, public: bool) -> str:
     """The command that uploads it, to be typed."""
     privacy = "--no-private" if public else "--private"
     return shlex.join(["hf", "upload", name, str(folder), ".", privacy])
-
-
-def one_line(error: Exception) -> str:
-    """An error's type and the beginning of its text."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:2]])

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from train import settings as shared_flags
+from train.config import named
 from train.data import chat, dataset, mixing, padding, same_tokens, show, tokens
 from train.data.steps import num_steps
 from train.engine import checks, dist, ds_config, loading, memory
@@ -345,7 +346,7 @@ def _compile(settings, module, config: dict):
             compiled.try_out(module)
         except Exception as error:  # of the compiler, whose exceptions are of every kind
             logging.getLogger("zeropref").info("--compile auto", exc_info=error)
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = named(error)
     reasons = [each for each in dist.all_gather(reason) if each is not None]
     if reasons:
         compiled.leave_uncompiled(module)

@@ -22,13 +22,11 @@ import contextlib
 import fcntl
 import json
 import os
-import queue
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +34,7 @@ from typing import NamedTuple
 import safetensors
 
 from train.files import follow_umask, sha256
+from train.hub import call_within
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "SmolLM2-135M-Instruct"
@@ -228,10 +227,10 @@ def from_hub(model, say):
     info = None
     reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
-        info, reason = _call_within(HUB_SECONDS, ask)
+        info, reason = call_within(HUB_SECONDS, ask)
     if info:
         say(f"fetching {REPOSITORY} from the model hub (270 MB)")
-    snapshot, problem = _call_within(None, download_snapshot)
+    snapshot, problem = call_within(None, download_snapshot)
     if snapshot is None:
         return None, problem if info else reason
     if problem := _incomplete(Path(snapshot)):
@@ -240,30 +239,6 @@ def from_hub(model, say):
         for path in Path(snapshot).glob(pattern):
             shutil.copyfile(path, model / path.name)
     return f"model hub: {REPOSITORY} at revision {Path(snapshot).name}", None
-
-
-def _call_within(seconds, call):
-    """(`call()`, None), or (None, why not): its error, or that it took longer than `seconds` (None:
-    however long).
-
-    In a thread, because no timeout of an HTTP client covers name resolution; the thread is left
-    behind.
-    """
-    answers = queue.SimpleQueue()
-
-    def run():
-        try:
-            answers.put((call(), None))
-        # a client of the network raises anything, and all of it means: not from there
-        except Exception as error:
-            first_line = next(iter(str(error).strip().splitlines()), "")
-            answers.put((None, f"{type(error).__name__}: {first_line}"))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return answers.get(timeout=seconds)
-    except queue.Empty:
-        return None, f"no reply in {seconds} s"
 
 
 def _incomplete(model):

@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from train.config import named
 from train.files import write_json
 from train.quiet import is_verbose
 
@@ -294,7 +295,7 @@ class _Feeder(threading.Thread):
             action(*arguments)
         except (Exception, SystemExit) as error:
             logging.getLogger("zeropref").warning("tracker %s", self.name, exc_info=True)
-            self.warn(_one_line(error))
+            self.warn(named(error))
             return False
         return True
 
@@ -377,8 +378,3 @@ def flat(config: dict, prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = json.dumps(value, default=str)
     return found
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from train import hub
+from train.config import named
 from train.engine import dist, preemption
 from train.files import write_json
 from train.run import trackers
@@ -48,7 +49,7 @@ def push(run, settings):
         raise
     except Exception as error:  # the client has dozens of types, and none may cost the run
         logging.getLogger("zeropref").warning("upload", exc_info=True)
-        run.say(f"warning: {model} was not uploaded ({hub.one_line(error)}); later: {later}")
+        run.say(f"warning: {model} was not uploaded ({named(error)}); later: {later}")
         return
     path = _run_json(run)
     record = json.loads(path.read_text(encoding="utf-8"))
