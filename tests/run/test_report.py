@@ -69,6 +69,6 @@ def test_a_source_s_row_of_the_table():
 
 def test_examples_at_places():
     pairs = Pairs(*(torch.arange(4.0) + 10 * i for i in range(6)))
-    examples, losses = report.some(pairs, torch.arange(4.0, requires_grad=True), np.array([3, 1]))
+    examples, losses = report.subset(pairs, torch.arange(4.0, requires_grad=True), np.array([3, 1]))
     assert examples.ref_chosen.tolist() == [23.0, 21.0] and losses.tolist() == [3.0, 1.0]
     assert not losses.requires_grad

@@ -128,7 +128,7 @@ class Report:
         for index in self.sources.split(rows):
             # a batch holds rows of few of many sources
             if len(index):
-                found.append(self.measures.sums(*some(examples, losses, index)))
+                found.append(self.measures.sums(*subset(examples, losses, index)))
             else:
                 found.append(torch.zeros_like(whole))
         return torch.cat(found)
@@ -226,7 +226,7 @@ class Report:
         self.evaluated[number] = mean | counted
         by_source = {}
         for name, index in mixing.places_by_source(self.held_out.data).items():
-            own = some(examples, losses, index)
+            own = subset(examples, losses, index)
             mean = self.measures.means(self.measures.sums(*own))
             counted = {"pairs": len(index)} | self.measures.intervals(mean, own[0])
             by_source[name] = mean | counted
@@ -346,7 +346,7 @@ class Report:
             self.run.say(line)
 
 
-def some(examples, losses: torch.Tensor, index: np.ndarray) -> tuple:
+def subset(examples, losses: torch.Tensor, index: np.ndarray) -> tuple:
     """(examples, losses) of those at the places `index`."""
     places = torch.from_numpy(index).to(losses.device, non_blocking=True)
     with torch.no_grad():
