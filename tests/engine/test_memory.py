@@ -12,6 +12,7 @@ from train.data.packing import Group, pack
 from train.engine import checks, footprint, memory
 from train.models import cache
 from train.models.backbone import Backbone
+from train.models.heads import ScoreModel
 
 
 def test_default_batches_shrink_with_memory_and_stay_large_enough(monkeypatch):
@@ -86,6 +87,16 @@ def test_what_is_pending_at_each_stage(monkeypatch):
         assert memory.passing(backbone) == copies + head
     backbone.requires_grad_(False)
     assert memory.pending(backbone, 0) == 0
+
+
+def test_a_head_of_scores_has_no_logits():
+    """Of width 64: its weight's gradient in fp32, and a part of it in the product's fp32."""
+    lm = tiny.make_score_model()
+    assert memory.passing(ScoreModel(lm)) == (4 + 4) * 64
+    vectors = sum(p.numel() for p in lm.parameters() if p.dim() == 1)
+    copies = 2 * (sum(p.numel() for p in lm.parameters()) - vectors)
+    in_bf16 = ScoreModel(lm, autocast=torch.bfloat16)
+    assert memory.passing(in_bf16) == copies + (4 + 2) * 64
 
 
 def test_memory_that_torch_keeps_unused_is_free(monkeypatch):

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from train.data.packing import Group, PackedBatch, pack
 from train.engine import ds_config
 from train.models.backbone import Backbone
-from train.models.lm_head import LOGITS_BYTES
 
 # A group such as are trained on: its prompt stands once, its keys twice, so K = 1.25 L.
 GROUP = Group((0,) * 128, ((0,) * 192, (0,) * 192))
@@ -313,7 +312,7 @@ def autocast_copies(module) -> int:
     return module.autocast.itemsize * sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 
-def head_bytes(weights: int, dtype: torch.dtype, logits_bytes: int = LOGITS_BYTES) -> int:
+def head_bytes(weights: int, dtype: torch.dtype, logits_bytes: int) -> int:
     """Bytes that the head (models/lm_head.py) takes for a moment in its backward pass: two chunks of
     logits, its weight's gradient in fp32, and a chunk's part of that in the product's type.
     """

@@ -11,7 +11,6 @@ import torch
 from train.config import fail
 from train.engine import dist, footprint
 from train.models.cache import ROOM
-from train.models.lm_head import LOGITS_BYTES
 
 CPU_TOKENS = 960  # about three pairs: larger batches gain little on a CPU and cost memory
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
@@ -82,7 +81,7 @@ def passing(module) -> int:
     """
     head = module.head.weight
     product = module.autocast or head.dtype
-    logits_bytes = getattr(module, "logits_bytes", LOGITS_BYTES)  # a score's head has none
+    logits_bytes = getattr(module, "logits_bytes", 0)  # the head of scores has none
     of_head = footprint.head_bytes(_numel(head), product, logits_bytes)
     return footprint.autocast_copies(module) + of_head
 
