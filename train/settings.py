@@ -367,8 +367,9 @@ class Training(Data):
     then adds up in a fixed order, which is slower. Elsewhere they are so in any case.
     """
     compile: Literal["auto", "off"] = flag("off", may_change=True)
-    """auto: compile each decoder layer for a few shapes, to which batches are filled up, where that
-    holds (not at ZeRO stage 3, nor without flash attention on CUDA); why not is said once.
+    """auto: compile each decoder layer, for a few shapes that batches are filled up to; not at ZeRO
+    stage 3, with --layout padded or --deterministic, nor on CUDA without flash attention, which is
+    said once.
     """
     gradient_checkpointing: bool = flag(False, may_change=True)
     """Recompute activations in the backward pass: less memory, about a third more work."""

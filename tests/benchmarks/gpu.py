@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,8 +88,8 @@ TINY = Sizes(
 class Part(NamedTuple):
     """What is measured in one process."""
 
-    measure: "callable"  # (Sizes, work folder, device) -> what was measured, for JSON
-    rows: "callable"  # that -> (what, value) a line of the table
+    measure: Callable  # (Sizes, work folder, device) -> what was measured, for JSON
+    rows: Callable  # that -> (what, value) a line of the table
     limit: int  # seconds
     trains: bool = False  # in this process itself, under DeepSpeed
 
@@ -271,7 +272,7 @@ def repeat(sizes, work, device) -> dict:
             again = gradients()
             same += all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         found["deterministic" if deterministic else "default"] = same
-    if found.get("deterministic", 5) != 5:
+    if found["deterministic"] != 5:
         raise Wrong("gradients differ from pass to pass under --deterministic")
     return found
 
