@@ -97,6 +97,25 @@ def test_ranks_that_share_a_gpu_are_refused():
     dist.refuse_shared_gpus([("gpu03", "GPU-0"), ("gpu03", "GPU-1"), ("gpu04", "GPU-0")], 1)
 
 
+def two_ranks(code: str) -> list[subprocess.Popen]:
+    """Two processes that run `code`, as ranks of one job on this machine."""
+    with dist.socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
 WAITER = """
 import datetime, time
 from train.engine import dist
@@ -114,24 +133,32 @@ dist.shutdown()
 @pytest.mark.slow
 def test_ranks_wait_for_the_first_longer_than_for_a_computation():
     """Tokenising may take longer than any collective of tensors does."""
-    with dist.socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITER],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = two_ranks(WAITER)
     began = time.monotonic()
     for rank in ranks:
         said, errors = rank.communicate(timeout=300)
         assert rank.returncode == 0, errors[-3000:]
         assert said.splitlines()[-1] == "told [0, 1]"
     assert time.monotonic() - began > 12
+
+
+IN_MAIN_MEMORY = """
+import torch
+from train.engine import dist
+# as NCCL does, this group takes tensors on GPUs alone
+torch.distributed.init_process_group("cuda:gloo")
+dist.init()
+summed = dist.all_reduce(torch.tensor([1.0, dist.rank()], dtype=torch.float64))
+told = dist.broadcast_tensor(torch.tensor([7.0 + dist.rank()]))
+print(summed.tolist(), told.tolist())
+dist.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_tensors_in_main_memory_where_the_ranks_compute_on_gpus():
+    """A rollout's measures are added up there."""
+    for rank in two_ranks(IN_MAIN_MEMORY):
+        said, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors[-3000:]
+        assert said.splitlines()[-1] == "[2.0, 1.0] [7.0]"

@@ -20,7 +20,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 # Of what ranks wait for that is no computation: rank 0 may tokenise for hours. Whoever dies meanwhile
 # is noticed by its connection, and by engine/preemption.py.
 PATIENCE = datetime.timedelta(hours=24)
-_objects = None  # the group of ranks that objects and barriers go through, by gloo
+# the group of ranks that objects, barriers and tensors in main memory go through, by gloo
+_objects = None
 # of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -158,9 +159,11 @@ def barrier():
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:
-    """Sum `values` over ranks, in place; returns them. Every rank calls this."""
+    """Sum `values` over ranks, in place; returns them. Every rank calls this, with values on the same
+    kind of device.
+    """
     if world_size() > 1:
-        td.all_reduce(values)
+        td.all_reduce(values, group=_group_of(values))
     return values
 
 
@@ -176,8 +179,15 @@ def broadcast(value=None):
 def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` with rank 0's values, in place. Every rank calls this, with the same shape."""
     if world_size() > 1:
-        td.broadcast(tensor, 0)
+        td.broadcast(tensor, 0, group=_group_of(tensor))
     return tensor
+
+
+def _group_of(tensor: torch.Tensor):
+    """The group of ranks that a tensor goes through: NCCL, the usual one on GPUs, refuses a tensor that
+    lies in main memory.
+    """
+    return None if tensor.is_cuda else _objects
 
 
 def all_gather(value) -> list:
