@@ -99,6 +99,7 @@ def test_scalars_configuration_and_results(stand_in, tmp_path, monkeypatch):
     assert json.loads((output / "trackers/stand_in.json").read_text()) == {
         "run": "first",
         "step": 3,
+        "names": ["rewards/regex_____2"],
     }
     opened.results({"final/loss": 0.5}, 3)
     opened.close(20)
@@ -138,6 +139,15 @@ def test_a_resumed_run_goes_on_and_shows_no_step_twice(stand_in, tmp_path, monke
     assert again[2] == {"lr": 1.0} and [entry[0] for entry in again[3:-1]] == [6, 7]
     trackers.forget(tmp_path)  # --resume never
     assert told(tmp_path, [0])[0][2] == "first" and "called" in LOGGED[0][3]
+
+
+def test_an_evaluation_that_was_interrupted_comes_behind_its_step(stand_in, tmp_path):
+    for values in ({"train/loss": 3.0}, {"train/loss": 3.0, "val/loss": 4.0}, {"val/loss": 4.0}):
+        opened = Trackers(["stand_in"], tmp_path, {}, print)
+        opened.scalars(values, 6)
+        opened.close(20)
+    given = [entry for entry in LOGGED if type(entry) is tuple and entry[0] == 6]
+    assert given == [(6, {"train/loss": 3.0}), (6, {"val/loss": 4.0})]  # and no value twice
 
 
 def test_a_tracker_that_no_row_knows_begins_anew(stand_in, tmp_path, monkeypatch):

@@ -7,8 +7,8 @@
 Each has a thread of its own, which begins it, feeds it and ends it: one that fails, hangs or is slow
 costs its own curves, and no step. TensorBoard and logs/ have every value in any case.
 
-OUTPUT/trackers/NAME.json holds how a tracker calls the run, and the last step that it was given: a
-run that goes on goes on there as well, and shows no step twice. (The steps that an interrupted run
+OUTPUT/trackers/NAME.json holds how a tracker calls the run, the last step that it was given, and
+what of that: a run that goes on goes on there as well, and shows no value twice. (The steps that an interrupted run
 had done after its last checkpoint come again bit for bit, perf/* aside.)
 
 accelerate is imported inside the functions, and it imports a tracker's package when that begins.
@@ -255,6 +255,8 @@ class _Feeder(threading.Thread):
         self._warned = False
         self._file = output / "trackers" / f"{name}.json"
         self._before = self._read() if self.row.name_of else {}
+        # the last step that it was given, and which values of it
+        self._given = self._before.get("step", -1), set(self._before.get("names", ()))
 
     def put(self, item):
         """Hand an item over, and return it; without waiting, so that it may be lost."""
@@ -283,8 +285,8 @@ class _Feeder(threading.Thread):
         for item in iter(self.items.get, END):
             if isinstance(item, threading.Event):
                 item.set()
-            elif has_begun and failures < MOST_FAILURES and not self._has(item):
-                done = self._attempt(self._log, item)
+            elif has_begun and failures < MOST_FAILURES and (values := self._lacking(item)):
+                done = self._attempt(self._log, item.step, values)
                 failures = 0 if done else failures + 1
         if has_begun:
             self._attempt(self.tracker.finish)
@@ -313,7 +315,7 @@ class _Feeder(threading.Thread):
         self.tracker.start()
         if row.name_of:
             self._run = row.name_of(self.tracker)
-            self._write(self._before.get("step", -1))
+            self._write()
         self.look = row.look(self.tracker) if row.look else project
 
     def _describe(self):
@@ -321,29 +323,40 @@ class _Feeder(threading.Thread):
         if self.row.overwrites or not self._before:  # mlflow refuses a second value of a parameter
             self.tracker.store_init_configuration(self.config)
 
-    def _log(self, item: _Values):
-        self.tracker.log(item.values, step=item.step)
-        self._write(item.step)
+    def _log(self, step: int, values: dict[str, float]):
+        self.tracker.log(values, step=step)
+        last, names = self._given
+        self._given = step, (names if step == last else set()) | set(values)
+        self._write()
 
-    def _has(self, item: _Values) -> bool:
-        """Whether the tracker was given this before the run was interrupted."""
-        known = item.step <= self._before.get("step", -1)
-        return known and not item.is_result and not self.row.overwrites
+    def _lacking(self, item: _Values) -> dict[str, float]:
+        """Those of the values that the tracker was not given before the run was interrupted: of the
+        last step perhaps the training's, and not yet the evaluation's.
+        """
+        last = self._before.get("step", -1)
+        if item.step > last or item.is_result or self.row.overwrites:
+            return item.values
+        if item.step < last:
+            return {}
+        known = self._before["names"]
+        return {name: value for name, value in item.values.items() if name not in known}
 
     def _read(self) -> dict[str, Any]:
         try:
             found = json.loads(self._file.read_text(encoding="utf-8"))
-            return {"run": str(found["run"]), "step": int(found["step"])}
+            names = [str(name) for name in found["names"]]
+            return {"run": str(found["run"]), "step": int(found["step"]), "names": names}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
-    def _write(self, step: int):
-        """Keep how the tracker calls the run, and the last step it was given."""
+    def _write(self):
+        """Keep how the tracker calls the run, and what it was given last."""
         if self.row.name_of is None:
             return
         try:
             self._file.parent.mkdir(exist_ok=True)
-            write_json(self._file, {"run": self._run, "step": step})
+            step, names = self._given
+            write_json(self._file, {"run": self._run, "step": step, "names": sorted(names)})
         except OSError as error:  # a full disk: a resumed run sends some steps twice
             logging.getLogger("zeropref").warning("%s was not written: %s", self._file, error)
 
