@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks import contest, replay
-from train.losses.policy import ALGORITHMS
+from train.losses.algorithms import ALGORITHMS
 from train.models import pretrained
 from train.run import meter
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from train.losses.policy import ALGORITHMS
+from train.losses.algorithms import ALGORITHMS
 from train.methods.rollout import Answers
 from train.models.generate import Completion
 

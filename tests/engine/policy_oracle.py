@@ -11,7 +11,7 @@ import torch
 
 from tests.engine import made_rollouts
 from tests.engine.made_rollouts import MOST_TOKENS, PROMPTS, SAMPLES, SETTINGS, TEMPERATURE
-from train.losses.policy import ALGORITHMS
+from train.losses.algorithms import ALGORITHMS
 from train.methods import rollout as rollouts
 
 

@@ -15,7 +15,7 @@ import torch
 from tests.engine import made_rollouts
 from tests.engine.made_pairs import BETA, BUDGETS, CLIP, made_pairs, with_targets
 from tests.engine.policy_oracle import Oracle
-from train.losses.policy import ALGORITHMS
+from train.losses.algorithms import ALGORITHMS
 
 WORKER = Path(__file__).parent / "gradient_worker.py"
 

@@ -11,7 +11,7 @@ import pytest
 from tests.launch.compare import scalars
 from tests.launch.test_train_ppo import SCRIPT, flags, record
 from tests.launch.warm import Warm
-from train.losses.policy import ALGORITHMS
+from train.losses.algorithms import ALGORITHMS
 
 REWARDS = "tests.launch.ppo_rewards"
 ROLLOUTS = 60  # of 6 prompts by 16 answers; 5 prompts in an epoch's last

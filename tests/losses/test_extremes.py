@@ -11,6 +11,7 @@ import torch
 from mpmath import mp, mpf
 
 from train.losses import policy
+from train.losses.algorithms import ALGORITHMS
 from train.losses.composition import DIVERGENCES, LOSSES, choose
 from train.losses.preference import CERTAIN, Pairs
 from train.losses.reward import LOSSES as REWARD_LOSSES
@@ -168,7 +169,7 @@ def test_losses_of_reward_models_at_both_ends(name):
         assert torch.isfinite(slopes).all()
 
 
-@pytest.mark.parametrize("name", policy.ALGORITHMS)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_losses_of_policies_at_both_ends(name):
     """Tokens that became certain or impossible since they were drawn, or are so to the reference."""
     logps = torch.tensor([0.0, -5000.0, -0.5, -0.5, -5000.0, 0.0], dtype=torch.float64)
@@ -179,6 +180,6 @@ def test_losses_of_policies_at_both_ends(name):
         lengths=torch.tensor([4, 2]),
     )
     leaf = logps.requires_grad_()
-    found = policy.policy_loss(policy.ALGORITHMS[name], leaf, known)
+    found = policy.policy_loss(ALGORITHMS[name], leaf, known)
     (slopes,) = torch.autograd.grad(found.loss, leaf)
     assert all(torch.isfinite(x).all() for x in (*found, slopes)), (found, slopes)

@@ -15,7 +15,7 @@ import torch
 
 from train.losses import advantages as adv
 from train.losses import policy
-from train.losses.policy import ALGORITHMS, KL, Algorithm
+from train.losses.algorithms import ALGORITHMS, KL, Algorithm
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_policy.json").read_text())
 ROLLOUT = GOLDEN["rollout"]

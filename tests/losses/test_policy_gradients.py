@@ -12,7 +12,7 @@ import torch
 
 from train.losses import advantages as adv
 from train.losses import policy
-from train.losses.policy import ALGORITHMS, KL, Algorithm
+from train.losses.algorithms import ALGORITHMS, KL, Algorithm
 
 CASES = json.loads((Path(__file__).parent / "golden_estimators.json").read_text())["cases"]
 ROLLOUT = json.loads((Path(__file__).parent / "golden_policy.json").read_text())["rollout"]

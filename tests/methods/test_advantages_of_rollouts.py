@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine import made_rollouts, policy_oracle
-from train.losses.policy import ALGORITHMS
+from train.losses.algorithms import ALGORITHMS
 from train.methods.ppo import Collector
 
 

@@ -10,7 +10,7 @@ import tiny
 import transformers
 
 from train.data import prompts
-from train.losses.policy import ALGORITHMS
+from train.losses.algorithms import ALGORITHMS
 from train.methods.policy_setup import Models, Rewards
 from train.methods.ppo import Collector
 from train.methods.reference import NoReference

@@ -32,7 +32,7 @@ import tiny
 import torch
 
 from train.losses import policy as losses
-from train.losses.policy import ALGORITHMS
+from train.losses.algorithms import ALGORITHMS
 from train.methods import ppo, rollout
 from train.models.backbone import Backbone
 from train.models.generate import generate

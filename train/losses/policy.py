@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from train.losses.algorithms import ALGORITHMS as ALGORITHMS
-from train.losses.algorithms import KL as KL
 from train.losses.algorithms import Algorithm
 from train.losses.logprobs import per_token, sum_per_response
 

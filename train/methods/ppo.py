@@ -14,7 +14,7 @@ from train.data.steps import num_drawn
 from train.engine import dist, memory, prefetch
 from train.losses import advantages as adv
 from train.losses import policy as losses
-from train.losses.policy import ALGORITHMS, Algorithm
+from train.losses.algorithms import ALGORITHMS, Algorithm
 from train.methods import rollout as rollouts
 from train.methods import setup
 from train.methods.policy_setup import Models, Rewards, samples_of

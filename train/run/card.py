@@ -24,7 +24,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from train.data.sources import READERS, suffix_of
 from train.files import write_text
-from train.losses import composition, policy, reward
+from train.losses import composition, reward
+from train.losses.algorithms import ALGORITHMS
 from train.losses.metrics import LABELS, METRICS, POLICY_METRICS, REWARD_METRICS, Metric
 from train.models import builtin
 from train.settings import Policy, Preference, Reward, card_titles, with_share
@@ -164,7 +165,7 @@ TASKS = {
         tag="reinforcement-learning",
         trained_on="its own answers to prompts, by their rewards,",
         metrics=POLICY_METRICS,
-        losses=policy.ALGORITHMS,
+        losses=ALGORITHMS,
         usual_loss="ppo",
         method="ppo",
         titles=card_titles(Policy),
