@@ -59,7 +59,7 @@ def test_padded_segments_are_one_segment_at_a_time(window, deterministic):
 
 
 def test_padding_adds_nothing_to_a_gradient():
-    """In fp32 each gradient is as near to fp64's as the plain form's is."""
+    """In fp32 the value and each gradient are fp64's but for rounding."""
     exact_leaves, exact_grad = inputs()
     leaves, grad = inputs(torch.float32)
     segments = attention.Segments(batch())

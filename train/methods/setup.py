@@ -331,8 +331,8 @@ def load(
 
 
 def _compile(settings, module, config: dict):
-    """Compile the module's layers where that holds on every rank, else say why not, once in a run.
-    Every rank calls this.
+    """Compile the module's layers where every rank can, else say why not, once in a run. Every rank
+    calls this.
 
     What is compared bit for bit, policy and reference, is compiled alike: none where one is at stage 3.
     """
