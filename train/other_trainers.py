@@ -308,7 +308,7 @@ NAMES: dict[str, Here] = {
     # logging
     "logging_steps": _to("log_every"),
     "logging_strategy": _part("log_every", note="a number of steps"),
-    "logging_first_step": _none("the first step is always logged"),
+    "logging_first_step": _none("--log_every is 1 by default: every step is logged"),
     "log_completions": _none("answers stand in TensorBoard's texts"),
     "generate_during_eval": _none("eval/evaluate.py writes answers"),
     "use_tensorboard": _to("report_to=tensorboard", note="the default"),
