@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+# the table belongs to these losses: who has them has it
+from train.losses.algorithms import ALGORITHMS as ALGORITHMS
+from train.losses.algorithms import KL as KL
 from train.losses.algorithms import Algorithm
 from train.losses.logprobs import per_token, sum_per_response
 
