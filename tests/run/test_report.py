@@ -1,17 +1,20 @@
 """The closing table: columns that hold at any size of number, and no interval where there is none."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from train.files import json_safe
 from train.losses import metrics
 from train.losses.composition import choose
 from train.losses.preference import Pairs
 from train.losses.reward import ScoredPairs
 from train.methods import preference_report, reward_report
-from train.run import report
+from train.methods.policy_report import PolicyReport
+from train.run import report, tensorboard
 
 
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e5, 1e9])
@@ -72,3 +75,16 @@ def test_examples_at_places():
     examples, losses = report.subset(pairs, torch.arange(4.0, requires_grad=True), np.array([3, 1]))
     assert examples.ref_chosen.tolist() == [23.0, 21.0] and losses.tolist() == [3.0, 1.0]
     assert not losses.requires_grad
+
+
+def test_a_rollout_that_goes_on_knows_what_cannot_be_said(tmp_path):
+    """Where all returns are equal no variance of theirs is explained, and a checkpoint has null there."""
+    board = tensorboard.Board(tmp_path, total=1, quiet=True)
+    before, after = (PolicyReport(*[None] * 6) for _ in range(2))
+    before.board = board
+    before.last = {"val/explained_variance": math.nan, "objective/scores": 0.5}
+    after.load_state_dict(json.loads(json.dumps(json_safe(before.state_dict()))))
+    assert math.isnan(after.last["val/explained_variance"])
+    assert after.last["objective/scores"] == 0.5
+    board.scalars(after.last, 1)
+    board.close()

@@ -302,7 +302,7 @@ class PolicyReport:
         self.evaluated_at, self.answers = state["evaluated_at"], state["answers"]
         self.evaluated = {int(number): values for number, values in state["evaluated"].items()}
         self.first_columns, self.comparison = state["first_columns"], state["comparison"]
-        self.last, self.seconds = state["last"], state["seconds"]
+        self.last, self.seconds = report.with_nan(state["last"]), state["seconds"]
         self._events = state["events"]
 
     def rank_tensors(self):
