@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import pytest
+import torch
 from accelerate import tracking
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -148,6 +150,23 @@ def test_an_evaluation_that_was_interrupted_comes_behind_its_step(stand_in, tmp_
         opened.close(20)
     given = [entry for entry in LOGGED if type(entry) is tuple and entry[0] == 6]
     assert given == [(6, {"train/loss": 3.0}), (6, {"val/loss": 4.0})]  # and no value twice
+
+
+def test_torch_computes_with_as_many_threads_as_before(stand_in, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+
+    def state():  # as accelerate 1.10 makes it on a CPU
+        if int(os.environ.get("OMP_NUM_THREADS", 0)) == 0:
+            torch.set_num_threads(threads + 1)
+
+    monkeypatch.setattr(accelerate, "PartialState", state)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        told(tmp_path, [1])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 def test_a_tracker_that_no_row_knows_begins_anew(stand_in, tmp_path, monkeypatch):

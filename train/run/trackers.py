@@ -167,9 +167,7 @@ class Trackers:
         names = [name for name in names if name not in ("tensorboard", "none")]
         if not names:
             return
-        from accelerate import PartialState
-
-        PartialState()  # its trackers' own logging asks for one; joins nothing, the ranks have met
+        _make_state()
         for name in dict.fromkeys(names):
             self._feeders.append(_Feeder(name, output, flat(config), say))
             self._feeders[-1].start()
@@ -359,6 +357,23 @@ class _Feeder(threading.Thread):
             write_json(self._file, {"run": self._run, "step": step, "names": sorted(names)})
         except OSError as error:  # a full disk: a resumed run sends some steps twice
             logging.getLogger("zeropref").warning("%s was not written: %s", self._file, error)
+
+
+def _make_state():
+    """Make the state of accelerate's that its trackers' own logging asks for. It joins nothing, for the
+    ranks have met; but up to 1.10 at least it sets torch's threads on a CPU, those of rank 0 alone, to
+    the machine's cores, where OMP_NUM_THREADS does not say how many.
+    """
+    import torch
+    from accelerate import PartialState
+
+    is_set = "OMP_NUM_THREADS" in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    try:
+        PartialState()
+    finally:
+        if not is_set:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 def check(names: Collection[str]):
