@@ -1,5 +1,9 @@
-"""Every command on the pages README.md, train/, eval/ and launch/README.md is in a table that says how it
-can be run small, and is read by the parsers that would read it, SLURM's among them.
+"""Every command on the pages README.md, train/, eval/ and launch/README.md is run, or at the least read
+by the parsers that would read it.
+
+They are run as they stand, in the order of SCRIPTS, in a folder that has what they name: MODEL, DIR,
+BASE and the hub's names are tiny models there, pairs.jsonl and the like are rows of the built-in data,
+and runs/dpo/model is what an earlier command wrote. Flags are added that make a run short.
 """
 
 import json
@@ -16,7 +20,7 @@ import pytest
 import tiny
 
 from tests.launch import test_slurm
-from tests.launch.commands import settings_of
+from tests.launch.commands import free_port, settings_of
 from train import config
 from train.models import builtin
 
@@ -285,6 +289,65 @@ def environment(clone):
     own = {"HOME": str(clone), "PATH": path, "TORCH_EXTENSIONS_DIR": str(extensions)}
     unset = ("ZEROPREF_CACHE", "XDG_CACHE_HOME")
     return {k: v for k, v in os.environ.items() if k not in unset} | own
+
+
+def typed(command, clone):
+    """What a command prints, typed in the clone."""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=clone,
+        env=environment(clone),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (command, done.stdout[-3000:])
+    return done.stdout
+
+
+def filled(command, row):
+    words = [row.words.get(word, word) for word in shlex.split(command) if word != "..."]
+    for name, other in row.words.items():
+        words = [word.replace(f"/{name}", f"/{other}") for word in words]
+    return [*words, *shlex.split(row.added)]
+
+
+@pytest.mark.slow
+def test_they_run(clone):
+    """First what stands for itself, the launcher and the model among it, then script by script."""
+    launches = dict(rows(Launch))
+    late = [command for command in launches if command.startswith(("tensorboard", "python"))]
+    for command in [each for each in launches if each not in late] + [None] + late:
+        if command is None:
+            run_scripts(clone)
+            continue
+        row = launches[command]
+        words = shlex.join(filled(command, row))
+        if words.startswith("deepspeed "):
+            words = words.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)
+        if words.startswith("pip "):
+            words = f"cd {ROOT} && {sys.executable} -m {words}"
+        text = typed(words, clone)
+        assert row.said in text and "does not provide the extra" not in text, (command, text)
+    for command, _ in rows(Elsewhere):  # what they name is there
+        for word in re.findall(r"runs/\S+", command):
+            assert (clone / word / "config.json").is_file(), command
+
+
+def run_scripts(clone):
+    for script in SCRIPTS:
+        lines, names = [], []
+        for command, row in rows(Run):
+            words = [os.path.expanduser(w.replace("~", str(clone))) for w in filled(command, row)]
+            if script in words:
+                lines.append(words[words.index(script) + 1 :])
+                names.append(command)
+        many = [sys.executable, "tests/launch/many.py", script, json.dumps(lines)]
+        text = typed(shlex.join(many), clone)
+        said = re.split(r"^=== (.*)\n=== .*$", text, flags=re.M)[: 2 * len(lines)]  # both streams'
+        for command, shown, code in zip(names, said[::2], said[1::2], strict=True):
+            assert code == "0", (command, shown[-3000:])
 
 
 cluster = test_slurm.cluster

@@ -48,6 +48,15 @@ def test_two_outputs_and_no_tokenizer(tmp_path):
         RewardModel(tmp_path / "bare", torch.device("cpu"))
 
 
+def test_scores_under_bf16_have_the_digits_of_fp32(tmp_path):
+    """Else answers of a group would often be worth exactly the same."""
+    judge = RewardModel(saved(tmp_path, pad_token_id=2), torch.device("cpu"), torch.bfloat16)
+    ask = [{"role": "user", "content": "a question"}]
+    scores = judge.score([ask] * 8, [f"answer {n}" for n in range(8)], [True] * 8)
+    rounded = torch.tensor(scores).bfloat16().double().numpy()
+    assert (scores != rounded).sum() > 4
+
+
 @pytest.mark.parametrize("pad", [0, None])
 def test_texts_scored_together_have_the_scores_of_each_alone(tmp_path, pad):
     """Of several lengths, in any order, finished and cut, over several batches; a class without a

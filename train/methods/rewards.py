@@ -16,7 +16,7 @@ import torch
 from train.data.chat import Chat
 from train.engine import dist, ds_config, loading, preemption
 from train.engine.offload import Offloaded
-from train.models.heads import HEAD
+from train.models.heads import HEAD, Score
 from train.models.pretrained import load_score_model, load_tokenizer
 from train.run import card
 
@@ -141,6 +141,11 @@ class RewardModel:
                 path, torch.bfloat16 if narrow else torch.float32, trust_remote_code
             )
         self.model.requires_grad_(False)
+        head = getattr(self.model, HEAD, None)
+        if type(head) is torch.nn.Linear:
+            head.__class__ = (
+                Score  # in bf16, answers of about the same worth would be worth the same
+            )
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         # A model's own text is judged as the template renders it, whatever is in it.
         self.chat = Chat(

@@ -137,7 +137,7 @@ class Checkpointer:
         if same_ranks and not self.settings.micro_tokens:
             plan = plan._replace(batch_tokens=manifest["batch_tokens"])
         if plan.decode_batch and self.settings.decode_batch is None:
-            plan = plan._replace(decode_batch=manifest["decode_batch"])
+            plan = plan._replace(decode_batch=manifest.get("decode_batch") or plan.decode_batch)
         self.from_another_run = path.parent.resolve() != self.path.resolve()
         place = Place(manifest["step"], manifest.get("updates_within", 0))
         self.resumed_within = place.updates
