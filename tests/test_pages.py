@@ -83,7 +83,9 @@ class Elsewhere(NamedTuple):
     why: str = ""
 
 
-GPUS = Read("needs 8 GPUs and a model of 7B parameters")
+# 8 GPUs are two ranks, and a model of 7B parameters a tiny one
+GPUS = {"8": "2", "--num_gpus": "--num_accelerators"}
+SMALL = "--model MODEL --data pairs.jsonl --eval_data pairs.jsonl --max_steps 1 --batch_size 4 --max_length 256 --max_prompt_length 128"
 NODES = Read("needs two machines; tests/launch/test_multinode.py runs it on one")
 DRY = "--dry-run --no-deps --no-index --no-build-isolation --quiet"
 COUNTED = "--max_steps 1 --batch_size 4 --max_new_tokens 8"
@@ -113,8 +115,8 @@ COMMANDS = {
     "deepspeed $(which zeropref-dpo)": Elsewhere("tests/test_wheel.py", '"zeropref-dpo"'),
     "deepspeed launch/train_dpo.py --model HuggingFaceTB/SmolLM2-360M-Instruct --data my_pairs.jsonl --eval_split 0.05 --output runs/mine": Run(),
     "deepspeed launch/train_dpo.py --config launch/recipes/smollm_human_like.yaml": Run(),
-    "deepspeed --num_gpus 8 launch/train_dpo.py --config launch/recipes/qwen2_5_7b_zero2.yaml": GPUS,
-    "torchrun --nproc_per_node 8 launch/train_dpo.py ...": Read("needs 8 GPUs; two ranks: test_multinode.py"),
+    "deepspeed --num_gpus 8 launch/train_dpo.py --config launch/recipes/qwen2_5_7b_zero2.yaml": Launch(SMALL, "reward margin", GPUS),
+    "torchrun --nproc_per_node 8 launch/train_dpo.py ...": Launch(f"{SMALL} --output runs/torchrun", "reward margin", GPUS),
     "srun python launch/train_dpo.py ...": Submitted(),
     "python launch/train_dpo.py ...": Run("--max_steps 1 --output runs/plain"),
     "deepspeed --master_port 29501 ...": Elsewhere("tests/launch/test_slips.py", '"--master_port"'),
@@ -139,7 +141,7 @@ COMMANDS = {
     "python tests/benchmarks/peers_losses.py": Elsewhere("tests/losses/test_peers.py", "peers_losses"),
     "deepspeed launch/train_reward.py --model DIR --data pairs.jsonl --eval_split 0.05 --output runs/judge": Run(),
     "deepspeed launch/train_reward.py --config launch/recipes/smollm_human_like_reward.yaml": Run(),
-    "deepspeed --num_gpus 8 launch/train_reward.py --config launch/recipes/qwen2_5_7b_reward_zero3.yaml": GPUS,
+    "deepspeed --num_gpus 8 launch/train_reward.py --config launch/recipes/qwen2_5_7b_reward_zero3.yaml": Launch(SMALL, "accuracy", GPUS),
     "launch/validate.py --trainer reward": Run("--model MODEL --data pairs.jsonl"),
     "deepspeed eval/evaluate.py --reward_model runs/judge/model --data pairs.jsonl": Run("--output runs/judge/eval"),
     "deepspeed eval/evaluate.py --model runs/dpo/model --reference BASE --reward_model runs/judge/model": Run(f"{FEW} --output runs/judged"),

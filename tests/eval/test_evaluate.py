@@ -396,6 +396,7 @@ def test_bad_input_is_answered_in_one_line(place, model_dir):
     assert not list(place.glob("bad*/run.json"))
 
 
+@pytest.mark.slow
 def test_one_row_a_text_file_and_a_bound_on_tokens(place, model_dir):
     words = "Iron rusts in wet air.\n\nLead does not, or hardly.\r\n\r\nGold never.\n"
     paragraphs = write(place / "words.txt", words)

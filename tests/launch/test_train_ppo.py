@@ -132,7 +132,8 @@ def test_the_first_ratio_is_exactly_one(warm, model_dir, prompts, tmp_path, temp
     assert all(value > 0 for _, value in found["train/grad_norm"])
 
 
-@pytest.mark.parametrize("stage, ranks", [pytest.param(0, 1, marks=pytest.mark.slow), (2, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (2, 2)])
 def test_told_to_stop_within_a_rollout(
     model_dir, prompts, tmp_path, monkeypatch, tmp_path_factory, stage, ranks
 ):
