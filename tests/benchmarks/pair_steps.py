@@ -151,7 +151,7 @@ def _train(planned, data, run, training: Training):
     seconds, means, last = [], [], contest.now(run.device)
     ahead = prefetch.packed(((plan, plan.batches) for plan in planned), data, run.device)
     for plan, batches in ahead:
-        step = loop.Step(run, plan, batches)
+        step = loop.Step(run, plan, batches, before_update=lambda: None)
         mean = 0.0
         training.begin(step)
         for batch in step.batches():
@@ -161,6 +161,7 @@ def _train(planned, data, run, training: Training):
             mean = mean + losses.detach().sum() / step.num_groups
         update = training.model.step()
         training.end(step, update)
+        training.report.end_step(step)
         training.report.step(step, update)
         seconds.append(contest.now(run.device) - last)
         means.append(float(mean))

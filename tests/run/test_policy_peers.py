@@ -31,6 +31,7 @@ import pytest
 import tiny
 import torch
 
+from train.data.packing import pack
 from train.losses import policy as losses
 from train.losses.algorithms import ALGORITHMS
 from train.methods import ppo, rollout
@@ -226,7 +227,7 @@ def ours(start, case, scale):
         for _ in range(EPOCHS):
             mean, clipped = 0.0, 0.0
             for groups in part.batches:
-                batch = ppo.pack([answers.group(i) for i in groups])
+                batch = pack([answers.group(i) for i in groups])
                 known = drawn.of_batch(batch)
                 logps = module(batch, temperature=case.temperature)
                 found = losses.policy_loss(algorithm, logps, known)
