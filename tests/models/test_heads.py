@@ -122,6 +122,16 @@ def test_the_head_computes_in_fp32(autocast):
     assert lm.score.weight.grad.dtype == lm.score.weight.dtype
 
 
+def test_a_head_of_another_s_class_keeps_its_bias():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 1)
+    torch.nn.init.ones_(head.bias)
+    hidden = torch.randn(5, 8)
+    expected = head(hidden)
+    Score.take(head)
+    assert torch.equal(head(hidden), expected)
+
+
 def test_another_place_is_refused():
     with pytest.raises(ValueError, match="at 'end' is none of last, before"):
         ScoreModel(tiny.make_score_model())(pack(groups()), at="end")

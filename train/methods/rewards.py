@@ -143,9 +143,7 @@ class RewardModel:
         self.model.requires_grad_(False)
         head = getattr(self.model, HEAD, None)
         if type(head) is torch.nn.Linear:
-            head.__class__ = (
-                Score  # in bf16, answers of about the same worth would be worth the same
-            )
+            Score.take(head)  # in bf16, answers of about the same worth would be worth the same
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         # A model's own text is judged as the template renders it, whatever is in it.
         self.chat = Chat(

@@ -28,11 +28,17 @@ class Score(nn.Linear):
     Its weight is read in here alone, for under ZeRO-3 that is where it is whole.
     """
 
+    @classmethod
+    def take(cls, head: nn.Linear):
+        """Let a head that is there compute so."""
+        head.__class__ = cls
+
     def forward(self, hidden):
         """(..., H) -> (..., 1)"""
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(wide), self.weight.to(wide))
+            return F.linear(hidden.to(wide), self.weight.to(wide), bias)
 
 
 class ScoreModel(PackedModel):
@@ -53,7 +59,7 @@ class ScoreModel(PackedModel):
         head = getattr(lm, HEAD, None)
         if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
             raise ValueError(f"{type(lm).__name__} has no head {HEAD} of one output without bias")
-        head.__class__ = Score
+        Score.take(head)
         super().__init__(lm, layout, autocast)
         self.shift = shift
 
