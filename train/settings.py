@@ -694,7 +694,6 @@ class Policy(Training):
         as attributes.
         """
         row = ALGORITHMS[flags.algorithm]
-        value_lr = None if flags.lr is None else cls.value_lr_times * flags.lr
         found = {
             "samples_per_prompt": row.samples,
             "epochs_per_rollout": row.epochs,
@@ -703,10 +702,10 @@ class Policy(Training):
             "kl_coef": row.kl.coef,
             "clip_low": row.clip_low,
             "clip_high": row.clip_high,
-            "dual_clip": row.dual_clip or None,
+            "dual_clip": row.dual_clip or None,  # 0 there says that there is none
             "scale_advantages": row.scale,
             "value_clip": row.value_clip,
-            "value_lr": value_lr,
+            "value_lr": cls.value_lr_times * flags.lr,
             "value_lam": flags.lam,
         }
         if not flags.data and not flags.reward_model:

@@ -276,11 +276,9 @@ def open_critic(settings, run, mode, tokenizer, datasets, path, steps) -> Traine
     loader = partial(loading.load_score_model, seed=None, in_deviations=True)
     module = setup.load(settings, run.device, mode, source, config, loader=loader)
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
-    lr = (
-        settings.value_lr
-        if settings.value_lr is not None
-        else settings.value_lr_times * settings.lr
-    )
+    lr = settings.value_lr
+    if lr is None:
+        lr = settings.resolve(settings)["value_lr"]
     return setup.wrap_for_training(settings, mode, module, tokenizer, steps, lr=lr)
 
 

@@ -46,20 +46,8 @@ def choose_algorithm(settings) -> Algorithm:
             f"--samples_per_prompt {row.samples}: {settings.algorithm} compares samples of a prompt, "
             "of which there have to be 2"
         )
-    if not row.needs_critic:
-        of_critic = {
-            "value_model": settings.value_model,
-            "value_lr": settings.value_lr,
-            "value_lam": settings.value_lam,
-            "value_clip": settings.value_clip,
-        }
-        for flag, value in of_critic.items():
-            if value is not None:
-                raise ValueError(f"--{flag}: {settings.algorithm} has no value model")
     if row.kl.coef:
         row.kl.check()
-    if row.ratio == "weight" and settings.clip_low is not None:
-        raise ValueError(f"--clip_low: {settings.algorithm} bounds its weight above only")
     if row.ratio == "gate" and not min(row.clip_low, row.clip_high) > 0:
         raise ValueError(
             f"--clip_low, --clip_high: of {settings.algorithm} they are the gate's temperatures for "
