@@ -4,6 +4,7 @@ import torch
 
 from train.data.packing import pack
 from train.engine import memory
+from train.models import compiled
 from train.models.backbone import outputs_to_compare, plain_forward
 
 # packed against one sequence at a time, in the module's own measure of distance
@@ -26,7 +27,9 @@ def check_start(policy, reference, data, device, precision: str, same_weights: b
 
     CheckFailed unless packed and shared prompts equal one padded sequence a response through
     transformers' own attention, and, where the reference has the policy's weights, the two agree bit
-    for bit: margins start at 0.
+    for bit: margins start at 0. Where layers are compiled the two agree uncompiled, and within
+    rounding as they are: the compiler makes code of its own for weights of another type, for adapters,
+    and for a pass with gradients, which may round elsewhere.
     """
     batch = pack([data.group(i) for i in range(min(2, len(data)))]).to(device)
     module = policy.module
@@ -37,25 +40,42 @@ def check_start(policy, reference, data, device, precision: str, same_weights: b
         alone = outputs_to_compare(policy, module, batch)
     difference = module.distance(packed, alone)
     if not difference <= TOLERANCE[precision]:
+        is_compiled = module.static_shapes
+        remedy = "take --compile off" if is_compiled else "this model needs --layout padded"
         raise CheckFailed(
             f"start check: packed rows differ from one sequence at a time by {difference:.2g} "
-            f"{module.unit} (at most {TOLERANCE[precision]:g}): this model needs --layout padded"
+            f"{module.unit} (at most {TOLERANCE[precision]:g}): {remedy}"
         )
     if same_weights:
-        _compare_with_reference(packed, reference, batch, precision)
+        _compare_with_reference(policy, packed, reference, batch, precision)
     return [batch]
 
 
-def _compare_with_reference(packed, reference, batch, precision):
-    """CheckFailed where a reference with the policy's weights gives other log-probabilities."""
+def _compare_with_reference(policy, packed, reference, batch, precision):
+    """CheckFailed where a reference with the policy's weights gives other log-probabilities.
+
+    packed: the policy's of the batch, (T,) nats.
+    """
     ref_logps = reference(batch)  # (T,) nats
+    difference = float((packed - ref_logps).abs().mean())
+    is_near = difference <= TOLERANCE[precision]
     if not reference.forwards:  # looked up: made in other batches, so within rounding only
-        difference = float((packed - ref_logps).abs().mean())
-        if not difference <= TOLERANCE[precision]:
+        if not is_near:
             raise CheckFailed(
                 f"start check: the cached reference is {difference:.2g} nats a token from the policy"
             )
-    elif not torch.equal(packed, ref_logps):
+        return
+    modules = [each.module for each in (policy, reference) if each.module is not None]
+    if any(module.static_shapes for module in modules):
+        if not is_near:
+            raise CheckFailed(
+                "start check: compiled, policy and reference have the same weights and are "
+                f"{difference:.2g} nats a token apart (at most {TOLERANCE[precision]:g}): take "
+                "--compile off"
+            )
+        with compiled.uncompiled(*modules):
+            packed, ref_logps = outputs_to_compare(policy, policy.module, batch), reference(batch)
+    if not torch.equal(packed, ref_logps):
         difference = float((packed - ref_logps).abs().max())
         raise CheckFailed(
             "start check: policy and reference have the same weights and differ by up to "

@@ -7,6 +7,7 @@ Compiled layers round in other places than the same layers uncompiled, which sta
 measured against (tests/models/test_compiled.py).
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -78,6 +79,23 @@ def leave_uncompiled(module):
     for layer in _decoder_layers(module):
         layer._compiled_call_impl = None
     module.static_shapes = False
+
+
+@contextlib.contextmanager
+def uncompiled(*modules):
+    """Inside, layers of PackedModels run as they are, also those that are compiled."""
+    layers = [layer for module in modules for layer in _decoder_layers(module)]
+    calls = [layer._compiled_call_impl for layer in layers]
+    shapes = [module.static_shapes for module in modules]
+    for module in modules:
+        leave_uncompiled(module)
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, calls, strict=True):
+            layer._compiled_call_impl = call
+        for module, is_static in zip(modules, shapes, strict=True):
+            module.static_shapes = is_static
 
 
 def _decoder_layers(module):
