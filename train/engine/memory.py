@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -50,12 +51,19 @@ def default_batch_tokens(
     return min(dist.all_gather(int(max(min(most, tokens), min(max_length, most)))))
 
 
-def default_decode_batch(backbone, device: torch.device, stage: int, tokens: int) -> int:
+def default_decode_batch(
+    backbone,
+    device: torch.device,
+    stage: int,
+    tokens: int,
+    say: Callable[[str], object] = print,
+) -> int:
     """The default of --decode_batch: how many answers' keys and values, logits and noise fit into half
     of the free memory.
 
     tokens: of the longest prompt with its answer. At least one, at most where more of them at once
-    stop being faster; the least of all ranks', which must plan alike. Every rank calls this.
+    stop being faster; the least of all ranks', which must plan alike. say: is told where memory holds
+    no more than one. Every rank calls this.
     """
     config = backbone.lm.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -64,9 +72,18 @@ def default_decode_batch(backbone, device: torch.device, stage: int, tokens: int
     cached = 2 * config.num_hidden_layers * heads * size * item * (tokens + ROOM)
     # logits, scaled ones, noise and its bits: 4, 4, 8 and 8 bytes of a token of the vocabulary
     answer_bytes = cached + 24 * config.vocab_size
-    fitting = (free(device) - pending(backbone, stage)) // 2 // answer_bytes
+    available, taken = free(device), pending(backbone, stage)
+    fitting = int((available - taken) // 2 // answer_bytes)
     most = CUDA_ANSWERS if device.type == "cuda" else CPU_ANSWERS
-    return min(dist.all_gather(int(max(min(most, fitting), 1))))
+    fitting, available = min(dist.all_gather((min(most, fitting), available)))
+    if fitting <= 1:
+        say(
+            f"memory: answers are decoded one by one, which takes long: of {available / 1e9:.2f} GB free "
+            f"gradients and moments will take {taken / 1e9:.2f}, and half of the rest holds no two "
+            f"answers of {answer_bytes / 1e6:.0f} MB; lower --max_new_tokens or --max_prompt_length, take "
+            "--lora_rank or ds_configs/zero2.json over more GPUs, or set --decode_batch"
+        )
+    return max(fitting, 1)
 
 
 def pending(module, stage: int) -> float:

@@ -207,6 +207,7 @@ def open_models(settings, run: Run, tokenizer, algorithm, train, held_out) -> Mo
                 run.device,
                 mode.stage,
                 max(map(len, every)) + settings.max_new_tokens,
+                say=run.say,
             ),
         ),
         task="policy",
