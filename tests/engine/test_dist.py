@@ -5,8 +5,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from train.engine import dist
 
@@ -89,12 +91,56 @@ def test_first_host(nodes, first):
 
 def test_ranks_that_share_a_gpu_are_refused():
     """Five ranks on a node of four GPUs: the fifth took the first GPU again, in silence."""
-    gpus = [("gpu03", f"GPU-{i % 4}") for i in range(5)]
+    gpus = [dist.Gpu("gpu03", f"GPU-{i % 4}") for i in range(5)]
     with pytest.raises(ValueError, match="ranks 0 and 4 share one GPU of gpu03, .* sees 4: start"):
         dist.refuse_shared_gpus(gpus, 4)
     dist.refuse_shared_gpus(gpus[:4], 4)
     # srun --gpus-per-task=1: each task sees one GPU, as its first
-    dist.refuse_shared_gpus([("gpu03", "GPU-0"), ("gpu03", "GPU-1"), ("gpu04", "GPU-0")], 1)
+    others = [("gpu03", "GPU-0"), ("gpu03", "GPU-1"), ("gpu04", "GPU-0")]
+    dist.refuse_shared_gpus([dist.Gpu(*each) for each in others], 1)
+
+
+@pytest.mark.parametrize("uuids", [("GPU-0", "GPU-0"), ("MIG-a", "MIG-b")])
+def test_slices_of_a_gpu_are_no_shared_gpu(monkeypatch, uuids):
+    """Whether CUDA says the card's uuid of a slice, or the slice's own."""
+
+    def ranks(*visible):
+        """Each with its CUDA_VISIBLE_DEVICES, of which CUDA shows it the first slice."""
+        found = []
+        for names in visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+            uuid = uuids["MIG-b" in names.split(",")[0]]
+            monkeypatch.setattr(
+                torch.cuda,
+                "get_device_properties",
+                lambda device, uuid=uuid: SimpleNamespace(uuid=uuid),
+            )
+            found.append(dist.gpu_of(torch.device("cuda", 0)))
+        return found
+
+    monkeypatch.setattr(dist.socket, "gethostname", lambda: "gpu03")
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
+    slices = ranks("MIG-a", "MIG-b")
+    dist.refuse_shared_gpus(slices, 1)
+    assert "set NCCL_MULTI_RANK_GPU_ENABLE=1" in dist.about_slices(slices)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert dist.about_slices(slices) is None
+    # a launcher that gives both to both: each rank takes the first
+    with pytest.raises(ValueError, match="ranks 0 and 1 share MIG-a of gpu03, one MIG slice"):
+        dist.refuse_shared_gpus(ranks("MIG-a,MIG-b", "MIG-a,MIG-b"), 1)
+
+
+def test_which_gpu_a_rank_has(monkeypatch):
+    """Numbers, uuids and nothing in CUDA_VISIBLE_DEVICES name no slice."""
+    properties = SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(dist.socket, "gethostname", lambda: "gpu03")
+    for names in ("0,1", "GPU-0,GPU-1", "3"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+        assert dist.gpu_of(torch.device("cuda", 1)) == ("gpu03", "GPU-1", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    found = dist.gpu_of(torch.device("cuda", 1))
+    assert found == ("gpu03", "GPU-1", "") and dist.about_slices([found, found]) is None
 
 
 def two_ranks(code: str) -> list[subprocess.Popen]:

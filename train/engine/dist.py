@@ -8,6 +8,8 @@ import ctypes
 import datetime
 import os
 import socket
+import sys
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -63,27 +65,62 @@ def init() -> torch.device:
     if world_size() > 1:
         _objects = td.new_group(backend="gloo", timeout=PATIENCE)
     if cuda:
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        refuse_shared_gpus(all_gather((socket.gethostname(), uuid)), torch.cuda.device_count())
+        gpus = all_gather(gpu_of(device))
+        refuse_shared_gpus(gpus, torch.cuda.device_count())
+        if is_main() and (line := about_slices(gpus)):
+            print(line, file=sys.stderr)
     else:
         barrier()  # now every rank has opened the others' buffers
         leftovers.unlink_shared_memory(rank())
     return device
 
 
-def refuse_shared_gpus(gpus: list[tuple[str, str]], count: int):
-    """ValueError where two ranks have one GPU. gpus: (host, the GPU's uuid) of each rank; count: how
-    many GPUs this rank sees.
+class Gpu(NamedTuple):
+    """What a rank computes on: a GPU, or one of the slices that a GPU is cut into (MIG)."""
+
+    host: str
+    uuid: str  # as CUDA says it, the whole card's or the slice's
+    slice: str = ""  # MIG-..., by which CUDA_VISIBLE_DEVICES names it; "": a whole GPU
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """What this rank has of its machine."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    name = visible[device.index].strip() if device.index < len(visible) else ""
+    return Gpu(socket.gethostname(), uuid, name if name.startswith("MIG-") else "")
+
+
+def refuse_shared_gpus(gpus: list[Gpu], count: int):
+    """ValueError where two ranks have one GPU, or one slice of it. gpus: of each rank; count: how many
+    this rank sees.
     """
     first = {}
     for number, gpu in enumerate(gpus):
         if gpu in first:
+            if gpu.slice:
+                raise ValueError(
+                    f"ranks {first[gpu]} and {number} share {gpu.slice} of {gpu.host}, one MIG slice: give "
+                    "each rank a CUDA_VISIBLE_DEVICES of its own (srun --gpus-per-task=1), or start one "
+                    "rank"
+                )
             raise ValueError(
-                f"ranks {first[gpu]} and {number} share one GPU of {gpu[0]}, where a rank sees "
+                f"ranks {first[gpu]} and {number} share one GPU of {gpu.host}, where a rank sees "
                 f"{count}: start one process a GPU (deepspeed --num_gpus, torchrun "
                 "--nproc_per_node, srun --gpus-per-task=1)"
             )
         first[gpu] = number
+
+
+def about_slices(gpus: list[Gpu]) -> str | None:
+    """What a user may have to know whose ranks have several slices of one card; None: nothing."""
+    hosts = [gpu.host for gpu in gpus if gpu.slice]
+    if len(set(hosts)) == len(hosts) or "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ:
+        return None
+    return (
+        "ranks are on MIG slices: if NCCL refuses two of one card (Duplicate GPU detected), set "
+        "NCCL_MULTI_RANK_GPU_ENABLE=1 with NCCL 2.30 or newer, or start one rank"
+    )
 
 
 def shutdown():
