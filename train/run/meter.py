@@ -19,24 +19,43 @@ PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is a share of.
-
-    The data sheet's for known GPUs in half precision, else those of a measured matrix product.
+    """FLOP/s that MFU is a share of: the data sheet's for known GPUs in half precision, else those of a
+    measured matrix product.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAKS.items():
             if re.search(rf"\b{known}\b", name):
                 return peak
-    size = 4096 if device.type == "cuda" else 1024
+    if device.type == "cpu":
+        return _peak_of_threads(dtype)
+    return _flops_of_product(4096, device, dtype, time.perf_counter)
+
+
+def _peak_of_threads(dtype: torch.dtype) -> float:
+    """FLOP/s of one of this process's threads, times their number.
+
+    By the time that the thread itself computes: whatever else runs on the machine makes a wall clock's
+    peak too low, and shares of it larger than 1.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return threads * _flops_of_product(1024, torch.device("cpu"), dtype, time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _flops_of_product(size: int, device, dtype, clock: Callable[[], float]) -> float:
+    """FLOP/s of a product of square matrices, the best of five."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         _synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         a @ a
         _synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return 2 * size**3 / best
 
 
