@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from train.data import dataset, mixing, prompts, tokens
-from train.data.mixing import Mix, Part
-from train.data.steps import num_drawn, num_steps, plan_rollouts, plan_steps, shuffled
+from train.data.mixing import Mix, Part, shuffled
+from train.data.steps import num_drawn, num_steps, plan_rollouts, plan_steps
 
 PINNED = [[9, 3, 10, 2, 11, 1, 8, 7], [5, 4, 8, 0, 11, 9, 6, 10]]  # of seed 0, epochs 0 and 1
 LENGTHS = {"max_length": 64, "max_prompt_length": 32}

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.data.mixing import shuffled
 from train.data.packing import Group, PackedBatch, digest, pack, plan_batches
-from train.data.steps import num_steps, plan_pass, plan_steps, shuffled
+from train.data.steps import num_steps, plan_pass, plan_steps
 
 
 def test_batch_by_hand():

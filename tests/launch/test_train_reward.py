@@ -26,8 +26,8 @@ from tests.launch.compare import (
 from tests.launch.test_resume import killed_and_continued
 from tests.launch.test_validate import larger
 from tests.launch.warm import Warm
+from train.data.mixing import shuffled
 from train.data.packing import pack
-from train.data.steps import shuffled
 from train.data.tokens import collect
 from train.models.heads import ScoreModel
 from train.models.pretrained import load_score_model

@@ -17,7 +17,13 @@ import numpy as np
 
 from train.data.dataset import Tokenised
 from train.data.sources import COMPRESSED, READERS, suffix_of
-from train.data.steps import shuffled
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The epoch's order: a permutation of range(count), (count,) int64, from numpy's counter-based
+    Philox.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 class Sources(NamedTuple):

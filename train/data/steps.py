@@ -7,20 +7,10 @@ budget can change what a step is made of.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
-
+from train.data.mixing import Mix, shuffled
 from train.data.packing import plan_batches
-
-
-class Mix(Protocol):
-    """What an epoch is made of; data/mixing.py has one."""
-
-    count: int  # groups that an epoch takes
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The epoch's groups in its order, (count,)."""
 
 
 class PlannedStep(NamedTuple):
@@ -39,13 +29,6 @@ class PlannedRollout(NamedTuple):
     number: int  # 0-based, over all epochs
     epoch: int
     groups: tuple[int, ...]  # as indices into the data set
-
-
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The epoch's order: a permutation of range(count), (count,) int64, from numpy's counter-based
-    Philox.
-    """
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 def num_steps(count: int, batch_size: int, epochs: float, max_steps: int = 0) -> int:

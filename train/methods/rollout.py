@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from train.data.mixing import shuffled
 from train.data.packing import Group, PackedBatch
-from train.data.steps import plan_pass, shuffled
+from train.data.steps import plan_pass
 from train.engine import dist, memory, preemption, sharded_state, sweep
 from train.models.generate import Completion, batches, check, generate
 
