@@ -272,13 +272,8 @@ class States(NamedTuple):
         return self.weights + self.masters
 
     @property
-    def later(self) -> float:
-        """Those that come with it."""
-        return self.gradients + self.moments
-
-    @property
     def total(self) -> float:
-        return self.before + self.later
+        return self.before + self.gradients + self.moments
 
 
 def states(weights: int, stage: int, precision: str, world: int) -> States:
@@ -293,9 +288,17 @@ def states(weights: int, stage: int, precision: str, world: int) -> States:
     return States(
         weights=(2 if narrow else 4) * (share if stage == 3 else weights),
         masters=4 * share if stage > 0 else 0,
-        gradients=4 * (share if stage > 1 else weights),
-        moments=8 * (share if stage > 0 else weights),
+        **made_by_the_first_step(weights, stage, world),
     )
+
+
+def made_by_the_first_step(weights: int, stage: int, world: int) -> dict[str, float]:
+    """Those of `states` that come with the first step: they are fp32 under any precision."""
+    share = weights / world
+    return {
+        "gradients": 4 * (share if stage > 1 else weights),
+        "moments": 8 * (share if stage > 0 else weights),
+    }
 
 
 def frozen(weights: int, sharded: bool, precision: str, world: int) -> float:

@@ -89,7 +89,7 @@ def default_decode_batch(
 def pending(module, stage: int) -> float:
     """Bytes of gradients and moments on this rank before the first step has made them."""
     trained = sum(_numel(p) for p in module.parameters() if p.requires_grad)
-    return footprint.states(trained, stage, precision="bf16", world=dist.world_size()).later
+    return sum(footprint.made_by_the_first_step(trained, stage, dist.world_size()).values())
 
 
 def passing(module) -> int:
