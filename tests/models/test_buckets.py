@@ -209,3 +209,17 @@ def test_an_empty_batch_in_its_bucket_has_zero_gradients():
     backbone = static(Backbone(tiny.make_model("llama")))
     logps, gradients = value_and_gradients(backbone.lm, backbone(pack([])))
     assert logps.shape == (0,) and not any(g.any() for g in gradients.values())
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_layers_are_told_whether_gradients_repeat(static_shapes, asked):
+    """--deterministic, with the batch as it came and in its bucket."""
+    model = Backbone(tiny.make_model())
+    model.deterministic, model.static_shapes = asked, static_shapes
+    told = []
+    model.lm.model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: told.append(kwargs["segments"].deterministic), with_kwargs=True
+    )
+    model(pack(groups()))
+    assert told == [asked]

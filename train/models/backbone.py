@@ -95,7 +95,7 @@ class PackedModel(nn.Module):
         row, num_tokens = batch, len(batch.input_ids)
         if self.static_shapes:
             has_flash = attention.has_flash(batch.input_ids.device)
-            segments = buckets.static_segments(batch, has_flash)
+            segments = buckets.static_segments(batch, has_flash, self.deterministic)
             row = segments.batch
         else:
             segments = attention.Segments(batch, self.deterministic)

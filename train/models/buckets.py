@@ -42,7 +42,7 @@ class StaticSegments(NamedTuple):
     # token its group and its response, (L,) int64; a prompt has 0.
     group: torch.Tensor | None
     response: torch.Tensor | None
-    deterministic: bool = False  # as that of Segments; with it nothing is compiled
+    deterministic: bool  # as that of Segments; with it nothing is compiled
 
     def visible(self, window: int) -> torch.Tensor:
         """(L, L) bool: whether a query (row) sees a key (column): of its group's prompt or of its own
@@ -77,7 +77,9 @@ def _power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
-def static_segments(batch: PackedBatch, has_flash: bool) -> StaticSegments:
+def static_segments(
+    batch: PackedBatch, has_flash: bool, deterministic: bool = False
+) -> StaticSegments:
     """The batch in the shape of its bucket. Nothing here waits for the device."""
     bucket = bucket_of(batch)
     tokens, keys = len(batch.input_ids), len(batch.kv_index)
@@ -105,7 +107,7 @@ def static_segments(batch: PackedBatch, has_flash: bool) -> StaticSegments:
     )
     longest = bucket["longest"]
     group, response = (None, None) if has_flash else _owners(batch.shape, junk, device)
-    return StaticSegments(row, longest, longest, has_flash, group, response)
+    return StaticSegments(row, longest, longest, has_flash, group, response, deterministic)
 
 
 def _owners(shape, junk: int, device) -> tuple[torch.Tensor, torch.Tensor]:
