@@ -34,3 +34,23 @@ def test_a_cpu_s_peak_is_that_of_its_threads_whatever_else_runs(monkeypatch, thr
     finally:
         torch.set_num_threads(before)
     assert peak == threads * 2 * 1024**3 / 3.0
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 7.0),
+        ("NVIDIA GH200 480GB", 7.0),
+    ],
+)
+def test_a_gpu_s_peak_by_its_name(monkeypatch, name, peak):
+    """Of those that have none of their own it is measured."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(meter, "_flops_of_product", lambda *_: 7.0)
+    assert meter.peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert meter.peak_flops(torch.device("cuda"), torch.float32) == 7.0

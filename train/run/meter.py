@@ -25,7 +25,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAKS.items():
-            if re.search(rf"\b{known}\b", name):
+            # a slice of a card (MIG) is named by both, and has its own part of the card's
+            if re.search(rf"\b{known}\b", name) and not re.search(r"\bMIG\b", name):
                 return peak
     if device.type == "cpu":
         return _peak_of_threads(dtype)
