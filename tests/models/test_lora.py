@@ -4,7 +4,11 @@ import pytest
 import tiny
 import torch
 
+from tests.models.test_backbone import groups
+from train.data.packing import pack
 from train.models import lora
+from train.models.backbone import Backbone
+from train.models.flops import FlopCounter
 
 pytest.importorskip("peft")
 
@@ -27,3 +31,22 @@ def test_a_seed_makes_the_same_adapters():
     drawn = [name for name in first if "lora_A" in name]
     assert drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
     assert all(not first[name].any() for name in first if "lora_B" in name)
+
+
+def test_flops_of_a_backward_pass():
+    """Two forward passes; of frozen weights no gradient is computed."""
+    batch = pack(groups())
+    lm = tiny.make_model("llama")
+    counter = FlopCounter(Backbone(lm))
+    forward, tokens = counter.forward(batch), len(batch.input_ids)
+    assert counter.backward(batch) == 2 * forward
+    matrices = [p for name, p in lm.named_parameters() if name.endswith("proj.weight")]
+    frozen = sum(p.numel() for p in matrices)
+    lora.add(lm, rank=4, alpha=8.0, targets=None)
+    adapters = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    counter = FlopCounter(Backbone(lm))
+    assert counter.forward(batch) == forward + 2 * tokens * adapters
+    head = 2 * lm.lm_head.weight.numel() * len(batch.target)
+    attention = forward - head - 2 * tokens * frozen
+    of_weights = 2 * tokens * (frozen + 2 * adapters)
+    assert counter.backward(batch) == of_weights + head + 2 * attention

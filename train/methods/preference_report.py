@@ -49,8 +49,7 @@ def open_report(run, settings, objective, held_out) -> Report:
         measures,
         objective.data,
         HeldOut(objective, held_out) if held_out else None,
-        # the policy forward and backward, the reference forward
-        passes=3 + reference.forwards,
+        forwards=1 + reference.forwards,
         health=partial(bf16_weights_moved, run, policy, reference),
         next_commands=next_commands,
     )

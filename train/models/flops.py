@@ -2,8 +2,7 @@
 batch's own segments.
 
 Multiplications and additions of matrix products only, as is usual for model FLOPs utilisation
-(PaLM, arXiv 2204.02311, appendix B): a backward pass costs two forwards, and what is computed a
-second time does not count.
+(PaLM, arXiv 2204.02311, appendix B): what is computed a second time does not count.
 """
 
 from torch import nn
@@ -24,7 +23,9 @@ class FlopCounter:
             if isinstance(module, nn.Linear | Conv1D) and module is not head
         ]
         self.body_weights = sum(_numel(weight) for weight in matrices)
+        self.trained_body_weights = sum(_numel(w) for w in matrices if w.requires_grad)
         self.head_weights = _numel(head.weight)  # V * H, or H of a score's
+        self.trained_head_weights = self.head_weights * head.weight.requires_grad
         num_heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         self.attention_width = num_heads * head_size
@@ -34,14 +35,28 @@ class FlopCounter:
         """Operations of one forward pass over `batch`, with the mask's share of attention and the
         head of the tokens that it is computed for.
         """
+        products = self._products(batch, self.body_weights, self.head_weights)
+        return products + self._attention(batch)
+
+    def backward(self, batch) -> int:
+        """Operations of the backward pass: what a product of the forward pass costs, for the gradient of
+        each of the two that were multiplied; a frozen weight needs none. So without adapters it is two
+        forward passes.
+        """
+        inputs = self._products(batch, self.body_weights, self.head_weights)
+        weights = self._products(batch, self.trained_body_weights, self.trained_head_weights)
+        return inputs + weights + 2 * self._attention(batch)
+
+    def _products(self, batch, body_weights: int, head_weights: int) -> int:
         # a weight costs a multiplication and an addition a token
-        body = 2 * self.body_weights * batch.input_ids.shape[0]
-        head = 2 * self.head_weights * self.head_rows(batch)
+        body = 2 * body_weights * batch.input_ids.shape[0]
+        return body + 2 * head_weights * self.head_rows(batch)
+
+    def _attention(self, batch) -> int:
         # as do a query and a key, for each of the heads' dimensions: once in the product of queries
         # and keys, once in that with the values
         pairs = {window: _visible_pairs(batch.shape, window) for window in set(self.windows)}
-        attention = sum(2 * 2 * self.attention_width * pairs[window] for window in self.windows)
-        return body + head + attention
+        return sum(2 * 2 * self.attention_width * pairs[window] for window in self.windows)
 
 
 def _numel(weight):

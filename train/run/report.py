@@ -68,18 +68,18 @@ class Report:
         data: Tokenised,
         held_out: HeldOut | None,
         *,
-        passes: int = 3,
+        forwards: int = 1,
         health: Callable[[], dict] = dict,
         next_commands: Callable[[], list[str]] = list,
     ):
-        """model: the TrainedModel. data: what is trained on. passes: forward passes that a batch's
-        work is worth, a backward pass counting two. health: what else is looked at when the run is
-        evaluated, {name: value, or None where it cannot be said}. next_commands: what the user may
-        do when the run is done.
+        """model: the TrainedModel. data: what is trained on. forwards: forward passes that a batch
+        costs besides its backward pass. health: what else is looked at when the run is evaluated,
+        {name: value, or None where it cannot be said}. next_commands: what the user may do when the
+        run is done.
         """
         self.run, self.settings, self.model, self.measures = run, settings, model, measures
         self.sources, self.held_out = mixing.sources_of(data), held_out
-        self.passes, self.look_at_health, self.next_commands = passes, health, next_commands
+        self.forwards, self.look_at_health, self.next_commands = forwards, health, next_commands
         self.flops = FlopCounter(model.module)
         dtype = torch.bfloat16 if run.plan.precision == "bf16" else torch.float32
         # of all rows, then of each source's where there are several
@@ -115,7 +115,7 @@ class Report:
         values = self.measures.distributions(examples)
         self._histogram_names = tuple(values)
         kept = torch.stack(list(values.values()), 1).detach()
-        work = self.passes * self.flops.forward(batch)
+        work = self.forwards * self.flops.forward(batch) + self.flops.backward(batch)
         tokens = batch.input_ids.shape[0] if batch.num_responses else 0
         self.meter.add(sums, tokens, work, kept)
 
