@@ -20,7 +20,7 @@ from train.config import Exit, fail
 from train.data.errors import DataError
 from train.engine import dist, memory, preemption
 from train.models import builtin
-from train.run import upload
+from train.run import trackers, upload
 from train.run.checkpoint_files import Place
 from train.run.folder import RunFolder
 
@@ -107,6 +107,9 @@ def start(flags, kind: str = "run", interruptible: bool = True):
         raise SystemExit(Exit.DONE)
     try:
         with refusals(run):
+            with dist.main_process_first():
+                if dist.is_main():
+                    trackers.check(flags.report_to)
             upload.check(run, flags)
             yield run
     except preemption.Preempted:

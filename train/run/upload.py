@@ -1,6 +1,4 @@
-"""Where a run goes beyond its folder, looked at before it begins: trackers, and OUTPUT/model on the
-model hub, which it is uploaded to when all is done.
-"""
+"""OUTPUT/model on the model hub: looked at before a run begins, uploaded when all is done."""
 
 import json
 import logging
@@ -10,16 +8,13 @@ from train import hub
 from train.config import named
 from train.engine import dist, preemption
 from train.files import write_json
-from train.run import trackers
 
 
 def check(run, settings):
-    """ValueError where --report_to or --push_to_hub cannot come to anything. Every rank calls this."""
+    """ValueError where --push_to_hub cannot come to anything. Every rank calls this."""
     problem = warning = None
     if dist.is_main():
         try:
-            if not run.folder.finished:
-                trackers.check(settings.report_to)
             if name := _repository(run, settings):
                 warning = hub.check_upload(name, settings.hub_public)
         except ValueError as error:
