@@ -12,6 +12,7 @@ SCRIPT = ROOT / "tests/benchmarks/gpu.py"
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks import gpu
+from tests.launch.compare import until
 
 
 def run(*arguments):
@@ -32,6 +33,26 @@ def test_a_step_is_about_the_reference_workload_s():
     """The packed tokens of 16 pairs, in the mean."""
     tokens = [sum(g.tokens for g in gpu.pairs(gpu.FULL, 16, seed=s)) for s in range(40)]
     assert sum(tokens) / len(tokens) == pytest.approx(gpu.TOKENS_OF_STEP, rel=0.03)
+
+
+@pytest.mark.slow
+def test_a_part_s_limit_ends_what_it_has_started(tmp_path):
+    """As the launch script of a part, which would hold the GPU on."""
+    pid = tmp_path / "pid"
+    program = (
+        "import pathlib, subprocess, time\n"
+        f"started = subprocess.Popen(['sleep', '60']).pid\npathlib.Path({str(pid)!r}).write_text(str(started))\n"
+        "time.sleep(60)"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu.run_within(3.0, [sys.executable, "-c", program])
+    status = Path(f"/proc/{pid.read_text()}/status")
+
+    def is_gone():  # or dead, and not yet buried by whoever inherits it
+        return not status.exists() or "State:\tZ" in status.read_text()
+
+    until(is_gone, "end of what it had started", seconds=5)
+    assert gpu.run_within(9, [sys.executable, "-c", "raise SystemExit('no')"]) == (1, "no\n")
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -136,12 +137,14 @@ def make_lm(shape: dict, device, dtype=None):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
 
 
-def save_model(shape: dict, folder: Path, device) -> Path:
-    """A model directory of random weights, with the tests' tokenizer."""
+def save_model(shape: dict, folder: Path) -> Path:
+    """A model directory of random weights, with the tests' tokenizer. Made on the CPU: what is started
+    on it finds a GPU that nobody else holds.
+    """
     import tiny
 
     if not folder.exists():
-        make_lm(shape, device).cpu().save_pretrained(folder)
+        make_lm(shape, "cpu").save_pretrained(folder)
         tiny.save_tokenizer(folder)
     return folder
 
@@ -284,7 +287,7 @@ def zero(sizes, work, device) -> dict:
     from train.data.packing import pack
     from train.engine import loading
 
-    folder = save_model(SMALL, work / "small", device)
+    folder = save_model(SMALL, work / "small")
     batch = pack(pairs(TINY, 4)).to(device)
     norms = {}
     for stage in range(4):
@@ -311,7 +314,7 @@ def resume(sizes, work, device) -> dict:
     import torch
     from safetensors.torch import load_file
 
-    folder = save_model(SMALL, work / "small", device)
+    folder = save_model(SMALL, work / "small")
     data = write_pairs(TINY, folder, 24)
     flags = dict(
         model=folder,
@@ -344,24 +347,30 @@ def resume(sizes, work, device) -> dict:
 
 
 def step(**mode):
-    """The part that measures a run under flags of a mode: `perf/*` of its second half."""
+    """The part that measures a run under flags of a mode: of the readings of its second half, one in two
+    steps, the middle one. A shape of batches that has first to be compiled costs one reading.
+    """
 
     def measure(sizes, work, device) -> dict:
-        folder = save_model(sizes.model, work / "model", device)
+        folder = save_model(sizes.model, work / "model")
         data = write_pairs(sizes, folder, PAIRS_OF_STEP * sizes.steps)
-        record, seconds = command(
-            "launch/train_dpo.py", model=folder, data=data,
-            output=work / "-".join(["step", *mode.values()]), batch_size=PAIRS_OF_STEP,
-            max_steps=sizes.steps, epochs=1, log_every=sizes.steps // 2, beta=0.1,
-            max_length=1024, save_minutes=0, max_implausible=1, **mode)  # fmt: skip
-        perf = record["perf"]
-        pairs_a_second = perf["perf/pairs_per_second"]
+        output = work / "-".join(["step", *mode.values()])
+        _, seconds = command(
+            "launch/train_dpo.py", model=folder, data=data, output=output, batch_size=PAIRS_OF_STEP,
+            max_steps=sizes.steps, epochs=1, log_every=2, beta=0.1, max_length=1024, save_minutes=0,
+            max_implausible=1, **mode)  # fmt: skip
+        readings = curves(output, "perf/")
+        pairs_a_second = readings["perf/pairs_per_second"]
+        late = [*range(len(pairs_a_second) // 2, len(pairs_a_second))]
+        middle = sorted(late, key=lambda i: pairs_a_second[i])[len(late) // 2]
+        tokens_a_second = readings["perf/tokens_per_second"]
         return {
-            "seconds": PAIRS_OF_STEP / pairs_a_second,
-            "tokens": perf["perf/tokens_per_second"] * PAIRS_OF_STEP / pairs_a_second,
-            "epoch": PAIRS_OF_EPOCH / pairs_a_second,
-            "mfu": perf["perf/mfu"],
-            "memory_gb": perf["perf/memory_gb"],
+            "seconds": PAIRS_OF_STEP / pairs_a_second[middle],
+            "tokens": tokens_a_second[middle] * PAIRS_OF_STEP / pairs_a_second[middle],
+            "epoch": PAIRS_OF_EPOCH / pairs_a_second[middle],
+            "mfu": readings["perf/mfu"][middle],
+            "memory_gb": readings["perf/memory_gb"][-1],
+            "pairs_per_second": pairs_a_second,
             "whole_run": seconds,
         }
 
@@ -475,7 +484,9 @@ def loop(sizes, shape, device, steps: int) -> dict:
 
 
 def idle(whole, device, steps: int) -> float | None:
-    """The share of steps in which the device runs no kernel; None on a CPU, which is the device."""
+    """The share of steps in which the device runs no kernel; None where that is not seen: on a CPU, which
+    is the device, and on machines that keep a GPU's counters to the administrator.
+    """
     if device.type != "cuda":
         return None
     import torch
@@ -488,9 +499,15 @@ def idle(whole, device, steps: int) -> float | None:
             whole(number)
         synchronise(device)
         seconds = time.perf_counter() - began
-    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy = union(sorted((e.time_range.start, e.time_range.end) for e in kernels)) / 1e6
-    return 1 - busy / seconds
+    # a range that somebody has named lies over kernels, and over what is between them
+    kernels = [
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    if not kernels:  # the profiler was not let see any
+        return None
+    return 1 - union(sorted(kernels)) / 1e6 / seconds
 
 
 def union(spans) -> float:
@@ -541,29 +558,30 @@ def rollout(algorithm: str):
     """The part that measures a rollout of an algorithm with its updates."""
 
     def measure(sizes, work, device) -> dict:
-        folder = save_model(sizes.model, work / "model", device)
+        folder = save_model(sizes.model, work / "model")
         data = write_pairs(sizes, folder, 64)
         _, seconds = command(
             "launch/train_ppo.py", algorithm=algorithm, model=folder, data=data,
             output=work / algorithm, max_steps=2, epochs=1, reward="length:1-40", save_minutes=0,
             max_implausible=1, **sizes.rollout)  # fmt: skip
-        return last_scalars(work / algorithm, "perf/") | {"whole_run": seconds}
+        readings = curves(work / algorithm, "perf/")
+        return {name: values[-1] for name, values in readings.items()} | {"whole_run": seconds}
 
     return measure
 
 
-def last_scalars(output: Path, prefix: str) -> dict[str, float]:
-    """The last values of a run's curves whose names begin so, off its TensorBoard."""
+def curves(output: Path, prefix: str) -> dict[str, list[float]]:
+    """The values of a run's curves whose names begin so, off its TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(output / "tensorboard")).Reload()
     names = [name for name in events.Tags()["scalars"] if name.startswith(prefix)]
-    return {name: events.Scalars(name)[-1].value for name in names}
+    return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
 def trl(sizes, work, device) -> dict:
     """What dpo_step.py measures of ours and TRL's on the same pairs."""
-    folder = save_model(sizes.model, work / "model", device)
+    folder = save_model(sizes.model, work / "model")
     data = write_pairs(sizes, folder, 2 * PAIRS_OF_STEP)
     count = 4 if sizes is TINY else PAIRS_OF_STEP
     script = ROOT / "tests/benchmarks/dpo_step.py"
@@ -644,7 +662,7 @@ PARTS = {
         resume, lambda f: [("the same weights", f"{f['same']} of {f['of']} tensors")], 180
     ),
     "eager": Part(step(compile="off"), of_step, 90),
-    "compiled": Part(step(compile="auto"), of_step, 180),
+    "compiled": Part(step(compile="auto"), of_step, 240),  # three graphs for each of a few shapes
     "deterministic": Part(step(compile="off", deterministic="true"), of_step, 90),
     "breakdown": Part(breakdown, of_loop, 90, True),
     "generate": Part(
@@ -690,6 +708,22 @@ def in_process(name: str, sizes: Sizes, work: Path):
     dist.shutdown()
 
 
+def run_within(limit: float, line: list[str], env: dict | None = None) -> tuple[int, str]:
+    """Run a command: its exit status and what it said on stderr. TimeoutExpired after `limit` seconds,
+    when all that it has started is ended with it: the next part finds the GPU free.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        line, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=limit)
+        except BaseException:  # Ctrl-C, too, which a group of its own does not get
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said
+
+
 def spawn(name: str, args, work: Path, seconds: float) -> dict:
     """A part in a process of its own: what it measured, or {"failed": why}."""
     line = [sys.executable, __file__, "--part", name, "--work", str(work)]
@@ -697,11 +731,11 @@ def spawn(name: str, args, work: Path, seconds: float) -> dict:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "ZEROPREF_CACHE": str(work / "cache")}
     limit = min(seconds, PARTS[name].limit * (4 if args.tiny else 1))  # a CPU takes its time
     try:
-        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=limit)
+        code, said = run_within(limit, line, env)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done within {limit:.0f} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip() or "no word")[-1500:]}
+    if code:
+        return {"failed": (said.strip() or "no word")[-1500:]}
     return json.loads((work / f"{name}.json").read_text())
 
 
