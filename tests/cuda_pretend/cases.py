@@ -18,15 +18,17 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from tests.cuda_pretend import pretend
+from tests.engine import made_rollouts
 from tests.engine.made_pairs import made_pairs, with_targets
 from train.data.packing import pack
-from train.data.steps import PlannedStep
+from train.data.steps import PlannedRollout, PlannedStep
 from train.engine import ds_config, footprint
 from train.engine.trained import TrainedModel
 from train.losses import composition
 from train.losses import policy as losses_of_policies
 from train.losses import reward as losses_of_rewards
-from train.methods import preference, preference_report, reward
+from train.methods import policy_report, policy_setup, preference, preference_report, reward
+from train.methods import ppo as methods_ppo
 from train.methods.reference import Live
 from train.methods.rollout import Known
 from train.models import buckets, compiled, generate, lora
@@ -34,6 +36,7 @@ from train.models.backbone import Backbone
 from train.models.heads import ScoreModel
 from train.run import loop
 from train.run.checkpoint import Checkpointer
+from train.run.checkpoint_files import Place
 
 # FILE:FUNCTION where the host may wait for the device, and why.
 MAY_WAIT = {
@@ -53,6 +56,7 @@ MAY_WAIT = {
         ),
         "a coupled loss sees the whole step, which is put together on the CPU",
     ),
+    "train/methods/ppo.py:moved": "--target_kl: whether to step at all is the host's to say",
 }
 
 
@@ -393,6 +397,99 @@ def ppo(run: Pretend) -> dict:
     return {}
 
 
+class Updates:
+    """A rollout's updates of launch/train_ppo.py: the collector, the report and the checkpointer around
+    a policy and a value model. The rollout is there as if it had been drawn.
+    """
+
+    def __init__(self, policy, critic, algorithm, folder, target_kl):
+        settings = types.SimpleNamespace(
+            **made_rollouts.SETTINGS | {"target_kl": target_kl},
+            report_to=["tensorboard"],
+            temperature=made_rollouts.TEMPERATURE,
+        )
+        run = types.SimpleNamespace(
+            device=torch.device("cuda"),
+            plan=types.SimpleNamespace(steps=1000, begun=0, batch_tokens=300),
+            folder=types.SimpleNamespace(
+                path=folder, log=logging.getLogger("pretend"), record={"flags": {}}
+            ),
+            note=lambda **facts: None,
+            say=print,
+        )
+        models = policy_setup.Models(policy, None, critic, None)
+        self.report = policy_report.PolicyReport(run, settings, algorithm, models, None, None)
+        self.collector = methods_ppo.Collector(
+            run, settings, algorithm, models, None, None, self.report
+        )
+        parts = {"policy": policy, "report": self.report}
+        self.checkpointer = Checkpointer(run, settings, self.collector.state | parts, {})
+        self.report.start()
+        self.checkpointer.mark(0)
+        self.run, self.models, self.temperature = run, models, settings.temperature
+        with unset_fake_temporarily():  # it lies in main memory
+            score = made_rollouts.made_scores()
+            answers = made_rollouts.made_answers()
+            tokens = torch.zeros(int(answers.lengths.sum()))
+            known = dict.fromkeys(("old", "ref", "values"), tokens) | {"entropy": None}
+            self.rollout = self.collector._with_advantages(answers, score[:, None], score, known)
+        self.number = 0
+
+    def step(self, watch):
+        """The updates of one rollout as the script and the loop have them: where the host waits at the
+        end of the last.
+        """
+        (policy, _, critic, _), collector = self.models, self.collector
+        algorithm = collector.algorithm
+        planned = PlannedRollout(self.number, 0.0, self.rollout.answers.groups)
+        late = self.run.device.type in loop.READS_LATE
+        step = loop.RolloutStep(self.run, self.checkpointer, planned, late)
+        self.checkpointer.before_use = step.settle
+        collector.kept.take(self.number, self.rollout, {})
+        with watch:
+            for minibatch in collector.minibatches(step, self.rollout):
+                for batch in minibatch.batches():
+                    known = self.rollout.of_batch(batch)
+                    logps = policy(batch, temperature=self.temperature)
+                    found = losses_of_policies.policy_loss(algorithm, logps, known)
+                    policy.backward(found.loss / minibatch.denominator)
+                    of_values = None
+                    if critic:
+                        values = critic(batch, at="before")
+                        of_values = losses_of_policies.value_loss(algorithm, values, known)
+                        critic.backward(of_values.loss / minibatch.num_tokens)
+                    self.report.add(minibatch.sums(found, of_values))
+                minibatch.finish()
+                # what a checkpoint would be made of is the update before
+                assert self.checkpointer._mark.place == Place(self.number, minibatch.number)
+                before_end = list(watch.waits)
+        at_end, watch.waits = watch.waits[len(before_end) :], before_end
+        assert self.checkpointer._mark.place == Place(self.number, minibatch.number + 1)
+        self.number += 1
+        self.checkpointer.mark(self.number)  # as the loop does
+        return sorted(set(at_end))
+
+
+def updates(run: Pretend) -> dict:
+    """The updates of two rollouts, of GRPO and of PPO with a value model. Between them the host does not
+    wait; facts: where it does when a rollout's last one is done.
+    """
+    family, kind = FAMILIES["llama"], transformers.AutoModelForSequenceClassification
+    facts = {}
+    for name, target_kl in (("grpo", 0.0), ("ppo", 0.0), ("ppo", 1e9)):
+        algorithm = made_rollouts.algorithm_row(name)._replace(epochs=2)
+        with run.fake:
+            policy, _ = policy_and_reference(family)
+            critic = None
+            if algorithm.needs_critic:
+                lm = make_lm(family, kind=kind, num_labels=1)
+                critic = under_deepspeed(ScoreModel(lm, autocast=torch.bfloat16), family)
+            folder = run.folder / f"updates_{name}"
+            training = Updates(policy, critic, algorithm, folder, target_kl)
+            facts[f"{name} {target_kl:g}"] = [training.step(run.watch) for _ in range(2)]
+    return facts
+
+
 def coupled(run: Pretend) -> dict:
     """KTO, BCO and AOT: the step's scores first, then the losses with their known gradient.
 
@@ -675,6 +772,7 @@ def memory(run: Pretend) -> dict:
 CASES = {
     **{f"step_{name}": step_of(name) for name in FAMILIES},
     "ppo": ppo,
+    "updates": updates,
     "coupled": coupled,
     "weights_in_bf16": weights_in_bf16,
     "other_kernels": other_kernels,

@@ -135,6 +135,12 @@ def test_batches_of_a_bucket_are_one_trace_and_one_graph_a_layer(found, family):
     assert all(now <= most for now, most in zip(measured, nodes, strict=True)), measured
 
 
+def test_updates_of_a_rollout_wait_at_its_end_alone(found):
+    facts = found["updates"]["facts"]
+    assert set(facts) == {"grpo 0", "ppo 0", "ppo 1e+09"}
+    assert all(ends == [["train/engine/later.py:read (event)"]] * 2 for ends in facts.values())
+
+
 def test_without_flash_layers_stay_uncompiled(found):
     assert "flash" in found["static_shapes"]["facts"]["fp32"]
 

@@ -139,6 +139,7 @@ def updates_of(names, model, device, stage):
                 updated=lambda number, updates, norms=norms: norms.append(
                     [update.grad_norm for _, update in updates]
                 ),
+                settle=lambda: None,
             )
             collector = Collector(
                 run=SimpleNamespace(device=device, plan=SimpleNamespace(batch_tokens=budget)),

@@ -1,5 +1,6 @@
-"""What a step came to is read when the next one has been launched, as on CUDA: the run is the one that
-reads it at once, bit for bit, wherever it is stopped.
+"""What a step came to is read when the next one has been launched, as on CUDA, and what an update of a
+rollout came to before the next: the run is the one that reads it at once, bit for bit, wherever it is
+stopped.
 """
 
 import json
@@ -7,7 +8,9 @@ import signal
 
 import pytest
 
+from tests.launch import test_ppo_killed, test_train_ppo
 from tests.launch.compare import flags, moments, same_bits, same_run, scalars, straight
+from tests.launch.warm import Warm
 
 pytestmark = pytest.mark.slow
 LATE = {"train.run.loop.READS_LATE": ["cpu", "cuda"]}
@@ -63,3 +66,66 @@ def test_gradients_that_are_not_finite(warm, model_dir, few, tmp_path):
         assert kept == ["step-1"] and (policy["updates"], policy["skipped"]) == (1, 0)
         same_bits(moments(out, 1), moments(first, 1))
     assert said["late"] == said["at_once"] and len(said["late"]) == 3
+
+
+@pytest.fixture(scope="module")
+def warm_ppo(tmp_path_factory):
+    """Ranks of launch/train_ppo.py without their imports."""
+    with Warm(tmp_path_factory.mktemp("cache"), test_train_ppo.SCRIPT) as process:
+        yield process
+
+
+def rollouts_of(model_dir, prompts, out, *extra):
+    """Three rollouts of four updates each, of a policy and a value model, an update of two batches."""
+    often = ("--save_every", 3, "--decode_batch", 2, "--micro_tokens", 1, *test_train_ppo.PPO)
+    return test_train_ppo.flags(model_dir, prompts, out, *often, *extra)
+
+
+@pytest.fixture(scope="module")
+def rollouts_at_once(warm_ppo, model_dir, prompts, tmp_path_factory):
+    """The folder of a run of PPO that reads at once."""
+    out = tmp_path_factory.mktemp("runs") / "at_once"
+    codes, text = warm_ppo.run(rollouts_of(model_dir, prompts, out))
+    assert codes == [0], text[-3000:]
+    return out
+
+
+# after which calls the run is told to stop: in the second rollout, an update of which ends in UPDATED
+TOLD = {
+    "never": None,
+    "behind an update": [(test_ppo_killed.UPDATED, 6)],
+    "between policy and value model": [(test_ppo_killed.STEPPED, 13)],
+    "inside an update's batches": [(test_ppo_killed.UPDATED, 6), ("train.losses.policy:sums", 1)],
+    "behind the last update": [(test_ppo_killed.UPDATED, 8)],
+}
+
+
+@pytest.mark.parametrize("point", TOLD)
+def test_the_same_rollouts(warm_ppo, model_dir, prompts, rollouts_at_once, tmp_path, point):
+    out, calls = tmp_path / "out", TOLD[point]
+    line = rollouts_of(model_dir, prompts, out)
+    if calls:
+        codes, text = warm_ppo.run(line, patch=LATE, signal_after=(signal.SIGUSR1, calls))
+        assert codes == [85], text[-3000:]
+        [path] = (out / "checkpoints").glob("step-*")
+        # of an update that was done when the signal came
+        done = {"between policy and value model": "step-1-3", "behind the last update": "step-2"}
+        assert path.name == done.get(point, "step-1-2")
+    codes, text = warm_ppo.run(line, patch=LATE)
+    assert codes == [0] and "Traceback" not in text, text[-3000:]
+    test_ppo_killed.same_run(out, rollouts_at_once)
+
+
+def test_updates_that_are_not_finite(warm_ppo, model_dir, prompts, tmp_path):
+    """The same words, counters and bits of what is kept."""
+    breaking = ("--lr", "1e30", "--warmup_ratio", 0, "--max_skipped", 1)
+    said, kept = [], []
+    for name, patch in (("at_once", {}), ("late", LATE)):
+        out = tmp_path / name
+        codes, text = warm_ppo.run(rollouts_of(model_dir, prompts, out, *breaking), patch=patch)
+        assert codes == [5] and "Traceback" not in text, text[-3000:]
+        said.append([part.replace(str(out), "") for part in text.splitlines() if "finite" in part])
+        [path] = (out / "checkpoints").glob("step-*")
+        parts = json.loads((path / "manifest.json").read_text())["parts"]
+        kept.append((path.name, parts["policy"], parts["value"], parts["rollout"]))
+    assert said[0] == said[1] and said[0] and kept[0] == kept[1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def test_examples_at_places():
 def test_a_rollout_that_goes_on_knows_what_cannot_be_said(tmp_path):
     """Where all returns are equal no variance of theirs is explained, and a checkpoint has null there."""
     board = tensorboard.Board(tmp_path, total=1, quiet=True)
-    before, after = (PolicyReport(*[None] * 6) for _ in range(2))
+    run = types.SimpleNamespace(device=torch.device("cpu"))
+    before, after = (PolicyReport(run, *[None] * 5) for _ in range(2))
     before.board = board
     before.last = {"val/explained_variance": math.nan, "objective/scores": 0.5}
     after.load_state_dict(json.loads(json.dumps(json_safe(before.state_dict()))))

@@ -185,7 +185,7 @@ def sums(found: PolicySums, of_values: ValueSums | None, denominator: float, num
 def one_update(device) -> torch.Tensor:
     """(columns,) fp64 that counts one update."""
     counted = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-    counted[0] = 1
+    counted[:1].fill_(1)  # `counted[0] = 1` would copy it from the host, and wait
     return counted
 
 

@@ -50,7 +50,7 @@ class PolicyReport:
         self.run, self.settings, self.algorithm = run, settings, algorithm
         self.models, self.rewards, self.held_out = models, rewards, held_out
         self.board = None  # from `start` on
-        self.sums = no_sums()  # of the updates of this rollout
+        self.sums = no_sums(run.device)  # of the updates of this rollout
         self.ratios = []  # of the last update's tokens of this rank, (T,) a batch
         self.seconds = {}  # what the rollout's time went to
         self.evaluated, self.evaluated_at = {}, -1
@@ -76,7 +76,7 @@ class PolicyReport:
     def step(self, step, updates):
         """Show a finished rollout. Every rank calls this."""
         number = step.number + 1
-        summed = dist.all_reduce(self.sums.to(self.run.device))  # NCCL takes nothing on the host
+        summed = dist.all_reduce(self.sums.clone())  # a mark may hold this rank's own
         means = policy.means(summed, self.algorithm.needs_critic)
         shown = self.last | means | self._of_updates(updates)
         shown["eps"] = number / max(self.run.plan.steps, 1)
@@ -93,7 +93,7 @@ class PolicyReport:
         self.board.scalars(perf, number)
         self.last = shown | perf
         self.run.folder.log.info("rollout %d %s", number, self.last)
-        self.sums, self.ratios, self.seconds = no_sums(), [], {}
+        self.sums, self.ratios, self.seconds = no_sums(self.run.device), [], {}
         bar = {
             "reward": format(shown["objective/scores"], ".3f"),
             "len": format(shown["completions/mean_length"], ".0f"),
@@ -276,7 +276,7 @@ class PolicyReport:
 
     def add(self, sums: torch.Tensor):
         """Take in a batch's sums, (columns,) fp64. No value leaves the device here."""
-        self.sums = self.sums + sums.detach().to("cpu", torch.float64)
+        self.sums = self.sums + sums.detach()
 
     def timed(self, name: str):
         """A context whose seconds count as `name` in perf/*: generate, score, train."""
@@ -312,7 +312,8 @@ class PolicyReport:
 
     def load_rank_tensors(self, of_ranks):
         """Continue from `rank_tensors` of several ranks, or of none."""
-        self.sums = sum((tensors["sums"] for tensors in of_ranks), no_sums())
+        found = (tensors["sums"].to(self.run.device) for tensors in of_ranks)
+        self.sums = sum(found, no_sums(self.run.device))
 
     # The end.
 
@@ -391,9 +392,9 @@ def estimated(columns: dict[str, list], completions: list) -> dict:
     return found
 
 
-def no_sums() -> torch.Tensor:
+def no_sums(device) -> torch.Tensor:
     """(columns,) zeros of policy.SUMS, to add to."""
-    return torch.zeros(len(policy.SUMS), dtype=torch.float64)
+    return torch.zeros(len(policy.SUMS), dtype=torch.float64, device=device)
 
 
 def applying(score: np.ndarray) -> torch.Tensor:

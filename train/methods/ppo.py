@@ -374,8 +374,10 @@ class Collector:
             if self.kept.updates <= number:  # this one was dropped
                 break
         self.kept.updates = 0  # it is used up: no checkpoint needs it any more
-        for model in self._trained():
-            model.advance()  # schedules count rollouts, whatever became of their updates
+        with self.report.timed("train"):  # here the host waits for the last update
+            step.settle()
+            for model in self._trained():
+                model.advance()  # schedules count rollouts, whatever became of their updates
 
     def trains_policy(self, step) -> bool:
         """Whether the policy learns in this rollout: not while a value model warms up."""
@@ -389,8 +391,9 @@ class Collector:
         its gradients instead, and with them what is left of the rollout.
         """
         policy, critic = self.models.policy, self.models.critic
+        step.settle()
         if dist.is_main():
-            self.report.add(losses.one_update("cpu"))
+            self.report.add(losses.one_update(self.run.device))
         self.report.ratios = minibatch.ratios
         if self.settings.target_kl and minibatch.trains_policy:
             moved = minibatch.moved()

@@ -20,6 +20,8 @@ from train.engine import dist, memory, preemption, sharded_state, sweep
 from train.models.generate import Completion, batches, check, generate
 
 PER_TOKEN = ("old", "ref", "values", "entropy", "advantages", "returns")
+# what a batch's update needs of them
+OF_UPDATES = ("old", "ref", "values", "advantages", "returns")
 
 
 class Answers(NamedTuple):
@@ -89,18 +91,14 @@ class Rollout(NamedTuple):
         samples = [i * k + s for i in batch.group_rows for s in range(k)]
         index = [np.arange(ends[s] - lengths[s], ends[s]) for s in samples]
         index = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *index]))
-
-        def take(values):
-            return None if values is None else values[index].to(device)
-
-        return Known(
-            old=take(self.old),
-            ref=take(self.ref),
-            values=take(self.values),
-            advantages=take(self.advantages),
-            returns=take(self.returns),
-            lengths=batch.lengths,
-        )
+        columns = {name: getattr(self, name) for name in OF_UPDATES}
+        known = {name: values for name, values in columns.items() if values is not None}
+        taken = torch.stack([values[index] for values in known.values()])  # (columns, T) fp32
+        if device.type == "cuda":
+            taken = taken.pin_memory()  # else the host would wait for the copy
+        on_device = taken.to(device, non_blocking=True)
+        found = dict(zip(known, on_device, strict=True))
+        return Known(**dict.fromkeys(columns) | found, lengths=batch.lengths)
 
 
 class Known(NamedTuple):

@@ -95,12 +95,16 @@ class Step:
 class RolloutStep:
     """One rollout and the updates it is used for, under way."""
 
-    def __init__(self, run, checkpointer: Checkpointer, planned: planning.PlannedRollout):
+    def __init__(
+        self, run, checkpointer: Checkpointer, planned: planning.PlannedRollout, late: bool
+    ):
+        """late: what an update came to is not asked before the next one is about to change the weights."""
         self.number, self.epoch = planned.number, planned.epoch  # the number is 0-based
         self.groups = planned.groups  # the prompts of all ranks, as numbers into the data set
         self.updates = []  # of all models, as they came
         self.finished = False
-        self._run, self._checkpointer = run, checkpointer
+        self._run, self._checkpointer, self._late = run, checkpointer, late
+        self._draft = None  # of the mark of the last update, where that is not set yet
 
     def computes(self, batch):
         """Say which batch is computed next; None: none. Every rank calls this before each of its
@@ -115,7 +119,17 @@ class RolloutStep:
         """
         self._run.batch = None
         self.updates += updates
-        self._checkpointer.mark(self.number, updates=count)
+        self._draft = self._checkpointer.draft(self.number, updates=count)
+        if not self._late:
+            self.settle()
+
+    def settle(self):
+        """Set the mark of the update that was done last, where that is still to be done: before the next
+        one changes the weights, and before schedules go on.
+        """
+        if self._draft is not None:
+            draft, self._draft = self._draft, None
+            self._checkpointer.complete(draft)
 
     def finish(self):
         """All updates are done."""
@@ -139,7 +153,8 @@ def rollouts(run, settings, data, state: dict, report: Report) -> Iterator[Rollo
         total=run.plan.steps,
     )
     for planned in plan:
-        step = RolloutStep(run, checkpointer, planned)
+        step = RolloutStep(run, checkpointer, planned, late=run.device.type in READS_LATE)
+        checkpointer.before_use = step.settle
         yield step
         assert step.finished, "the script finishes each rollout: step.finish()"
         number = planned.number + 1
