@@ -82,10 +82,10 @@ class PackedBatch(NamedTuple):
         """
         memory = self.memory
         moved = memory.to(device, non_blocking=True)
-        shared = memory.untyped_storage()._cdata
+        shared = memory.untyped_storage().data_ptr()
 
         def on_device(x):
-            if x.untyped_storage()._cdata != shared:  # put in later
+            if x.untyped_storage().data_ptr() != shared:  # put in later
                 return x.to(device, non_blocking=True)
             return moved.view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
 
