@@ -20,10 +20,12 @@ from eval.scores import score_all
 from train.data.dataset import Tokenised
 from train.data.rows import PAIR_COLUMNS, check_pair
 from train.data.tokens import check_rows
-from train.engine import dist, memory
+from train.engine import dist
 from train.methods.answers import against, columns_of_tokens, ends_of, summary, without_end
+from train.methods.decoding import answer as decode
+from train.methods.decoding import plan_of_rank
 from train.methods.rewards import Prompt
-from train.models.generate import Completion, batches, generate
+from train.models.generate import Completion
 
 MODES = ("greedy", "sampled")
 EXAMPLES = 3  # rows that the report itself holds, for the model card
@@ -125,40 +127,28 @@ def answer(
 
     title: of the progress bar.
     """
-    plan = batches([len(prompt.ids) for prompt in prompts], decoding.batch_size)
-    plan_of_rank = plan[dist.rank() :: dist.world_size()]
-    mine = []  # (place among the prompts, Completion)
+    ids = [prompt.ids for prompt in prompts]
+    plan = plan_of_rank(ids, decoding.batch_size)
     with tqdm(
-        total=sum(map(len, plan_of_rank)),
+        total=sum(map(len, plan)),
         desc=title,
         unit="answer",
         disable=not dist.is_main(),
         dynamic_ncols=True,
     ) as bar:
-        for places in plan_of_rank:
-            task = f"{len(places)} answers decoded at once"
-            with memory.room_for(task, f"(--batch_size is {decoding.batch_size}: lower it)"):
-                completions = generate(
-                    backbone.lm,
-                    [prompts[i].ids for i in places],
-                    eos_token_ids=ends,
-                    seed=decoding.seed,
-                    max_new_tokens=decoding.max_new_tokens,
-                    temperature=decoding.temperature,
-                    batch_size=len(places),
-                    # the noise knows a prompt by its data row, whatever batch it is in
-                    prompt_numbers=[prompts[i].row for i in places],
-                    autocast=backbone.autocast,
-                    progress=bar.update,
-                )
-            mine += zip(places, completions, strict=True)
-    everyone = sorted(
-        (item for part in dist.all_gather(mine) for item in part), key=lambda item: item[0]
-    )
-    assert [place for place, _ in everyone] == list(range(len(prompts))), (
-        "a prompt was answered twice or never"
-    )
-    return [completion for _, completion in everyone]
+        return decode(
+            backbone.lm,
+            ids,
+            [prompt.row for prompt in prompts],  # by which the noise knows them
+            plan,
+            advice=f"(--batch_size is {decoding.batch_size}: lower it)",
+            eos_token_ids=ends,
+            seed=decoding.seed,
+            max_new_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+            autocast=backbone.autocast,
+            progress=bar.update,
+        )
 
 
 def columns_of(

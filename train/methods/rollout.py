@@ -16,8 +16,9 @@ import torch
 from train.data.mixing import shuffled
 from train.data.packing import Group, PackedBatch
 from train.data.steps import plan_pass
-from train.engine import dist, memory, preemption, sharded_state, sweep
-from train.models.generate import Completion, batches, check, generate
+from train.engine import dist, preemption, sharded_state, sweep
+from train.methods import decoding
+from train.models.generate import Completion, check
 
 PER_TOKEN = ("old", "ref", "values", "entropy", "advantages", "returns")
 # what a batch's update needs of them
@@ -160,47 +161,30 @@ class Sampler:
     ) -> Answers:
         """Answer every prompt `samples_per_prompt` times, on every rank. Every rank calls this.
 
-        draws: what the noise knows each prompt by. logps: as `generate`'s. Batches are planned for the whole job and dealt to
-        the ranks. Raises Preempted between two batches where a rank has been told to stop; a rank
-        that is told while it decodes leaves the batch at once.
+        draws: what the noise knows each prompt by. logps: as `generate`'s. Raises Preempted between
+        two batches where a rank has been told to stop; a rank that is told while it decodes leaves the
+        batch at once.
         """
         settings, at_once = self.settings, self.run.plan.decode_batch
-        # whole prompts to a batch: each is read once for its samples
-        size = max(1, at_once // samples_per_prompt)
-        plan = batches([len(prompt) for prompt in prompts], size)
-        plan += [[]] * (-len(plan) % dist.world_size())
-        mine = []  # (place among the prompts, its completions)
-        for places in plan[dist.rank() :: dist.world_size()]:
-            preemption.raise_if_preempted()
-            if not places:
-                continue
-            count = len(places) * samples_per_prompt
-            with memory.room_for(
-                f"{count} answers decoded at once",
-                f"(--decode_batch is {at_once}: lower it)",
-            ):
-                done = generate(
-                    self.lm,
-                    [prompts[i] for i in places],
-                    eos_token_ids=self.ends,
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    seed=seed,
-                    samples_per_prompt=samples_per_prompt,
-                    prompt_numbers=[draws[i] for i in places],
-                    batch_size=count,
-                    autocast=self.policy.module.autocast,
-                    progress=progress,
-                    stop=preemption.told_to_stop,
-                    logps=logps,
-                )
-            for n, i in enumerate(places):
-                mine.append((i, done[n * samples_per_prompt : (n + 1) * samples_per_prompt]))
-        preemption.raise_if_preempted()  # a batch that was left is dropped with the rollout
-        everyone = dict(item for part in dist.all_gather(mine) for item in part)
-        assert len(everyone) == len(prompts), "a prompt was answered twice or never"
-        completions = tuple(c for i in range(len(prompts)) for c in everyone[i])
-        return Answers(tuple(groups), tuple(map(tuple, prompts)), completions)
+        completions = decoding.answer(
+            self.lm,
+            prompts,
+            draws,
+            decoding.plan_of_rank(prompts, at_once, samples_per_prompt),
+            advice=f"(--decode_batch is {at_once}: lower it)",
+            samples_per_prompt=samples_per_prompt,
+            # a batch that was left is dropped with the rollout
+            between=preemption.raise_if_preempted,
+            eos_token_ids=self.ends,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            autocast=self.policy.module.autocast,
+            progress=progress,
+            stop=preemption.told_to_stop,
+            logps=logps,
+        )
+        return Answers(tuple(groups), tuple(map(tuple, prompts)), tuple(completions))
 
 
 class Part(NamedTuple):
