@@ -9,7 +9,6 @@ vocabulary, H hidden size, M a gated MLP's intermediate size.
 """
 
 import functools
-import math
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from train.models import attention
 from train.models.matmul import (
     blocked,
+    exact_matmul_transposed,
     grad_buffer,
     matmul_transposed,
     product_dtype,
@@ -25,9 +25,8 @@ from train.models.matmul import (
     weight_gradient,
 )
 
-# As many squares a norm adds up in fp32. With 32 a narrow model's gradient is measurably less exact;
-# fewer than 16 gain little and take longer.
-PART = 16
+# Numbers that a norm has in fp64 at a time: they stay in the cache.
+CACHED = 1 << 17
 
 
 class Linear(nn.Linear):
@@ -139,7 +138,7 @@ class _GatedProduct(torch.autograd.Function):
 def _times_weight(x, weight, bias, dtype):
     """x @ weight.T + bias in `dtype`: (T, I), (O, I), (O,) -> (T, O)"""
     (weight,) = blocked(weight, dtype, size=weight.shape[0])
-    return matmul_transposed(x, weight, None if bias is None else bias.to(dtype))
+    return exact_matmul_transposed(x, weight, None if bias is None else bias.to(dtype))
 
 
 def _parameter_gradients(ctx, grad, x):
@@ -220,15 +219,20 @@ class RMSNorm:
 class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        # In parts of up to 16: on a CPU torch adds up a whole row one by one, which costs fp32 a digit
-        # in wide models. From the parts on in fp64, because a root in fp32 that is squared again
-        # doubles the scale's error; x itself in fp64 would be a copy of twice its size.
-        parts = x.unflatten(-1, (-1, math.gcd(x.shape[-1], PART)))  # (..., H / part, part)
-        norms = torch.linalg.vector_norm(parts, dim=-1)  # (..., H / part)
-        norm = torch.linalg.vector_norm(norms, dim=-1, keepdim=True, dtype=torch.float64)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().float()  # (..., 1)
+        # In fp64, some rows at a time, and rounded once: a rounded scale is off for all of a row in the
+        # same way, and with it all that is computed from the row.
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        scale = x.new_empty(*x.shape[:-1], 1)
+        rows = max(1, CACHED // x.shape[-1])
+        pieces = zip(*(_flat(each).split(rows) for each in (x, out, scale)), strict=True)
+        for part, part_out, part_scale in pieces:
+            part = part.double()
+            norm = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+            exact_scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            part_out.copy_(part.mul_(exact_scale).mul_(weight))
+            part_scale.copy_(exact_scale)
         ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
