@@ -289,25 +289,28 @@ def test_a_sum_over_the_vocabulary_is_as_exact_as_torchs_own():
     assert torch.equal(matmul.matmul_over_vocabulary(*half), half[0] @ half[1])
 
 
-@pytest.mark.parametrize(
-    "width, bound", [(16, 1.01), (64, 0.8), (100, 0.8), (576, 0.95), (1536, 1.02)]
-)
-def test_a_model_s_products_are_as_exact_as_torchs_own(width, bound):
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("width", [16, 64, 100, 576, 1536])
+def test_a_model_s_products_are_as_exact_as_torchs_own(width):
     """As transformers' layers compute them, on MKL. oneDNN's in one piece are no nearer to fp64 where
     the model is narrow, and 1.5 and 2 times as far at 576 and 1,536.
     """
     torch.manual_seed(0)
     x = torch.randn(150, width)
     layer = nn.Linear(width, 80)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
     with torch.no_grad():
         wide = copy.deepcopy(layer).double()
         true = wide(x.double())
         theirs = rms_error(layer(x), true)
+    in_one_piece = rms_error(matmul.matmul_transposed(x, weight, bias), true)
     layers.swap(layer)
     logits = torch.full((150, 80), torch.nan)
-    matmul.matmul_transposed_into(logits, x, layer.weight.detach())
-    for found in (layer(x).detach(), logits + layer.bias.detach()):
-        assert rms_error(found, true) < bound * theirs
+    matmul.matmul_transposed_into(logits, x, weight)
+    for found in (layer(x).detach(), logits + bias):
+        error = rms_error(found, true)
+        assert error < 1.1 * theirs
+        assert width == 16 or error < 0.75 * in_one_piece  # 16 terms are not cut
 
 
 @pytest.mark.parametrize("tokens", [64, 200, 960, 1100])
