@@ -177,7 +177,8 @@ def test_expanded_gradients_and_the_same_result_twice():
 
 
 @pytest.mark.parametrize("shape", [(1, 70, 24), (1, 5, 3, 24), (1, 1, 24)])
-def test_norms_are_the_models_own(shape):
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_norms_are_the_models_own(shape, products):
     """Values and gradients within fp32 rounding of fp64's own formula; fp64 itself stays with the
     model's code.
     """
@@ -196,14 +197,15 @@ def test_norms_are_the_models_own(shape):
     true = true_x / (true_x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * true_w
     true.backward(grad.double())
     mine = x.clone().requires_grad_()
-    found = ours(mine)
+    with torch.autocast("cpu", products, enabled=products != torch.float32):
+        found = ours(mine)
+        with torch.no_grad():  # the same bits with and without a gradient: policy and reference
+            assert torch.equal(ours(x), found)
     found.backward(grad)
     assert torch.allclose(found.double(), true, rtol=1e-6, atol=1e-7)
     assert torch.allclose(found, theirs(x), rtol=1e-6, atol=1e-7)
     assert torch.allclose(mine.grad.double(), true_x.grad, rtol=1e-5, atol=1e-5)
     assert torch.allclose(ours.weight.grad.double(), true_w.grad, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():  # the same bits with and without a gradient: policy and reference
-        assert torch.equal(ours(x), found)
     assert torch.equal(ours(x.bfloat16()), theirs(x.bfloat16()))
     layers.swap_back(ours)
     assert type(ours) is LlamaRMSNorm and torch.equal(ours(x), theirs(x))

@@ -14,7 +14,7 @@ def test_a_cpu_s_peak_is_that_of_its_threads_whatever_else_runs(monkeypatch, thr
     """Others have the machine while it is measured: by the wall clock a product takes a thousand
     seconds. Of what one thread itself takes for it the best counts, for each thread.
     """
-    took = iter([5.0, 3.0, 4.0, 6.0, 7.0])
+    took = iter([5.0, 3.0, 4.0, 6.0, 7.0, 4.0, 4.0, 2.0, 6.0, 5.0])  # by MKL, by oneDNN
     clock = [0.0]
 
     def thread_time(calls=itertools.count()):  # noqa: B008 (one count for all calls)
@@ -33,7 +33,7 @@ def test_a_cpu_s_peak_is_that_of_its_threads_whatever_else_runs(monkeypatch, thr
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert peak == threads * 2 * 1024**3 / 3.0
+    assert peak == threads * 2 * 1024**3 / 2.0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ vocabulary, H hidden size, M a gated MLP's intermediate size.
 """
 
 import functools
+import math
 
 import torch
 from torch import nn
@@ -213,12 +214,24 @@ class RMSNorm:
         is_fp32 = x.dtype == self.weight.dtype == torch.float32
         if _is_left_to_torch(x) or not is_fp32:
             return super().forward(x)
-        return _Normed.apply(x, self.weight, self.variance_epsilon)
+        # what is rounded to half right afterwards need not be more exact than fp32
+        exact = product_dtype(x, self.weight) == torch.float32
+        return _Normed.apply(x, self.weight, self.variance_epsilon, exact)
 
 
 class _Normed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, exact):
+        if not exact:
+            # In parts of up to 16: on a CPU torch adds up a whole row one by one, which costs fp32 a
+            # digit in wide models. From the parts on in fp64: a root in fp32 that is squared again
+            # doubles the scale's error.
+            parts = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 16)))  # (..., H / part, part)
+            norms = torch.linalg.vector_norm(parts, dim=-1)  # (..., H / part)
+            norm = torch.linalg.vector_norm(norms, dim=-1, keepdim=True, dtype=torch.float64)
+            scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().float()  # (..., 1)
+            ctx.save_for_backward(x, scale, weight)
+            return (x * scale).mul_(weight)
         # In fp64, some rows at a time, and rounded once: a rounded scale is off for all of a row in the
         # same way, and with it all that is computed from the row.
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -245,7 +258,7 @@ class _Normed(torch.autograd.Function):
         mean = (grad_by_normed @ weight).div_(x.shape[-1])[..., None]  # (..., 1)
         grad_x = (grad * weight).addcmul_(normed, mean, value=-1).mul_(scale)
         grad_weight = grad_by_normed.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 class GatedMLP:

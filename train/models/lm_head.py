@@ -202,7 +202,13 @@ def _log_softmax(hidden, slices, bias, temperature):
         logits.add_(bias)
     if temperature != 1:
         logits.div_(temperature)
-    return _normalise(logits) if on_cpu else torch.log_softmax(logits, dim=1)
+    if not on_cpu:
+        return torch.log_softmax(logits, dim=1)
+    if hidden.dtype != wide:
+        # Of logits that were rounded to half nobody needs _normalise. In place: each row is read twice
+        # and only then written.
+        return torch.log_softmax(logits, dim=1, out=logits)
+    return _normalise(logits)
 
 
 def _normalise(logits):

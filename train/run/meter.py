@@ -10,6 +10,7 @@ import torch
 
 from train.engine import dist
 from train.engine.later import Later
+from train.models.matmul import matmul_transposed
 
 # Dense bf16 matrix throughput from the makers' data sheets, in FLOP/s; other machines are measured
 # at the start.
@@ -48,15 +49,16 @@ def _peak_of_threads(dtype: torch.dtype) -> float:
 
 
 def _flops_of_product(size: int, device, dtype, clock: Callable[[], float]) -> float:
-    """FLOP/s of a product of square matrices, the best of five."""
+    """FLOP/s of a product of square matrices, the best of five by each library that layers use."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(5):
-        _synchronize(device)
-        start = clock()
-        a @ a
-        _synchronize(device)
-        best = min(best, clock() - start)
+    for product in (torch.mm, matmul_transposed):
+        for _ in range(5):
+            _synchronize(device)
+            start = clock()
+            product(a, a)
+            _synchronize(device)
+            best = min(best, clock() - start)
     return 2 * size**3 / best
 
 
