@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from wide import Wide
 
 from train.data.packing import Group, pack
-from train.models import attention, flops, layers
-from train.models.backbone import Backbone, disable_dropout, plain_forward
+from train.models import attention, flops
+from train.models.backbone import Backbone, disable_dropout
 from train.models.flops import FlopCounter
 from train.models.pretrained import load_causal_lm
 
@@ -92,21 +92,6 @@ def test_layers_with_windows_of_their_own(family):
         assert (backbone(batch) - expected).abs().max() < 1e-9
     without = Backbone(tiny.make_model(family, torch.float64))
     assert (without(batch) - expected).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_packed_layers_turn_their_queries_themselves(family, monkeypatch):
-    """And transformers' own layers, once given back, do not."""
-    turned = []
-    apply = layers._Turned.apply
-    monkeypatch.setattr(layers._Turned, "apply", lambda *a: turned.append(1) or apply(*a))
-    backbone = Backbone(tiny.make_model(family))
-    batch = pack(groups())
-    backbone(batch)
-    assert len(turned) == 2 * backbone.lm.config.num_hidden_layers
-    with plain_forward(backbone):
-        backbone(batch)
-    assert len(turned) == 2 * backbone.lm.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -9,17 +9,12 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import (
-    LlamaConfig,
-    LlamaMLP,
-    LlamaRMSNorm,
-    apply_rotary_pos_emb,
-)
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from train.models import layers, lm_head, matmul
+from train.models import layers, matmul
 from train.models.lm_head import token_logps
 
 
@@ -176,8 +171,8 @@ def test_expanded_gradients_and_the_same_result_twice():
     assert torch.allclose(first, ours[0].weight.sum(0).expand_as(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 70, 24), (1, 5, 3, 24), (1, 1, 24)])
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 70, 24), (1, 5, 3, 24), (1, 1, 24)])
 def test_norms_are_the_models_own(shape, products):
     """Values and gradients within fp32 rounding of fp64's own formula; fp64 itself stays with the
     model's code.
@@ -397,39 +392,6 @@ def test_gated_mlps_are_the_models_own_and_keep_less(dtype):
     assert type(theirs.gate_proj) is type(theirs.down_proj) is nn.Linear
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-def test_queries_turn_as_the_models_own(heads):
-    """Values and gradients; in fp32 no further from fp64 than transformers', in bf16 no less exact than
-    its input.
-    """
-    torch.manual_seed(0)
-    angles = 100 * torch.rand(1, 70, 12, dtype=torch.float64)
-    x = torch.randn(1, 70, heads, 24, dtype=torch.float64)
-    grad = torch.randn(1, heads, 70, 24, dtype=torch.float64)
-    # the two halves need not have the same angles
-    cos, sin = angles.cos().repeat(1, 1, 2), torch.cat([angles.sin(), 2 * angles.sin()], -1)
-
-    def of(function, dtype):
-        mine = x.to(dtype).clone().requires_grad_()
-        wide = torch.promote_types(dtype, torch.float32)
-        out = function(mine, cos.to(wide), sin.to(wide))
-        out.backward(grad.to(wide))
-        assert mine.grad.dtype == dtype and out.dtype == wide
-        return out.detach(), mine.grad
-
-    def theirs(x, cos, sin):
-        return apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)[0]
-
-    true = of(theirs, torch.float64)
-    for found, expected in zip(of(layers._Turned.apply, torch.float64), true, strict=True):
-        assert torch.allclose(found, expected, rtol=0, atol=1e-14)
-    of_fp32 = of(layers._Turned.apply, torch.float32), of(theirs, torch.float32)
-    for mine, other, expected in zip(*of_fp32, true, strict=True):
-        assert rms_error(mine, expected) <= 1.01 * rms_error(other, expected) < 1e-7
-    for mine, expected in zip(of(layers._Turned.apply, torch.bfloat16), true, strict=True):
-        assert rms_error(mine, expected) < 0.004
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_down_projection_is_the_linear_layer_of_the_product(dtype):
     """In fp32 and under autocast, values and gradients, with as many tokens as oneDNN takes."""
@@ -562,71 +524,6 @@ def test_a_weight_is_rounded_once_a_step(fused):
         weight.lerp_(torch.zeros_like(weight), 0.5)
     step()
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(copies))
-
-
-def in_bf16(layer, x):
-    with torch.autocast("cpu", torch.bfloat16):
-        return layer(x)
-
-
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
-@pytest.mark.skipif(not matmul.has_blocks(), reason="oneDNN has no bf16 products here")
-def test_a_weight_that_stands_still_is_laid_out_once(held):
-    """The same bits; what changes it is seen; a backward pass through it has the plain one."""
-    torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(24, 40)).to(held).requires_grad_(False)
-    plain = copy.deepcopy(layer)
-    layers.swap(layer)
-    x = torch.randn(1, 70, 24)
-    assert torch.equal(in_bf16(layer, x), in_bf16(plain, x))
-    kept = layer[0].weight.blocked_copy.value
-    in_bf16(layer, x)
-    assert layer[0].weight.blocked_copy.value is kept and kept[0].is_mkldnn
-    for model in (layer, plain):
-        model[0].weight.mul_(-3)
-    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
-    found, expected = in_bf16(layer, mine), in_bf16(plain, theirs)
-    assert torch.equal(found, expected)
-    found.sum().backward()
-    expected.sum().backward()
-    assert torch.equal(mine.grad, theirs.grad)
-
-
-@pytest.mark.skipif(not matmul.has_blocks(), reason="oneDNN has no bf16 products here")
-def test_weights_that_move_are_sharded_or_fp32_s_are_not_laid_out():
-    def laid_out(product=torch.bfloat16, trained=False, inference=False, sharded=False):
-        layer = nn.Sequential(nn.Linear(24, 40)).requires_grad_(trained)
-        layers.swap(layer)
-        if sharded:
-            layer[0].weight.ds_id = 3  # as ZeRO-3 names it
-        with torch.autocast("cpu", product, enabled=product == torch.bfloat16):
-            with torch.inference_mode(inference):
-                layer(torch.randn(1, 70, 24))
-        return hasattr(layer[0].weight, "blocked_copy")
-
-    assert laid_out()
-    assert not laid_out(product=torch.float32)
-    assert not laid_out(trained=True)
-    assert not laid_out(inference=True)
-    assert not laid_out(sharded=True)
-
-
-@pytest.mark.skipif(not matmul.has_blocks(), reason="oneDNN has no bf16 products here")
-def test_a_head_that_stands_still_is_laid_out_in_slices(monkeypatch):
-    monkeypatch.setattr(lm_head, "SLICE", 7)  # of the vocabulary's 50
-    ours = tied().requires_grad_(False)
-    ids, target, _ = (each[0] for each in batches(1, 100))
-
-    def logps():
-        hidden = ours(ids)[0]
-        with torch.autocast("cpu", torch.bfloat16):
-            return token_logps(hidden, ours[0].weight, target, logits_bytes=70 * 50 * 4)
-
-    found = logps()
-    assert [len(part) for part in ours[0].weight.blocked_copy.value] == [7] * 7 + [1]
-    ours.requires_grad_(True)  # then not
-    del ours[0].weight.blocked_copy
-    assert torch.equal(logps(), found) and not hasattr(ours[0].weight, "blocked_copy")
 
 
 def test_a_layer_that_stands_still_keeps_no_input():

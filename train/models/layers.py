@@ -15,9 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from train.models import attention
 from train.models.matmul import (
-    blocked,
     exact_matmul_transposed,
     grad_buffer,
     matmul_transposed,
@@ -41,9 +39,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         dtype = product_dtype(x, self.weight)
         # Rounded out here, where x itself is at hand: all layers that read x then share one copy.
-        rounded_x = _flat(rounded(x, dtype))
-        with_gradients = torch.is_grad_enabled()
-        out = _Product.apply(_flat(x), rounded_x, self.weight, self.bias, dtype, with_gradients)
+        out = _Product.apply(_flat(x), _flat(rounded(x, dtype)), self.weight, self.bias, dtype)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -60,10 +56,7 @@ class GatedDownProjection(nn.Linear):
         if _is_left_to_torch(gate):
             return super().forward(F.silu(gate) * up)
         dtype = product_dtype(gate, self.weight)
-        with_gradients = torch.is_grad_enabled()
-        out = _GatedProduct.apply(
-            _flat(gate), _flat(up), self.weight, self.bias, dtype, with_gradients
-        )
+        out = _GatedProduct.apply(_flat(gate), _flat(up), self.weight, self.bias, dtype)
         return out.view(*gate.shape[:-1], self.out_features)
 
 
@@ -83,17 +76,18 @@ class _Product(torch.autograd.Function):
     """x @ weight.T + bias, computed in `dtype`."""
 
     @staticmethod
-    def forward(ctx, x, rounded_x, weight, bias, dtype, with_gradients):
+    def forward(ctx, x, rounded_x, weight, bias, dtype):
         """`x` and `rounded_x`, its copy in `dtype`: (T, I). The gradient goes to `x`, and only the
         copy is read.
         """
         ctx.weight = weight
         ctx.x_dtype = x.dtype
-        if with_gradients:
-            # a frozen weight, beside adapters, needs no input for its gradient
-            wants_weight = ctx.needs_input_grad[2]
-            ctx.save_for_backward(rounded_x if wants_weight else None, rounded(weight, dtype))
-        return _times_weight(rounded_x, weight, bias, dtype)  # (T, O)
+        rounded_weight = rounded(weight, dtype)
+        wants_weight = ctx.needs_input_grad[2]
+        # a frozen weight, beside adapters, needs no input for its gradient
+        ctx.save_for_backward(rounded_x if wants_weight else None, rounded_weight)
+        bias = None if bias is None else bias.to(dtype)
+        return exact_matmul_transposed(rounded_x, rounded_weight, bias)  # (T, O)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -103,7 +97,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = matmul_transposed(grad, weight.t()).to(ctx.x_dtype)  # (T, I)
         grad_weight, grad_bias = _parameter_gradients(ctx, grad, x)
-        return grad_x, None, grad_weight, grad_bias, None, None
+        return grad_x, None, grad_weight, grad_bias, None
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -113,12 +107,13 @@ class _GatedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gate, up, weight, bias, dtype, with_gradients):
+    def forward(ctx, gate, up, weight, bias, dtype):
         ctx.weight = weight
-        if with_gradients:
-            ctx.save_for_backward(gate, up, rounded(weight, dtype))
+        rounded_weight = rounded(weight, dtype)
+        ctx.save_for_backward(gate, up, rounded_weight)
         gated = F.silu(gate).mul_(up).to(dtype)  # (T, M)
-        return _times_weight(gated, weight, bias, dtype)  # (T, H)
+        bias = None if bias is None else bias.to(dtype)
+        return exact_matmul_transposed(gated, rounded_weight, bias)  # (T, H)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -133,13 +128,7 @@ class _GatedProduct(torch.autograd.Function):
         del gated  # before another (T, M) is made
         grad_gate = torch.ops.aten.silu_backward(grad_gated * up, gate)
         grad_up = activated.mul_(grad_gated)
-        return grad_gate, grad_up, grad_weight, grad_bias, None, None
-
-
-def _times_weight(x, weight, bias, dtype):
-    """x @ weight.T + bias in `dtype`: (T, I), (O, I), (O,) -> (T, O)"""
-    (weight,) = blocked(weight, dtype, size=weight.shape[0])
-    return exact_matmul_transposed(x, weight, None if bias is None else bias.to(dtype))
+        return grad_gate, grad_up, grad_weight, grad_bias, None
 
 
 def _parameter_gradients(ctx, grad, x):
@@ -147,7 +136,7 @@ def _parameter_gradients(ctx, grad, x):
     I) -> (O, I), (O,). None for what is not wanted, and for a weight whose gradient is in its
     `.grad` already.
     """
-    _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+    _, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
     grad_weight = weight_gradient(ctx.weight, grad, x) if wants_weight else None
     grad_bias = grad.sum(0) if wants_bias else None
     dtype = ctx.weight.dtype
@@ -278,84 +267,10 @@ class GatedMLP:
         return self.down_proj(self.act_fn(gate) * up)
 
 
-class Attention:
-    """A base class in front of a model's own attention (ATTENTIONS): over packed batches the same, with
-    queries and keys turned to their positions in half as many passes.
-    """
-
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **other):
-        """(1, L, H) -> (1, L, H), None"""
-        segments = other.get("segments")
-        has_cache = any(other.get(name) is not None for name in ("cache", "past_key_values"))
-        if segments is None or has_cache or _is_left_to_torch(hidden_states):
-            return super().forward(
-                hidden_states, position_embeddings, attention_mask=attention_mask, **other
-            )
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape)  # (1, L, heads, D)
-        key = self.k_proj(hidden_states).view(shape)  # (1, L, key heads, D)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if hasattr(self, "q_norm"):  # Qwen3
-            query, key = self.q_norm(query), self.k_norm(key)
-        window = getattr(self, "sliding_window", None)
-        if "Mistral" in type(self).__bases__[-1].__name__:  # whose is the configuration's
-            window = self.config.sliding_window
-        out, _ = attention.packed_attention(
-            self,
-            _Turned.apply(query, *position_embeddings),
-            _Turned.apply(key, *position_embeddings),
-            value,
-            attention_mask,
-            segments=segments,
-            scaling=self.scaling,
-            sliding_window=window,
-        )  # (1, L, heads, D)
-        return self.o_proj(out.flatten(2)), None
-
-
-class _Turned(torch.autograd.Function):
-    """Queries or keys turned to their positions, the two halves of a head being the axes of its planes.
-
-    Su et al. 2021, arXiv 2104.09864, equation 34.
-    """
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        """(1, L, heads, D), (1, L, D) x 2 -> (1, heads, L, D)"""
-        ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        dtype = torch.promote_types(x.dtype, cos.dtype)
-        x = x.to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)
-        first, second = x.chunk(2, dim=-1)  # (1, heads, L, D / 2)
-        cos_first, cos_second = cos[:, None].chunk(2, dim=-1)  # (1, 1, L, D / 2)
-        sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
-        out = x.new_empty(x.shape)
-        out_first, out_second = out.chunk(2, dim=-1)
-        torch.mul(first, cos_first, out=out_first).addcmul_(second, sin_first, value=-1)
-        torch.mul(second, cos_second, out=out_second).addcmul_(first, sin_second)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        """(1, heads, L, D) -> (1, L, heads, D)"""
-        cos, sin = ctx.saved_tensors
-        first, second = grad.chunk(2, dim=-1)  # (1, heads, L, D / 2)
-        cos_first, cos_second = cos[:, None].chunk(2, dim=-1)  # (1, 1, L, D / 2)
-        sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
-        _, heads, length, size = grad.shape
-        grad_x = grad.new_empty(1, length, heads, size)
-        grad_first, grad_second = grad_x.transpose(1, 2).chunk(2, dim=-1)
-        torch.mul(first, cos_first, out=grad_first).addcmul_(second, sin_second)
-        torch.mul(second, cos_second, out=grad_second).addcmul_(first, sin_first, value=-1)
-        return grad_x.to(ctx.dtype), None, None
-
-
 # Classes of transformers, by the names that it gives to one and the same code in each family.
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 RMS_NORMS = {f"{family}RMSNorm" for family in FAMILIES}
 GATED_MLPS = {f"{family}MLP" for family in FAMILIES}
-ATTENTIONS = {f"{family}Attention" for family in FAMILIES}
 # The activation of a gated MLP, a module of transformers' or torch's, by its name.
 SILU = ("SiLU", "SiLUActivation")
 TWINS = {nn.Linear: Linear, nn.Embedding: Embedding}
@@ -393,7 +308,7 @@ def _twin(kind):
         return TWINS[kind]
     if not kind.__module__.startswith("transformers."):
         return None
-    for base, names in ((RMSNorm, RMS_NORMS), (GatedMLP, GATED_MLPS), (Attention, ATTENTIONS)):
+    for base, names in ((RMSNorm, RMS_NORMS), (GatedMLP, GATED_MLPS)):
         if kind.__name__ in names:
             return type(base.__name__, (base, kind), {})
     return None

@@ -20,7 +20,6 @@ import torch
 
 from train.models.matmul import (
     SLICE,
-    blocked,
     matmul_over_vocabulary,
     matmul_transposed_into,
     product_dtype,
@@ -76,9 +75,7 @@ def token_logps(
         raise ValueError("log_p2 and entropy are not made in one call")
     second = "log_p2" if log_p2 else "entropy" if entropy else None
     logits_bytes = logits_bytes or default_logits_bytes(hidden.device)
-    options = _Options(
-        product_dtype(hidden, weight), logits_bytes, second, temperature, torch.is_grad_enabled()
-    )
+    options = _Options(product_dtype(hidden, weight), logits_bytes, second, temperature)
     with torch.autocast(hidden.device.type, enabled=False):  # the function below casts by itself
         logps, others = _TokenLogps.apply(hidden, weight, target, bias, options)
     return (logps, others) if second else logps
@@ -89,7 +86,6 @@ class _Options(NamedTuple):
     logits_bytes: int
     second: str | None  # what comes out beside: "log_p2" or "entropy"
     temperature: float  # logits are divided by it
-    with_gradients: bool  # whether a backward pass may follow
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -98,14 +94,7 @@ class _TokenLogps(torch.autograd.Function):
         """(T, H), (V, H), (T,), (V,) -> (T,), (T,) or None"""
         wide = torch.promote_types(options.dtype, torch.float32)
         h = hidden.to(options.dtype)
-        on_cpu = weight.device.type == "cpu"
-        plain = None  # the weight as the backward pass reads it
-        if options.with_gradients or not on_cpu:
-            plain = rounded(weight, options.dtype)
-        if on_cpu:
-            w = blocked(weight, options.dtype, SLICE)
-        else:
-            w = (plain,)
+        w = rounded(weight, options.dtype)
         num_tokens = h.shape[0]
         size = max(1, int(options.logits_bytes // (weight.shape[0] * wide.itemsize)))
         ctx.chunks = [(t, min(t + size, num_tokens)) for t in range(0, num_tokens, size)]
@@ -127,9 +116,7 @@ class _TokenLogps(torch.autograd.Function):
             ctx.last_chunk = log_p  # alive anyway: the backward pass starts with it
         ctx.last_chunk_is_p = options.second == "log_p2"
         ctx.temperature = options.temperature
-        if options.with_gradients:
-            ctx.save_for_backward(h, plain, target, bias)
-            ctx.slices = w
+        ctx.save_for_backward(h, w, target, bias)
         ctx.weight = weight
         ctx.dtypes = (wide, hidden.dtype, weight.dtype)
         if options.second:
@@ -153,7 +140,7 @@ class _TokenLogps(torch.autograd.Function):
         for start, end in reversed(ctx.chunks):
             chunk = slice(start, end)
             grad_logits = None  # one chunk at a time: see above
-            grad_logits = _probabilities(ctx, h[chunk], bias)  # (C, V)
+            grad_logits = _probabilities(ctx, h[chunk], w, bias)  # (C, V)
             # in place: (d logp / d logits = onehot(target) - softmax(logits)) * d loss / d logp
             grad_logits.mul_(-grad[chunk, None])
             grad_logits.scatter_add_(1, target[chunk, None], grad[chunk, None].to(wide))
@@ -173,31 +160,30 @@ class _TokenLogps(torch.autograd.Function):
         return grad_h.to(hidden_dtype), grad_w, None, grad_b, None
 
 
-def _probabilities(ctx, hidden, bias):
-    """(C, H), (V,) -> (C, V), to be overwritten: what the forward pass has kept of the last chunk,
-    once; computed again for the other chunks, and for all in a second backward pass.
+def _probabilities(ctx, hidden, weight, bias):
+    """(C, H), (V, H), (V,) -> (C, V), to be overwritten: what the forward pass has kept of the last
+    chunk, once; computed again for the other chunks, and for all in a second backward pass.
     """
     kept = ctx.last_chunk
     ctx.last_chunk = None
     if kept is None:
-        return _log_softmax(hidden, ctx.slices, bias, ctx.temperature).exp_()
+        return _log_softmax(hidden, weight, bias, ctx.temperature).exp_()
     return kept if ctx.last_chunk_is_p else kept.exp_()
 
 
-def _log_softmax(hidden, slices, bias, temperature):
-    """(C, H), slices of a (V, H), (V,) -> (C, V) nats in fp32 or wider, on a CPU in `scratch` memory."""
+def _log_softmax(hidden, weight, bias, temperature):
+    """(C, H), (V, H), (V,) -> (C, V) nats in fp32 or wider, on a CPU in `scratch` memory."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     on_cpu = hidden.device.type == "cpu"
     if on_cpu:
-        sizes = [len(part) for part in slices]
-        logits = scratch(hidden, sum(sizes), wide)
-        for part, part_weight in zip(logits.split(sizes, dim=1), slices, strict=True):
+        logits = scratch(hidden, weight.shape[0], wide)
+        for part, part_weight in zip(logits.split(SLICE, dim=1), weight.split(SLICE), strict=True):
             matmul_transposed_into(part, hidden, part_weight)
     elif hidden.dtype == wide:
-        logits = torch.mm(hidden, slices[0].t())
+        logits = torch.mm(hidden, weight.t())
     else:
         # half-precision products, summed in fp32 and never rounded to half
-        logits = torch.mm(hidden, slices[0].t(), out_dtype=wide)
+        logits = torch.mm(hidden, weight.t(), out_dtype=wide)
     if bias is not None:
         logits.add_(bias)
     if temperature != 1:

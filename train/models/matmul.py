@@ -37,12 +37,10 @@ _SCRATCH = {}
 
 
 class RoundedCopy(NamedTuple):
-    """What `rounded` keeps with a tensor, as its attribute `rounded_copy`, and `blocked` as
-    `blocked_copy`.
-    """
+    """What `rounded` keeps with a tensor, as its attribute `rounded_copy`."""
 
     version: int  # of the tensor when it was copied; autograd counts each change in place
-    value: torch.Tensor | tuple[torch.Tensor, ...]  # in another dtype; in slices
+    value: torch.Tensor  # the same shape in another dtype
 
 
 def product_dtype(x, weight):
@@ -57,9 +55,9 @@ def product_dtype(x, weight):
 
 def matmul_transposed(x, weight, bias=None):
     """x @ weight.T + bias: (T, I), (O, I), (O,) -> (T, O). Not differentiable: for use inside
-    autograd functions. `weight` may be a slice that `blocked` gave.
+    autograd functions.
     """
-    if weight.is_mkldnn or _use_onednn(x, weight):
+    if _use_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if bias is None:
         return torch.mm(x, weight.t())
@@ -134,7 +132,10 @@ def rounded(x, dtype):
     rounded input. What changes `x` must count as a change to autograd: an update through `.data`
     would not be seen.
     """
-    if x.dtype == dtype or not _is_kept(x):
+    # A tensor made in inference mode has no version, and one kept from there could not be saved
+    # for a backward pass later.
+    in_inference = x.is_inference() or torch.is_inference_mode_enabled()
+    if x.dtype == dtype or x.device.type != "cpu" or in_inference:
         return x.detach().to(dtype)
     kept = getattr(x, "rounded_copy", None)
     if kept is not None and kept.value.dtype != dtype:
@@ -149,58 +150,6 @@ def rounded(x, dtype):
         kept = RoundedCopy(x._version, value)
         x.rounded_copy = kept
     return kept.value
-
-
-def _is_kept(x):
-    """Whether copies of `x` may be kept with it: on a CPU, and not in inference mode.
-
-    A tensor made there has no version, and a copy kept from there could not be saved for a backward
-    pass later.
-    """
-    return x.device.type == "cpu" and not (x.is_inference() or torch.is_inference_mode_enabled())
-
-
-def blocked(weight, dtype, size):
-    """A layer's (O, I) weight in `dtype`, in slices of `size` outputs, for `matmul_transposed` alone.
-
-    Those of a weight that stands still have, in bf16 on a CPU, the layout that oneDNN's kernels work
-    on, and are kept until it changes: products are 7 to 20 % faster at the shapes of a language model,
-    in the same digits. It is a second copy of the weight, which for one that each step changes would
-    gain little.
-    """
-    if not _keeps_blocks(weight, dtype):
-        return rounded(weight, dtype).split(size)
-    kept = getattr(weight, "blocked_copy", None)
-    if kept is None or kept.version != weight._version:
-        weight.blocked_copy = kept = None  # its memory is let go, and serves again
-        slices = tuple(
-            torch.ops.mkldnn._reorder_linear_weight(part.detach().to(dtype))
-            for part in weight.split(size)
-        )
-        kept = RoundedCopy(weight._version, slices)
-        weight.blocked_copy = kept
-    return kept.value
-
-
-def _keeps_blocks(weight, dtype):
-    """Whether a weight is kept in oneDNN's layout."""
-    is_sharded = hasattr(weight, "ds_id")  # by ZeRO-3, which has it here for a moment
-    return (
-        dtype == torch.bfloat16
-        and not weight.requires_grad
-        and not is_sharded
-        and _is_kept(weight)
-        and has_blocks()
-    )
-
-
-def has_blocks() -> bool:
-    """Whether oneDNN is there with bf16 products on this machine."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 def scratch(like, columns, dtype):
