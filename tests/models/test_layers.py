@@ -215,7 +215,7 @@ def rms_error(found, true):
 @pytest.mark.parametrize("width", [64, 576, 4096])
 def test_a_norm_is_rounded_once(width, monkeypatch):
     """2,048 tokens, the last piece of rows not full."""
-    monkeypatch.setattr(layers, "CACHED", 100 * width)
+    monkeypatch.setattr(layers, "CACHED_NUMBERS", 100 * width)
     torch.manual_seed(0)
     norm = LlamaRMSNorm(width, eps=1e-5)
     with torch.no_grad():

@@ -1,6 +1,7 @@
-"""Layers that take the place of a model's own and are faster on a CPU: products through
-train/models/matmul.py, gradients in fewer passes over memory. Elsewhere, and where they are compiled
-(train/models/compiled.py), they do what the model's own do.
+"""Layers that take the place of a model's own and are faster on a CPU, and in fp32 what they give is
+nearer to fp64: products through train/models/matmul.py, norms rounded once, gradients in fewer passes
+over memory. Elsewhere, and where they are compiled (train/models/compiled.py), they do what the
+model's own do.
 
 `swap` changes the class of a model's modules, not the modules: weights, names and hooks stay.
 
@@ -25,7 +26,7 @@ from train.models.matmul import (
 )
 
 # Numbers that a norm has in fp64 at a time: they stay in the cache.
-CACHED = 1 << 17
+CACHED_NUMBERS = 1 << 17
 
 
 class Linear(nn.Linear):
@@ -192,8 +193,8 @@ class _Lookup(torch.autograd.Function):
 
 
 class RMSNorm:
-    """A base class in front of a model's own norm (RMS_NORMS): the same in fp32, with a gradient in
-    half as many passes.
+    """A base class in front of a model's own norm (RMS_NORMS), for x and weight in fp32: computed in
+    fp64 and rounded once, under autocast in fp32; its gradient in half as many passes, in fp32.
 
     Zhang and Sennrich 2019, arXiv 1910.07467, equation 4: x / sqrt(mean(x^2) + eps) * weight.
     """
@@ -211,6 +212,7 @@ class RMSNorm:
 class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, exact):
+        """(..., H), (H,) -> (..., H). exact: in fp64, and rounded once."""
         if not exact:
             # In parts of up to 16: on a CPU torch adds up a whole row one by one, which costs fp32 a
             # digit in wide models. From the parts on in fp64: a root in fp32 that is squared again
@@ -225,7 +227,7 @@ class _Normed(torch.autograd.Function):
         # same way, and with it all that is computed from the row.
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         scale = x.new_empty(*x.shape[:-1], 1)
-        rows = max(1, CACHED // x.shape[-1])
+        rows = max(1, CACHED_NUMBERS // x.shape[-1])
         pieces = zip(*(_flat(each).split(rows) for each in (x, out, scale)), strict=True)
         for part, part_out, part_scale in pieces:
             part = part.double()

@@ -191,8 +191,8 @@ def _log_softmax(hidden, weight, bias, temperature):
     if not on_cpu:
         return torch.log_softmax(logits, dim=1)
     if hidden.dtype != wide:
-        # Of logits that were rounded to half nobody needs _normalise. In place: each row is read twice
-        # and only then written.
+        # _normalise would gain nothing: the logits were rounded to half. In place: each row is read
+        # twice and only then written.
         return torch.log_softmax(logits, dim=1, out=logits)
     return _normalise(logits)
 
@@ -208,7 +208,8 @@ def _normalise(logits):
     rows = max(1, CACHED_BYTES // (logits.shape[1] * logits.itemsize))
     for part in logits.split(rows):
         part.sub_(part.amax(1, keepdim=True))  # the likeliest at 0
-        part.sub_(part.exp().sum(1, keepdim=True).log_())  # summed in pairs of pairs
+        # torch's sum, other than its log softmax, adds up parts of parts: small terms are not lost
+        part.sub_(part.exp().sum(1, keepdim=True).log_())
     return logits
 
 
