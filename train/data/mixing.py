@@ -1,4 +1,4 @@
-"""What an epoch takes of each source: a share of its rows, others in each epoch.
+"""What an epoch takes of each source (a share of its rows, others in each epoch), and in which order.
 
 Of a source's n rows an epoch takes c, its share times n, rounded. Epochs come in cycles of
 ceil(n / c), for each of which the rows are shuffled: its epochs take c after c of them, and the last

@@ -7,7 +7,8 @@ from train.engine import memory
 from train.models import compiled
 from train.models.backbone import outputs_to_compare, plain_forward
 
-# packed against one sequence at a time, in the module's own measure of distance
+# How far what is equal but for rounding may lie apart: packed and one sequence at a time, in the module's
+# own measure of distance; policy and a reference that is compiled or cached, in nats a token.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 
 
@@ -29,7 +30,8 @@ def check_start(policy, reference, data, device, precision: str, same_weights: b
     transformers' own attention, and, where the reference has the policy's weights, the two agree bit
     for bit: margins start at 0. Where layers are compiled the two agree uncompiled, and within
     rounding as they are: the compiler makes code of its own for weights of another type, for adapters,
-    and for a pass with gradients, which may round elsewhere.
+    and for a pass with gradients, which may round elsewhere. A cached reference, scored in other
+    batches, agrees within rounding.
     """
     batch = pack([data.group(i) for i in range(min(2, len(data)))]).to(device)
     module = policy.module

@@ -1,4 +1,6 @@
-"""How many tokens a packed batch may hold on this machine, and what to say when that was too many."""
+"""How many tokens a packed batch may hold on this machine, how many answers are decoded at once, and
+what to say when that was too many.
+"""
 
 import contextlib
 import gc
@@ -15,7 +17,7 @@ from train.models.cache import ROOM
 
 CPU_TOKENS = 960  # about three pairs: larger batches gain little on a CPU and cost memory
 CUDA_TOKENS = 16384  # from about here on the kernels are as busy as they get
-CPU_ANSWERS, CUDA_ANSWERS = 128, 512  # decoded at once: the same of answers
+CPU_ANSWERS, CUDA_ANSWERS = 128, 512  # more answers at once are decoded hardly faster
 # What has no exception of its own says when memory runs out.
 OUT_OF_MEMORY_WORDS = (
     "can't allocate memory",  # torch on a CPU

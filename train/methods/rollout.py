@@ -21,7 +21,7 @@ from train.methods import decoding
 from train.models.generate import Completion, check
 
 PER_TOKEN = ("old", "ref", "values", "entropy", "advantages", "returns")
-# what a batch's update needs of them
+# those of them that an update's loss is computed from
 OF_UPDATES = ("old", "ref", "values", "advantages", "returns")
 
 

@@ -334,7 +334,8 @@ def _compile(settings, module, config: dict):
     """Compile the module's layers where every rank can, else say why not, once in a run. Every rank
     calls this.
 
-    What is compared bit for bit, policy and reference, is compiled alike: none where one is at stage 3.
+    Policy and reference, whose difference is trained on, are compiled alike: none where one is at
+    stage 3.
     """
     names = ("ds_config", "reference_ds_config", "value_ds_config")
     paths = [path for name in names if (path := getattr(settings, name, None))]

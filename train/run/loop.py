@@ -19,8 +19,8 @@ from train.engine import dist, preemption, prefetch
 from train.run.checkpoint import Checkpointer
 from train.run.session import NotFinite
 
-# Devices where what a step came to is read when the next one's work is launched: a GPU, which the
-# host runs ahead of, would have nothing to do while the host looks.
+# Devices where what a step, or an update of a rollout, came to is read when the next one's work is
+# launched: a GPU, which the host runs ahead of, would have nothing to do while the host looks.
 READS_LATE = ("cuda",)
 
 
