@@ -21,7 +21,7 @@ train/data.
 Prints for each file the largest distance from the oracle over the six steps: of the step's mean
 loss, and of its mean margin; then how many times as far TRL's loss is as the first checkout's, with a
 standard error either way where there are several draws of weights, and in how many of these it is
-farther. The exit status is 1 where this checkout's loss is farther than TRL's.
+farther. The exit status is 1 where this checkout's loss is farther than TRL's on some file.
 
 What a distance says depends on the weights: by default both are measured, those drawn as
 transformers draws them, with a deviation of 0.02, where the sums of log-probs decide, and
@@ -71,9 +71,9 @@ def main():
     began = time.perf_counter()
     codes = [Path(code).resolve() for code in args.code]
     names = [*(f"ours in {code.name}" for code in codes), "TRL"]
-    columns = [*names, "TRL / ours", "TRL is farther in", "mean tokens of an answer"]
-    print(f"| largest distance: loss, margin | {' | '.join(columns)} |")
-    print("|---" * (len(columns) + 1) + "|")
+    titles = [*names, "TRL / ours", "TRL is farther in", "mean tokens of an answer"]
+    print(f"| largest distance: loss, margin | {' | '.join(titles)} |")
+    print("|---" * (len(titles) + 1) + "|")
     files = {}
     for deviation in args.initializer_range:
         of_deviation = measure_all(args, codes, deviation)
