@@ -267,13 +267,8 @@ class States(NamedTuple):
     moments: float  # AdamW's two, in fp32
 
     @property
-    def before(self) -> float:
-        """Those that are there before the first backward pass."""
-        return self.weights + self.masters
-
-    @property
     def total(self) -> float:
-        return self.before + self.gradients + self.moments
+        return sum(self)
 
 
 def states(weights: int, stage: int, precision: str, world: int) -> States:
