@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -284,6 +285,39 @@ def test_a_sum_over_the_vocabulary_is_as_exact_as_torchs_own():
     assert rms_error(found, true) < 1.1 * rms_error(x @ weight, true)
     half = x.bfloat16(), weight.bfloat16()  # in one piece: rounded once
     assert torch.equal(matmul.matmul_over_vocabulary(*half), half[0] @ half[1])
+
+
+class Made(TorchDispatchMode):
+    """Keeps the tensors that operations give, so that none takes another's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.tensors.append(result)
+        return result
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_with_a_vocabulary_takes_no_memory_beside_the_result(bias):
+    """Logits of --layout padded and of decoding: in slices of the sum they would be made again and
+    again, and the weight copied, pieces that the system clears each time.
+    """
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 5 * matmul.SLICE, bias=bias).requires_grad_(False)
+    x = torch.randn(matmul.MIN_TOKENS, 40)
+    true = copy.deepcopy(layer).double()(x.double())
+    layers.swap(layer)
+    with Made() as made:
+        found = layer(x)
+    assert rms_error(found, true) < 2e-7
+    given = {t.untyped_storage().data_ptr() for t in (x, found, *layer.parameters())}
+    storages = [t.untyped_storage() for t in made.tensors]
+    others = [s.nbytes() for s in storages if s.data_ptr() not in given]
+    assert max(others, default=0) < found.nbytes / 8
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")

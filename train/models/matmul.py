@@ -71,7 +71,11 @@ def exact_matmul_transposed(x, weight, bias=None):
     """
     if not _use_onednn(x, weight):
         return matmul_transposed(x, weight, bias)
-    out = _product_in_slices(x, weight)
+    if weight.shape[0] <= SLICE:
+        out = _product_in_slices(x, weight)
+    else:  # of a vocabulary: its slices, and a product of each, would be new memory in each call
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        matmul_transposed_into(out, x, weight)
     return out if bias is None else out.add_(bias)
 
 
