@@ -234,6 +234,16 @@ def test_a_temperature_divides_logits(temperature, chunk):
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_a_token_that_cannot_come_has_no_part_in_the_entropy():
+    """A bias of -inf keeps it out."""
+    hidden, weight, target = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+    bias = torch.zeros(11)
+    bias[7:] = -torch.inf
+    _, found = token_logps(hidden, weight, target, bias=bias, entropy=True)
+    _, expected = token_logps(hidden, weight[:7], target, entropy=True)
+    assert torch.allclose(found, expected, rtol=1e-5)
+
+
 def test_log_p2_and_entropy_are_not_made_together():
     with pytest.raises(ValueError, match="in one call"):
         token_logps(*torch.zeros(2, 3, 4), torch.zeros(3).long(), log_p2=True, entropy=True)

@@ -216,7 +216,7 @@ class Backbone(PackedModel):
             return logps, all_logps[scored].detach().mul(2).logsumexp(1)
         if entropy:
             all_logps = all_logps[scored].detach()
-            return logps, -(all_logps.exp() * all_logps).sum(1)
+            return logps, torch.special.entr(all_logps.exp()).sum(1)
         return logps
 
 

@@ -217,7 +217,8 @@ def _entropy(log_p):
     """-sum_v p_v log p_v: (C, V) -> (C,) nats, by slices, which need no second (C, V)."""
     total = log_p.new_zeros(log_p.shape[0])
     for part in log_p.split(SLICE, dim=1):
-        total -= torch.linalg.vecdot(part.exp(), part)
+        # what cannot come, at -inf, adds 0 and not 0 * -inf
+        total -= torch.linalg.vecdot(part.exp(), part.clamp(min=torch.finfo(part.dtype).min))
     return total
 
 
