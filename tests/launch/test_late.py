@@ -52,7 +52,9 @@ def test_gradients_that_are_not_finite(warm, model_dir, few, tmp_path):
     said = {}
     breaking = ("--lr", "1e30", "--warmup_ratio", 0, *QUIET)
     first = tmp_path / "first"
-    straight(warm, model_dir, few, first, 0, 1, *breaking, "--max_steps", 1, "--save_every", 1)
+    # AdamW's moments are the same at any rate, and with this one the model can be written
+    small = ("--lr", "1e-3", "--warmup_ratio", 0, *QUIET)
+    straight(warm, model_dir, few, first, 0, 1, *small, "--max_steps", 1, "--save_every", 1)
     for name, patch in (("at_once", {}), ("late", LATE)):
         out = tmp_path / name
         line = flags(model_dir, few, out, 0, *breaking, "--max_skipped", 1)
@@ -64,8 +66,14 @@ def test_gradients_that_are_not_finite(warm, model_dir, few, tmp_path):
         manifest = json.loads((out / "checkpoints" / kept[0] / "manifest.json").read_text())
         policy = manifest["parts"]["policy"]
         assert kept == ["step-1"] and (policy["updates"], policy["skipped"]) == (1, 0)
-        same_bits(moments(out, 1), moments(first, 1))
+        same_bits(of_adamw(moments(out, 1)), of_adamw(moments(first, 1)))
+    same_bits(moments(tmp_path / "late", 1), moments(tmp_path / "at_once", 1))
     assert said["late"] == said["at_once"] and len(said["late"]) == 3
+
+
+def of_adamw(tensors):
+    """AdamW's moments alone."""
+    return {name: each for name, each in tensors.items() if not name.endswith("/weight")}
 
 
 @pytest.fixture(scope="module")
