@@ -129,7 +129,7 @@ COMMANDS = {
     "tensorboard --logdir runs": Launch("--inspect", "train/rewards/margins"),
     "tensorboard --logdir runs/dpo": Launch("--inspect", "train/rewards/margins"),
     "python launch/export.py runs/dpo/checkpoints/step-400 my-model": Run("", {"step-400": "step-1"}),
-    "python tests/benchmarks/dpo_step.py --data PAIRS --pairs 4 --rounds 3": Launch(f"{BENCH} {ONE_STEP}", "ours", FILE),
+    "python tests/benchmarks/dpo_step.py --data PAIRS --pairs 4": Launch(f"{BENCH} {ONE_STEP}", "ours", FILE),
     "pip install -e '.[peers]'": Launch(DRY),
     "pip install -e '.[trackers]'": Launch(DRY),
     "python tests/benchmarks/evaluate_rows.py --data PAIRS --pairs 16 --batch 1 8": Launch(f"{BENCH} --pairs 2", "packed", FILE),
