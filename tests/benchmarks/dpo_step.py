@@ -107,7 +107,7 @@ def trl(job, micro, clock):
 
 
 # two models read each pair, and one is trained
-TASK = pair_steps.Task(__file__, __doc__, LR, forwards=4, keep_tail=False, make=make, trl=trl)
+TASK = pair_steps.Task(__file__, __doc__, LR, forwards=2, keep_tail=False, make=make, trl=trl)
 
 if __name__ == "__main__":
     pair_steps.run(TASK)

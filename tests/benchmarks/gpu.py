@@ -452,8 +452,8 @@ def loop(sizes, shape, device, steps: int) -> dict:
 
     batches = packs(0)
     tokens = sum(len(batch.input_ids) for batch in batches)
-    # forward, a backward of two, and the reference
-    flops = 4 * sum(counter.forward(batch) for batch in batches)
+    # the policy's forward pass and the reference's
+    flops = sum(2 * counter.forward(batch) + counter.backward(batch) for batch in batches)
     middle = statistics.median(seconds[3:])
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layers = policy.module.lm.config.num_hidden_layers

@@ -39,7 +39,7 @@ class Task(NamedTuple):
     script: str  # the benchmark's file
     doc: str  # for --help
     lr: float
-    forwards: int  # that a step is worth, the backward pass counting two
+    forwards: int  # forward passes of a step: the reference's count
     keep_tail: bool  # of answers, see data/tokens.py
     make: Callable  # (job, tokenizer, data, run, layout) -> Training
     trl: Callable  # (job, pairs of a micro-batch, clock) -> TRL's trainer
@@ -235,7 +235,7 @@ def planned_steps(job, micro, data, batch_tokens):
 
 def operations(module, data, rows, padded, forwards):
     """FLOPs of a step: useful (prompts once, no padding), and own (as this layout computes them).
-    forwards: what a step is worth, a backward counting two.
+    forwards: forward passes of a step, beside its backward pass.
     """
     counter = FlopCounter(module)
     if padded:
@@ -249,8 +249,12 @@ def operations(module, data, rows, padded, forwards):
             )
             for x, each in zip(flat, sizes, strict=True)
         ]
-    useful = counter.forward(pack([data.group(i) for i in range(len(data))]))
-    return forwards * useful, forwards * sum(counter.forward(row) for row in rows)
+
+    def of_step(batch):
+        return forwards * counter.forward(batch) + counter.backward(batch)
+
+    useful = of_step(pack([data.group(i) for i in range(len(data))]))
+    return useful, sum(of_step(row) for row in rows)
 
 
 # In the first process.

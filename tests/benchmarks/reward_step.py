@@ -91,7 +91,7 @@ def trl(job, micro, clock):
     )
 
 
-TASK = pair_steps.Task(__file__, __doc__, LR, forwards=3, keep_tail=True, make=make, trl=trl)
+TASK = pair_steps.Task(__file__, __doc__, LR, forwards=1, keep_tail=True, make=make, trl=trl)
 
 if __name__ == "__main__":
     pair_steps.run(TASK)

@@ -58,7 +58,7 @@ def default_decode_batch(
     device: torch.device,
     stage: int,
     tokens: int,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object],
 ) -> int:
     """The default of --decode_batch: how many answers' keys and values, logits and noise fit into half
     of the free memory.
