@@ -1,4 +1,4 @@
-// One CUDA device that does not exist, for a torch that was built without CUDA.
+// One CUDA device that does not exist, for a machine without one.
 //
 // autograd asks a device's guard for the current device, its streams and its events before it runs a
 // backward pass, and torch's CUDA hooks whether there is a device. Both answer here as a machine with
@@ -48,9 +48,15 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
+// A torch that was built with CUDA registers a guard of its own when it is loaded, after this library:
+// to be called then.
+extern "C" void claim_the_device() {
+  c10::impl::DeviceGuardImplRegistrar(c10::DeviceType::CUDA, new Guard());
+}
+
 }  // namespace pretend
 
-// torch looks its hooks up by the name of their class
+// torch looks its hooks up by the name of their class, and prefers these to its own
 namespace at {
 
 class CUDAHooks final : public CUDAHooksInterface {
@@ -65,8 +71,10 @@ class CUDAHooks final : public CUDAHooksInterface {
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex current_device() const override { return 0; }
   DeviceIndex getCurrentDevice() const override { return 0; }
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const override { return 0; }
 };
 
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 
 }  // namespace at

@@ -1,5 +1,5 @@
-"""Pretend CUDA: a torch without CUDA whose fake tensors live on a GPU, and a watch over what it would
-be asked to do.
+"""Pretend CUDA: a torch whose fake tensors live on a GPU that the machine does not have, and a watch
+over what it would be asked to do.
 
 `start` belongs in a process of its own, before torch is imported: from then on the process claims
 a GPU that it does not have, and it must end with os._exit, since autograd's thread for the device
@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Of torch, the versions that this was tried with: all of it stands on private parts.
-TESTED = ("2.13",)
+TESTED = ("2.13", "2.14")
 CAPABILITY = (9, 0)  # of the GPU that is pretended: an H100's
 
 
@@ -31,8 +31,8 @@ def why_not() -> str | None:
     """Why CUDA cannot be pretended here, in words; None where it can."""
     import torch
 
-    if torch.version.cuda is not None:
-        return "this torch was built with CUDA: its own guard is there"
+    if torch.cuda.is_available():
+        return "there is a GPU: pytest -m gpu"
     version = torch.__version__.split("+")[0]
     if not version.startswith(tuple(f"{tested}." for tested in TESTED)):
         return f"torch {version} is none of those that this was tried with: {', '.join(TESTED)}"
@@ -62,10 +62,11 @@ def start(folder: Path):
     (torch_folder,) = importlib.util.find_spec("torch").submodule_search_locations
     for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(f"{torch_folder}/lib/{name}", mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(compile_guard(folder)))
+    guard = ctypes.CDLL(str(compile_guard(folder)))
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    guard.claim_the_device()
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.device_count = lambda: 1
