@@ -17,6 +17,7 @@ import transformers
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
+from tests.cuda_pretend import machine_code as code
 from tests.cuda_pretend import pretend
 from tests.engine import made_rollouts
 from tests.engine.made_pairs import made_pairs, with_targets
@@ -769,6 +770,38 @@ def memory(run: Pretend) -> dict:
     return facts
 
 
+def machine_code(run: Pretend) -> dict:
+    """Families' compiled layers as an A100 runs them, Llama's as an H100 does, too: {family and GPU: the
+    kernels that each graph launches, forward and backward}; or why they cannot be built.
+    """
+    reason = code.why_not()
+    if reason is not None:
+        return {"reason": reason}
+    a100, h100 = code.PROPERTIES
+    families = ("llama", "qwen3", "gemma3", "mistral_window", "gpt2", "llama_lora", "reference")
+    facts = {}
+    with run.fake:
+        batch = made_batch(groups=11)
+        for name, capability in [*zip(families, itertools.repeat(a100)), ("llama", h100)]:
+            is_reference = name == "reference"
+            module = Backbone(
+                make_lm(FAMILIES["llama" if is_reference else name]), autocast=torch.bfloat16
+            )
+            score = Live(module, {}) if is_reference else module
+            with code.building(run.folder, capability) as built:
+                compiled.compile_layers(module, built.backend)
+                logps = score(batch)
+                if not is_reference:
+                    logps.sum().backward()
+            torch._dynamo.reset()
+            check_gradients(module)
+            launched = {kernel for graph in built.graphs for kernel in graph}
+            assert set(built.binaries) == {each for each in launched if each.startswith("triton_")}
+            assert all(each.startswith(b"\x7fELF") for each in sum(built.binaries.values(), []))
+            facts[f"{name} {capability}"] = built.graphs
+    return facts
+
+
 CASES = {
     **{f"step_{name}": step_of(name) for name in FAMILIES},
     "ppo": ppo,
@@ -781,4 +814,5 @@ CASES = {
     "static_shapes": static_shapes,
     "fullgraph": fullgraph,
     "memory": memory,
+    "machine_code": machine_code,
 }

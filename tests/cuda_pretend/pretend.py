@@ -7,8 +7,8 @@ cannot be joined. A fake tensor has a shape, a dtype and a device and no values,
 needs a value on the host cannot be computed: Watch writes down who asked, and gives a stand-in.
 
 What this sees: mismatches of device, dtype and shape, missing arguments, the host waiting for the
-device, the number of operations. What it does not see: what a kernel itself demands, Inductor,
-NCCL, numbers.
+device, the number of operations; on a torch that was built with CUDA also what Inductor makes of
+compiled layers (machine_code.py). What it does not see: what a kernel itself demands, NCCL, numbers.
 """
 
 import collections

@@ -57,6 +57,17 @@ STATIC = {
     "gpt2": (116, [90, 145]),
     "llama_lora": (375, [221, 222, 347, 290]),  # to the first layer's input no gradient goes
 }
+# Kernels that a compiled layer launches at most, of each kind of layer there is: forward, then backward.
+COMPILED = {
+    "llama (8, 0)": [21, 36],
+    "llama (9, 0)": [21, 36],
+    "reference (8, 0)": [14],
+    "qwen3 (8, 0)": [23, 39],
+    "gemma3 (8, 0)": [23, 23, 41, 41],
+    "mistral_window (8, 0)": [22, 36],
+    "gpt2 (8, 0)": [19, 33],
+    "llama_lora (8, 0)": [52, 52, 62, 55],  # to the first layer's input no gradient goes
+}
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +168,16 @@ def test_memory_is_what_autograd_keeps(found, family):
     for mode in ("autocast", "bf16", "checkpointing"):
         kept, estimate = facts[f"{family}, {mode}"]
         assert estimate == pytest.approx(kept, rel=0.1), mode
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_layers_are_built_for_the_gpu(found, name):
+    """Inductor's kernels, by Triton and ptxas; nothing runs them."""
+    facts = found["machine_code"]["facts"]
+    if "reason" in facts:
+        pytest.skip(facts["reason"])
+    graphs = facts[name]
+    measured = [len(graph) for graph in graphs]
+    assert all(now <= most for now, most in zip(measured, COMPILED[name], strict=True)), measured
+    for kernels in graphs:
+        assert kernels.count("_varlen_attn") + kernels.count("_varlen_attn_backward") == 1
