@@ -2,6 +2,7 @@
 batches.
 """
 
+import collections
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ import scipy.stats
 import tiny
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.models import attention, cache
 from train.models.backbone import Backbone
@@ -222,6 +224,29 @@ def test_autocast_is_the_forward_that_decodes():
     generate(lm, prompts(), eos_token_ids=[2], max_new_tokens=3, autocast=torch.bfloat16)
     hook.remove()
     assert set(dtypes) == {torch.bfloat16}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_a_weight_is_multiplied_once_a_token():
+    """In one piece and by oneDNN, however few sequences there are: by the slices that make a forward
+    pass exact it would be copied for each token.
+    """
+    lm = Backbone(tiny.make_model()).lm
+    products = collections.Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            products[function._schema.name.split("::")[1]] += 1
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        generate(lm, prompts(lengths=(7, 7)), eos_token_ids=(), max_new_tokens=4)
+    matrices = sum(isinstance(module, torch.nn.Linear) for module in lm.modules())
+    assert products["_linear_pointwise"] == 4 * matrices and not products["mm"]
+    products.clear()
+    with Count():
+        lm.model.layers[0].mlp.up_proj(torch.randn(70, lm.config.hidden_size))
+    assert products["_linear_pointwise"] > 1  # in slices again
 
 
 def test_finished_sequences_leave_and_prompts_are_read_once():

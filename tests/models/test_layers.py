@@ -303,7 +303,7 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_product_with_a_vocabulary_takes_no_memory_beside_the_result(bias):
-    """Logits of --layout padded and of decoding: in slices of the sum they would be made again and
+    """Logits of --layout padded: in slices of the sum they would be made again and
     again, and the weight copied, pieces that the system clears each time.
     """
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from train.models import matmul
 from train.models.backbone import STATEFUL, own_attention
 from train.models.cache import RoomCache, as_argument, make_cache, takes_room
 
@@ -168,15 +169,18 @@ def check(lm, prompts, max_new_tokens: int, temperature=1.0, batch_size=1, sampl
 
 @contextlib.contextmanager
 def decoding(lm, autocast: torch.dtype | None = None):
-    """Inside, `lm` runs transformers' own attention, which keeps a cache, in evaluation mode; under
-    autocast where a dtype for it is given.
+    """Inside, `lm` runs transformers' own attention, which keeps a cache, in evaluation mode, and fp32
+    products in one piece; under autocast where a dtype for it is given.
     """
     attention_name = lm.config._attn_implementation
     was_training = lm.training
     lm.set_attn_implementation(own_attention(lm))
     lm.eval()
     try:
-        with torch.autocast(lm.device.type, autocast) if autocast else contextlib.nullcontext():
+        with (
+            torch.autocast(lm.device.type, autocast) if autocast else contextlib.nullcontext(),
+            matmul.in_one_piece(),
+        ):
             yield
     finally:
         lm.train(was_training)
