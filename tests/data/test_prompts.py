@@ -37,6 +37,15 @@ SHAPES = [
         "rejected": "\n\nHuman: Hi there\n\nAssistant: b",
     },
     {"prompt": "Hi there", "completion": "a", "label": True},
+    # answers that nobody could train on
+    {"prompt": "Hi there", "chosen": "  ", "rejected": "b"},
+    {"prompt": "Hi there", "chosen": 5, "rejected": None},
+    {"prompt": TURNS, "chosen": TURNS, "rejected": "b"},
+    {"prompt": "Hi there", "completion": [{"role": "assistant", "content": None}]},
+    {"prompt": "Hi there", "chosen": [ANSWER, {"role": "tool", "content": "5"}, ANSWER]},
+    {"prompt": "Hi there", "responses": ["a", "b"], "scores": [1, 1]},
+    {"question": "Hi there", "completions": ["a", "b"], "ratings": [1]},
+    {"messages": [*TURNS, ANSWER], "answers": [{"text": "a", "score": "none"}]},
 ]
 
 
@@ -54,6 +63,13 @@ def test_rows_without_a_prompt_are_dropped(prepared):
     assert [dropped.row for dropped in found.data.dropped] == [0, 1, 3]
     with pytest.raises(DataError, match="no column 'prompt'"):
         prepared({"other": 1})
+
+
+def test_a_prompt_that_is_not_that_of_its_answers_is_dropped(prepared):
+    other = [{"role": "user", "content": "Bye"}, ANSWER]
+    found, _ = prepared({"prompt": "Hi there", "chosen": other, "rejected": "b"}, {"prompt": "x"})
+    [dropped] = found.data.dropped
+    assert dropped == (dropped.source, 0, "prompt differs from the conversation in the answers")
 
 
 def test_two_prompts_are_one_only_where_all_columns_agree(prepared):

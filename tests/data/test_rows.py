@@ -54,6 +54,7 @@ def write(path, text):
             "rejected": HI + [assistant("Greetings.")],
         },
         {"prompt": HI, "chosen": HI + [assistant("Hey there!")], "rejected": "Greetings."},
+        {"prompt": " Hi\n", "chosen": HI + [assistant("Hey there!")], "rejected": "Greetings."},
         {
             "prompt": None,
             "chosen": HI + [assistant("Hey there!")],

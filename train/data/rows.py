@@ -251,14 +251,23 @@ def check_prompt(row: Any) -> Asked:
     bring the prompt along; of a conversation all turns but the assistant's last. Raises RowError.
     """
     _check_object(row)
-    row, remarks = shapes.canonical(shapes.without_last_answer(row))
+    row, remarks = shapes.canonical(shapes.without_answers(row))
     prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
     conversation = None
     for name in ("chosen", "rejected", "completion"):
         if conversation is None and row.get(name):
-            conversation, _ = _response(row[name], name)
+            try:
+                conversation, _ = _response(row[name], name)
+            except RowError:  # an answer that nobody could train on is no fault of its prompt
+                if prompt is None:
+                    raise
+    if prompt and conversation and conversation[0]["role"] in ("assistant", "tool"):
+        conversation = None  # an answer of several turns
     if conversation is None and prompt is None:
         raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
+    if conversation is not None and prompt is not None:
+        if not _is_of(prompt, conversation, row["prompt"]):
+            raise RowError("prompt differs from the conversation in the answers")
     messages = _with_system(conversation or prompt, row)
     _check_turns(messages)
     return Asked(messages, _template_args(row), remarks)
@@ -481,14 +490,21 @@ def _same_turns(one: list[dict], other: list[dict], strictly: bool = False) -> b
     """Whether two lists of messages say the same.
 
     Keys that say nothing (an id, a time) do not count; nor, unless `strictly`, does a key that only
-    one of them has: a prompt may be written out in less detail than the conversation it begins.
+    one of them has, or outer white space: a prompt may be written out in less detail than the
+    conversation it begins.
     """
     return len(one) == len(other) and all(
-        (a.get(key) or None) == (b.get(key) or None)
+        _same_values(a.get(key) or None, b.get(key) or None, strictly)
         for a, b in zip(one, other, strict=True)
         for key in TELLING_KEYS
         if strictly or (key in a and key in b)
     )
+
+
+def _same_values(one: Any, other: Any, strictly: bool) -> bool:
+    if not strictly and isinstance(one, str) and isinstance(other, str):
+        return one.strip() == other.strip()
+    return one == other
 
 
 def _with_system(messages: list[dict], row: dict) -> list[dict]:

@@ -129,12 +129,16 @@ def canonical(row: dict) -> tuple[dict, list[str]]:
     return row, remarks
 
 
-def without_last_answer(row: dict) -> dict:
-    """A row of one conversation that ends with an answer, without that answer."""
+def without_answers(row: dict) -> dict:
+    """A row as one who looks for its prompt alone reads it: without the answer that a conversation ends
+    with, nor a list of answers beside the prompt, whatever their scores.
+    """
     for name in CONVERSATIONS:
         turns = row.get(name)
         if isinstance(turns, list) and len(turns) > 1 and _role(turns[-1]) == "assistant":
             row = row | {name: turns[:-1]}
+    if any(row.get(name) for name in ("prompt", *QUESTIONS, *CONVERSATIONS)):
+        row = {name: value for name, value in row.items() if name not in ANSWER_LISTS}
     return row
 
 
