@@ -67,11 +67,12 @@ def prompts_of(
     """
     groups = sorted(np.unique(data.prompts, return_index=True)[1].tolist())[:most]
     rows, _ = check_rows(sources, check_pair, PAIR_COLUMNS, columns=columns)
-    messages = {row.number: row.item.messages for row in rows}
+    items = {row.number: row.item for row in rows}
     prompts = []
     for i in groups:
         number = int(data.rows[i])
-        prompts.append(Prompt(number, tuple(data.group(i).prompt), messages[number]))
+        ids = tuple(data.group(i).prompt)
+        prompts.append(Prompt(number, ids, items[number].messages, items[number].template_args))
     return prompts
 
 
@@ -163,7 +164,8 @@ def columns_of(
     if reward_model:
         conversations = [prompt.messages for prompt in prompts]
         ended = [answer.ended for answer in answers]
-        columns["reward"] = reward_model.score(conversations, texts, ended).tolist()
+        args = [prompt.template_args for prompt in prompts]
+        columns["reward"] = reward_model.score(conversations, texts, ended, args).tolist()
     return columns
 
 

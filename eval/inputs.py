@@ -256,9 +256,10 @@ def prompts_to_answer(
             which = own.said(found.data)
             found = dataclasses.replace(found, data=first_rows(found.data, settings.prompts))
             described = folder.describe(found.data, own.sources) | {"which": which}
+            asked = [found.asked(i) for i in range(len(found))]
             return [
-                Prompt(int(found.data.rows[i]), found.ids(i), found.messages(i))
-                for i in range(len(found))
+                Prompt(int(found.data.rows[i]), found.ids(i), each.messages, each.template_args)
+                for i, each in enumerate(asked)
             ], described
     prompts = generations.prompts_of(rows.sources, pairs, settings.prompts, columns=rows.columns)
     return prompts, None

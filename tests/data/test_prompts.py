@@ -54,7 +54,7 @@ def test_shapes(prepared, row):
     found, tokenizer = prepared(row)
     wanted = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False)
     assert len(found) == 1 and list(found.ids(0)) == wanted
-    assert found.messages(0) == TURNS and found.row(0) == row
+    assert found.asked(0).messages == TURNS and found.row(0) == row
 
 
 def test_rows_without_a_prompt_are_dropped(prepared):
@@ -84,13 +84,14 @@ def test_two_prompts_are_one_only_where_all_columns_agree(prepared):
 
 def test_renamed_columns(prepared):
     found, _ = prepared({"q": "Hi there", "solution": "3"}, columns=["prompt=q"])
-    assert found.columns == ["solution", "prompt"] and found.messages(0) == TURNS
+    assert found.columns == ["solution", "prompt"] and found.asked(0).messages == TURNS
 
 
 def test_split_by_prompt(prepared):
     found, _ = prepared(*({"prompt": f"question {i % 10}", "n": i} for i in range(30)))
     train, held_out = found.split(0.3, seed=1)
     texts = [
-        {part.messages(i)[0]["content"] for i in range(len(part))} for part in (train, held_out)
+        {part.asked(i).messages[0]["content"] for i in range(len(part))}
+        for part in (train, held_out)
     ]
     assert not texts[0] & texts[1] and len(train) + len(held_out) == 30 and len(held_out) > 0

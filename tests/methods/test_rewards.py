@@ -1,12 +1,19 @@
 """Reward models that others have made: off which token a score is read."""
 
+import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
+from eval.generations import prompts_of
+from train.data import prompts, tokens
+from train.methods.policy_setup import Rewards, samples_of
 from train.methods.rewards import RewardModel
+from train.methods.rollout import Answers
+from train.models.generate import Completion
 
 
 def saved(folder, **overrides):
@@ -76,6 +83,83 @@ def test_texts_scored_together_have_the_scores_of_each_alone(tmp_path, pad):
     parts = judge.own.parts([len(judge.ids(ask, *each)) for each in zip(texts, ended, strict=True)])
     assert sorted(i for part in parts for i in part) == list(range(len(texts)))
     assert (max(map(len, parts)) == 1) == (pad is None)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+NAMES_TOOLS = tiny.CHATML.replace(
+    "{% for m in messages %}",
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}",
+)
+
+
+def test_keys_of_the_row_reach_the_reward_model_s_template(tmp_path):
+    """As they do when it is trained: without its tools a call would be judged for nothing."""
+    judge = RewardModel(saved(tmp_path, pad_token_id=0), torch.device("cpu"))
+    judge.tokenizer.chat_template = NAMES_TOOLS
+    ask = [{"role": "user", "content": "2 + 3"}]
+    answered = [*ask, {"role": "assistant", "content": "add"}]
+    wanted = judge.tokenizer.apply_chat_template(answered, tools=TOOLS, return_dict=False)
+    assert judge.ids(ask, "add", True, {"tools": TOOLS}) == wanted
+    with_tools, without = judge.score([ask] * 2, ["add"] * 2, [True] * 2, [{"tools": TOOLS}, {}])
+    with torch.no_grad():
+        exact = float(judge.model.double()(input_ids=torch.tensor([wanted])).logits[0, 0])
+    assert with_tools == pytest.approx(exact, abs=1e-5) and abs(with_tools - without) > 1e-3
+
+
+def test_samples_and_evaluation_s_prompts_have_the_keys_of_their_rows(tmp_path):
+    tokenizer = tiny.save_tokenizer(tmp_path)
+    tokenizer.chat_template = NAMES_TOOLS
+    row = {"prompt": "2 + 3", "chosen": "add", "rejected": "no", "tools": TOOLS}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    found = prompts.prepare([str(path)], tokenizer, max_length=400)
+    answers = Answers((0,), (found.ids(0),), (Completion((5, 2), True),))
+    [sample] = samples_of(answers, found, tokenizer, most=8)
+    pairs = tokens.prepare([str(path)], tokenizer, max_length=400)
+    [asked] = prompts_of([str(path)], pairs)
+    assert sample.template_args == asked.template_args == {"tools": TOOLS}
+    judge = RewardModel(saved(tmp_path / "judge", pad_token_id=0), torch.device("cpu"))
+    judge.tokenizer.chat_template = NAMES_TOOLS
+    settings = SimpleNamespace(reward_weights=None, reward_clip=None, missing_end_penalty=0.0)
+    _, [score] = Rewards([], judge, settings).score([sample])
+    ids = judge.ids(sample.messages, sample.response, True, {"tools": TOOLS})
+    assert score == pytest.approx(float(judge.own.alone(torch.tensor(ids))), abs=1e-5)
+
+
+CUTS_THOUGHTS = tiny.CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+REFUSES = tiny.CHATML.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if '!' in m['content'] %}{{ raise_exception('no shouting') }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("text", ["<think>a</think>", "</think>", "a</think></think>"])
+def test_an_answer_of_which_the_template_leaves_nothing_is_scored_as_rendered(tmp_path, text):
+    """A policy may write anything, and a run must not end for it."""
+    judge = RewardModel(saved(tmp_path, pad_token_id=0), torch.device("cpu"))
+    judge.tokenizer.chat_template = CUTS_THOUGHTS
+    ask = [{"role": "user", "content": "a question"}]
+    wanted = judge.tokenizer.apply_chat_template(
+        [*ask, {"role": "assistant", "content": text}], return_dict=False
+    )
+    assert judge.ids(ask, text, True) == wanted
+    assert judge.ids(ask, text, False) == wanted[:-2]  # neither end token nor newline
+
+
+def test_an_answer_that_the_template_refuses_follows_the_prompt_as_it_is(tmp_path, caplog):
+    judge = RewardModel(saved(tmp_path, pad_token_id=0), torch.device("cpu"))
+    judge.tokenizer.chat_template = REFUSES
+    ask = [{"role": "user", "content": "a question"}]
+    plain = judge.ids(ask, "Sure.", True)
+    with caplog.at_level(logging.WARNING, "zeropref"):
+        found = [judge.ids(ask, "Sure!", ended) for ended in (True, True, False)]
+    text = judge.tokenizer("Sure!", add_special_tokens=False)["input_ids"]
+    header = judge.chat.prompt_ids(ask)
+    assert found == [header + text + plain[-2:]] * 2 + [header + text]
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "scored as it stands behind its prompt" in warning and "no shouting" in warning
+    with pytest.raises(ValueError, match="--reward_model .* a prompt of the data .*no shouting"):
+        judge.ids([{"role": "user", "content": "Go!"}], "Sure.", True)
 
 
 def test_an_answer_with_a_token_that_the_model_lacks(tmp_path):

@@ -530,12 +530,17 @@ class Chat:
             answer = {"role": "assistant", "content": answer}
         return self._ids(Request(messages, (answer,), template_args or {}))[1][0]
 
-    def whole_ids(self, messages: list, answer: str | dict) -> list[int]:
-        """Token ids of a prompt and its answer. Raises RowError."""
-        if isinstance(answer, str):
-            answer = {"role": "assistant", "content": answer}
-        prompt, [response] = self._ids(Request(messages, (answer,), {}))
-        return prompt + response
+    def finished_ids(
+        self, messages: list, answer: str, template_args: dict | None = None
+    ) -> list[int]:
+        """Token ids of a whole conversation as it is rendered, whatever the template makes of the
+        answer. Raises RowError where it refuses one.
+        """
+        turn = self._turn({"role": "assistant", "content": answer})
+        text = self._render_one([*messages, turn], False, template_args or {})
+        if isinstance(text, RowError):
+            raise text
+        return tokenise(self.tokenizer, [text])[0]
 
     def _ids(self, request: Request) -> tuple[list, list[list]]:
         [rendered] = self.render([request])

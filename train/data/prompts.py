@@ -12,7 +12,7 @@ import numpy as np
 
 from train.data import dataset, shapes, tokens
 from train.data.dataset import Tokenised
-from train.data.rows import check_prompt
+from train.data.rows import Asked, check_prompt
 from train.data.sources import read_rows
 
 
@@ -39,9 +39,11 @@ class Prompts:
         """The columns of prompt i."""
         return self.rows[int(self.data.rows[i])]
 
-    def messages(self, i: int) -> list[dict]:
-        """Prompt i as messages; the last one is the user's or a tool's."""
-        return check_prompt(self.row(i)).messages
+    def asked(self, i: int) -> Asked:
+        """Prompt i as messages, the last of which is the user's or a tool's, and what else the chat
+        template gets.
+        """
+        return check_prompt(self.row(i))
 
     def split(self, share: float, seed: int) -> tuple["Prompts", "Prompts"]:
         """(train, held out), by prompt: see dataset.split_by_prompt."""

@@ -75,6 +75,7 @@ class Rewards:
                 [s.messages for s in samples],
                 [s.response for s in samples],
                 [s.ended for s in samples],
+                [s.template_args for s in samples],
             )
             columns.append((raw - self.shift) / self.scale)
         scores = np.stack(columns, 1)  # (B, F)
@@ -120,7 +121,11 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
             config=config,
         )
         run.note(reward_deepspeed=config)
-        every = [Prompt(i, train.ids(i), train.messages(i)) for i in range(len(train))]
+        asked = [train.asked(i) for i in range(len(train))]
+        every = [
+            Prompt(i, train.ids(i), each.messages, each.template_args)
+            for i, each in enumerate(asked)
+        ]
         model.check(every, settings.max_new_tokens)
     rewards = Rewards(sources, model, settings)
     if model is not None and (rewards.shift, rewards.scale) != (0.0, 1.0):
@@ -294,15 +299,17 @@ def samples_of(answers: Answers, of: prompts.Prompts, tokenizer, most: int) -> l
     found = []
     for n, (completion, text) in enumerate(zip(answers.completions, texts, strict=True)):
         i = answers.groups[n // k]
+        asked = of.asked(i)
         found.append(
             Sample(
-                of.messages(i),
+                asked.messages,
                 text,
                 completion.ended,
                 of.row(i),
                 int(of.data.rows[i]),
                 length=len(completion.ids),
                 most=most,
+                template_args=asked.template_args,
             )
         )
     return found

@@ -45,6 +45,7 @@ class Sample(NamedTuple):
     number: int  # of that row, for messages
     length: int = 0  # tokens, the end token included
     most: int = 0  # tokens that an answer may have
+    template_args: dict | None = None  # what else the chat template gets: tools, documents, ...
 
     @property
     def prompt(self) -> str:

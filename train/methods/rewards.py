@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from train.data.chat import Chat
+from train.data.chat import Chat, tokenise
+from train.data.errors import RowError
 from train.engine import dist, ds_config, loading, preemption
 from train.engine.offload import Offloaded
 from train.models.heads import HEAD, Score
@@ -29,6 +30,7 @@ class Prompt(NamedTuple):
     row: int  # number of the first data row that has it
     ids: tuple[int, ...]  # as training sees it, the assistant's header included
     messages: list  # [{"role": ..., "content": ...}], ends with a user's turn
+    template_args: dict | None = None  # what else the chat template gets: tools, documents, ...
 
 
 class OwnClass:
@@ -152,8 +154,9 @@ class RewardModel:
             allow_template_changes=True,
             keep_tail=True,
         )
+        self._has_told = False
         # what the template writes behind an answer: the end token, and a tail
-        ids = self.chat.whole_ids([{"role": "user", "content": "question"}], "answer")
+        ids = self.chat.finished_ids([{"role": "user", "content": "question"}], "answer")
         self.ending = []
         if self.chat.end_id in ids:
             self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
@@ -192,7 +195,7 @@ class RewardModel:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = 0
         for prompt in prompts:
-            ids = self.chat.prompt_ids(prompt.messages)
+            ids = self._prompt_ids(prompt.messages, prompt.template_args)
             self._check_ids(ids)
             longest = max(longest, len(ids))
         longest += max(len(self.ending) - 1, 0)  # the end token is a new one, the tail is not
@@ -213,26 +216,59 @@ class RewardModel:
             "reads": self.tokenizer.convert_ids_to_tokens(pooled),
         }
 
-    def ids(self, messages, text: str, ended: bool) -> list[int]:
+    def ids(self, messages, text: str, ended: bool, template_args: dict | None = None) -> list[int]:
         """The conversation's token ids as everybody renders it; an answer that was cut gets neither
-        end token nor tail.
+        end token nor tail. template_args: what else the template gets.
+
+        An answer that the template refuses, and models write anything, follows the prompt as it is.
         """
-        if not text.strip():  # Chat refuses an empty response, but its end can be read
-            return [*self.chat.prompt_ids(messages), *self.ending]
-        ids = self.chat.whole_ids(messages, text)
-        return ids if ended else ids[: len(ids) - len(self.ending)]
+        if not text.strip():  # some templates leave out the turn of an empty answer
+            return [*self._prompt_ids(messages, template_args), *self.ending]
+        try:
+            ids = self.chat.finished_ids(messages, text, template_args)
+        except RowError as error:
+            self._tell(error)
+            [ids] = tokenise(self.tokenizer, [text])
+            ids = [*self._prompt_ids(messages, template_args), *ids, *self.ending]
+        is_whole = ended or ids[len(ids) - len(self.ending) :] != self.ending
+        return ids if is_whole else ids[: len(ids) - len(self.ending)]
+
+    def _prompt_ids(self, messages, template_args: dict | None) -> list[int]:
+        try:
+            return self.chat.prompt_ids(messages, template_args)
+        except RowError as error:
+            raise ValueError(
+                f"--reward_model {self.path}: a prompt of the data cannot be rendered: {error}; leave "
+                "such rows out, or put a chat_template.jinja that takes them into its folder"
+            ) from error
+
+    def _tell(self, error: RowError):
+        """Warn, once, of an answer that the template refuses."""
+        if not self._has_told:
+            self._has_told = True
+            logging.getLogger("zeropref").warning(
+                "--reward_model %s: an answer is scored as it stands behind its prompt, since %s",
+                self.path,
+                error,
+            )
 
     def score(
-        self, conversations: Sequence[list], texts: Sequence[str], ended: Sequence[bool]
+        self,
+        conversations: Sequence[list],
+        texts: Sequence[str],
+        ended: Sequence[bool],
+        template_args: Sequence[dict | None] | None = None,
     ) -> np.ndarray:
         """(N,) fp64 scores of N answers, in the reward model's own unit, on every rank. Every rank
         calls this.
 
-        conversations: the messages that each answer follows. ended: whether it ends by itself. Texts of
-        about the same length are scored at once; which, is planned for the whole job and dealt to the
-        ranks, so that no digit depends on their number.
+        conversations: the messages that each answer follows. ended: whether it ends by itself.
+        template_args: what else the template gets for each; None: nothing. Texts of about the same
+        length are scored at once; which, is planned for the whole job and dealt to the ranks, so that no
+        digit depends on their number.
         """
-        ids = [self.ids(*each) for each in zip(conversations, texts, ended, strict=True)]
+        args = template_args or [None] * len(texts)
+        ids = [self.ids(*each) for each in zip(conversations, texts, ended, args, strict=True)]
         for each in ids:
             self._check_ids(each)
         parts = self.own.parts([len(each) for each in ids])
