@@ -58,6 +58,31 @@ def test_a_call_ends_as_the_template_ends_calls(collected):
     assert [*group.prompt, *group.responses[0]] == whole[:-1]  # without the newline at the end
 
 
+# Command R7B closes the answer, then the turn; Phi-3 ends a conversation that nothing follows with eos
+CLOSES = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content + '</s>' }}"
+    "{% else %}{{ '<|bot|>' + m.content + '<|end|></s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"
+)
+EOS_LAST = (
+    "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|bot|>' }}"
+    "{{ m.content + '<|end|>\n' }}{% endfor %}"
+    "{{ '<|bot|>' if add_generation_prompt else '</s>' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "ending"), [(CLOSES, "<|end|></s>"), (EOS_LAST, "<|end|>")], ids=["closes", "last"]
+)
+def test_the_end_of_a_turn_is_eos_where_eos_ends_turns(collected, template, ending):
+    """What inference stops at, and so what a model has to write."""
+    data, tokenizer = found = collected(
+        template, {"prompt": "When?", "chosen": "Now.", "rejected": "Later."}
+    )
+    assert texts(found) == [["Now." + ending, "Later." + ending]]
+    assert data.group(0).responses[0][-1] == Chat(tokenizer).end_id
+
+
 @pytest.mark.parametrize("edit", ["| upper", "| capitalize", "[:6]", "| replace('e', '3')"])
 def test_a_template_that_changes_answers_is_judged_by_row(collected, edit):
     """Rows that it leaves as they are stay; others are dropped, or kept as rendered."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import transformers
 
 from eval.generations import prompts_of
 from train.data import prompts, tokens
@@ -42,8 +43,6 @@ def test_a_model_that_reads_another_token_is_named(tmp_path, caplog):
 
 
 def test_two_outputs_and_no_tokenizer(tmp_path):
-    import transformers
-
     lm = tiny.make_score_model("qwen2")
     lm.config.num_labels = 2
     two = transformers.AutoModelForSequenceClassification.from_config(lm.config)
@@ -124,6 +123,20 @@ def test_samples_and_evaluation_s_prompts_have_the_keys_of_their_rows(tmp_path):
     _, [score] = Rewards([], judge, settings).score([sample])
     ids = judge.ids(sample.messages, sample.response, True, {"tools": TOOLS})
     assert score == pytest.approx(float(judge.own.alone(torch.tensor(ids))), abs=1e-5)
+
+
+def test_a_cut_answer_has_nothing_of_what_the_template_puts_behind_one(tmp_path):
+    """Nor what stands before the end token: a mark that closes the answer, a space."""
+    judge = saved(tmp_path, pad_token_id=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(judge)
+    closes = "m['content'] + (' <|endoftext|>' if m['role'] == 'assistant' else '')"
+    tokenizer.chat_template = tiny.CHATML.replace("m['content']", closes)
+    tokenizer.save_pretrained(judge)
+    judge = RewardModel(judge, torch.device("cpu"))
+    ask = [{"role": "user", "content": "a question"}]
+    cut, whole = (judge.ids(ask, "Sure.", ended) for ended in (False, True))
+    assert tokenizer.decode(whole[len(cut) :]) == " <|endoftext|><|im_end|>\n"
+    assert tokenizer.decode(cut).endswith("assistant\nSure.")
 
 
 CUTS_THOUGHTS = tiny.CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")

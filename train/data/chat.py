@@ -201,8 +201,8 @@ class Chat:
         self.keep_tail = keep_tail
 
     def _probe(self, name: str) -> None:
-        """Find what the template puts around an answer. The end token is the first control token
-        behind it, or else eos.
+        """Find what the template puts around an answer. The end token is eos where that ends turns,
+        else the first control token behind the answer, or else eos.
         """
         answer = [{"role": "assistant", "content": ANSWER}]
         bare, prompt, whole, finished = (
@@ -234,7 +234,13 @@ class Chat:
         # in a turn that is not over: answers to train on may have that.
         frames = finished.replace(self._lead + rendered_answer, rendered_answer)
         self.control = ControlTokens(self.tokenizer, self.control.allowed, frames)
-        end = self.control.first(self._tail)
+        between = finished[len(before) + len(rendered_answer) :]
+        between = between.rpartition(QUESTION[0]["content"])[0]
+        # Another control token may stand before eos: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>. Or an eos
+        # behind the last turn alone, which nobody would write: <|end|>\n<|endoftext|>.
+        eos = self.tokenizer.eos_token
+        ends_turns = eos in self._tail and eos in between
+        end = eos if ends_turns else self.control.first(self._tail)
         self.end = self.tokenizer.eos_token if end is None else end
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end)
         self._anchors = [self.end, *ANCHORS]
@@ -243,8 +249,6 @@ class Chat:
             self._kept_tail = self._tail.rstrip() + self.end
         else:
             self._kept_tail = self._tail[: self._tail.index(end) + len(end)]
-        between = finished[len(before) + len(rendered_answer) :]
-        between = between.rpartition(QUESTION[0]["content"])[0]
         self._user_header = between.removeprefix(self._tail)
         self.header_length = len(tokenise(self.tokenizer, [self._header])[0])
         allowed = self.allow_template_changes

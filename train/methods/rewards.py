@@ -7,13 +7,14 @@ therefore passed as messages and text, not as the policy's token ids.
 
 import contextlib
 import logging
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from train.data.chat import Chat, tokenise
+from train.data.chat import ANSWER, OTHER_ANSWER, QUESTION, Chat, tokenise
 from train.data.errors import RowError
 from train.engine import dist, ds_config, loading, preemption
 from train.engine.offload import Offloaded
@@ -156,10 +157,8 @@ class RewardModel:
         )
         self._has_told = False
         # what the template writes behind an answer: the end token, and a tail
-        ids = self.chat.finished_ids([{"role": "user", "content": "question"}], "answer")
-        self.ending = []
-        if self.chat.end_id in ids:
-            self.ending = ids[len(ids) - 1 - ids[::-1].index(self.chat.end_id) :]
+        ends = [self.chat.finished_ids(QUESTION, text)[::-1] for text in (ANSWER, OTHER_ANSWER)]
+        self.ending = os.path.commonprefix(ends)[::-1]
         self.model.eval()
         self.model.config.get_text_config().use_cache = False
         forward = loading.frozen_forward(self.model, config)
