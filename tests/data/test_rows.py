@@ -153,6 +153,11 @@ def test_multi_turn_with_system():
         (None, "the row is null, not an object"),
         ({"prompt": "Hi", "chosen": "a"}, "no column 'rejected'"),
         ({"chosen": "a", "rejected": "b"}, "no column 'prompt'"),
+        (
+            {"chosen": str(HI + [assistant("a")]), "rejected": str(HI + [assistant("b")])},
+            "no prompt, and chosen is a conversation written out as text: make messages of it by "
+            "json.loads, or by ast.literal_eval where the quotes are Python's",
+        ),
     ],
 )
 def test_reasons(row, reason):

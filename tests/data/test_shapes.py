@@ -2,14 +2,27 @@
 
 import gzip
 import json
+import re
 
+import datasets
+import pandas
 import pyarrow
 import pytest
 
-from train.data.rows import DataError, RowError, check_labelled, check_pair
+from train.data.rows import (
+    PAIR_COLUMNS,
+    PROMPT_COLUMNS,
+    DataError,
+    RowError,
+    check_labelled,
+    check_margin,
+    check_pair,
+    check_prompt,
+    check_scored,
+)
 from train.data.shapes import parse_columns, rename
 from train.data.sources import read_rows
-from train.data.tokens import collect, kind_of
+from train.data.tokens import check_rows, collect, kind_of, prepare
 
 
 def user(text):
@@ -275,6 +288,104 @@ def test_columns_that_are_not_there(letters, tmp_path, row, advice):
     if "--columns" in advice:
         flags = advice.split("--columns ")[1].split()
         assert len(collect([path], letters, max_length=200, columns=flags)) == 1
+
+
+def saved_as(kind, folder, rows):
+    """The rows as a source of a kind."""
+    data = datasets.Dataset.from_list(rows)
+    if kind in ("json", "csv", "parquet"):
+        getattr(data, f"to_{kind}")(folder / f"rows.{kind}")
+        return str(folder / f"rows.{kind}")
+    if kind == "folder":
+        data.save_to_disk(folder / "rows")
+        return str(folder / "rows")
+    datasets.DatasetDict({"test": data}).save_to_disk(folder / "rows")
+    return f"{folder / 'rows'}@test"
+
+
+def run_advice(said, start, tmp_path, monkeypatch):
+    """Run the Python in a refusal, which begins with `start`; the file that it writes."""
+    monkeypatch.chdir(tmp_path)
+    line = said.partition(start)[2].partition(", or ast.literal_eval")[0]
+    exec(line.replace("...", "'?'"), {"datasets": datasets, "json": json, "re": re})  # noqa: S102
+    return str(tmp_path / "pairs.jsonl")
+
+
+KINDS = ["json", "csv", "parquet", "folder", "dict"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advice_can_be_run(kind, letters, tmp_path, monkeypatch):
+    """Whatever the source is, the lines read it."""
+    source = saved_as(kind, tmp_path, [{"a": "x", "b": "y", "question": "q"}])
+    with pytest.raises(DataError) as error:
+        collect([source], letters, max_length=200)
+    written = run_advice(str(error.value), "or convert: ", tmp_path, monkeypatch)
+    [row] = read(written)
+    assert row | {"chosen": "?", "rejected": "?", "prompt": "q"} == row
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversations_as_text_are_converted_by_the_advice(kind, letters, tmp_path, monkeypatch):
+    """In whichever columns they stand, as a table that knows text alone has them."""
+    prompt = [{"role": "user", "content": "Hi"}]
+    answer = [{"role": "assistant", "content": "ok"}]
+    row = {"prompt": json.dumps(prompt), "chosen": json.dumps(answer), "rejected": "no"}
+    source = saved_as(kind, tmp_path, [row])
+    with pytest.raises(DataError) as error:
+        prepare([source], letters, max_length=200)
+    written = run_advice(str(error.value), "else convert it: ", tmp_path, monkeypatch)
+    data = prepare([written], letters, max_length=200)
+    assert len(data) == 1
+    assert letters.decode(data.group(0).responses[0]) == "ok<|im_end|>"
+
+
+def test_a_judged_conversation_is_one_flag_away(tmp_path, letters):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
+    for name, flags in (("label", ["completion=messages"]), ("kto_tag", ["completion=messages"])):
+        path = write(tmp_path / "a.jsonl", {"messages": turns, name: True})
+        with pytest.raises(DataError) as error:
+            collect([path], letters, max_length=200)
+        if name != "label":
+            flags = [*flags, f"label={name}"]
+        assert str(error.value).endswith(f"pass --columns {' '.join(flags)}")
+        data = collect([path], letters, max_length=200, columns=flags, kind="labelled")
+        assert data.labels.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("check", "row", "columns", "target"),
+    [
+        (check_margin, {"chosen": "b", "rejected": "c", "gap": "1.5"}, ["margin=gap"], 1.5),
+        (check_scored, {"completion": "b", "stars": 4}, ["score=stars"], 4.0),
+    ],
+)
+def test_numbers_under_other_names(tmp_path, check, row, columns, target):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", **row})
+    [[found], dropped] = check_rows([path], check, PAIR_COLUMNS, columns=columns)
+    assert found.item.target == target and not dropped
+
+
+def test_a_text_may_be_a_prompt(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "a"})
+    with pytest.raises(DataError, match="pass --columns prompt=text$"):
+        check_rows([path], check_prompt, PROMPT_COLUMNS)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_csv_of_another_separator_names_it(tmp_path, monkeypatch, separator):
+    path = tmp_path / "a.csv"
+    path.write_text(separator.join(("prompt", "chosen", "rejected")) + "\n" + separator.join("abc"))
+    with pytest.raises(DataError, match="fields are separated by commas") as error:
+        read(path)
+    monkeypatch.chdir(tmp_path)
+    exec(str(error.value).partition("commas: ")[2], {"pandas": pandas})  # noqa: S102
+    assert read(tmp_path / "pairs.csv") == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+
+
+def test_patterns_are_the_shell_s(tmp_path):
+    with pytest.raises(DataError, match="patterns are expanded by the shell"):
+        read(tmp_path / "*.parquet")
 
 
 # ------------------------------------------------------------ files

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from train.data.rows import Labelled, Pair
-from train.data.shapes import SCORES_CONTRADICT
+from train.data.shapes import SCORES_CONTRADICT, is_written_out
 
 SHOWN = 3  # rows of each sort that a message names
 SAID_FROM = 0.001  # share of the rows from which a sort is worth saying
@@ -24,13 +24,7 @@ HEAD_CHARACTERS = 40
 # back ("What about you, do you ...?") repeats it within a sentence.
 PREAMBLE_CHARACTERS = 400
 AFTER_PREAMBLE = re.compile(r"""(?:^|:)[\s"'*>\u201c]*""", re.MULTILINE)
-# A conversation written out: it begins like JSON or Python, and some speaker says something in it.
-# Quotes may be escaped once more.
-DUMP = re.compile(r"\s*(?:```\w*\s*)?(?:array\()?[\[({\"]?[\[({]|\s*ChatCompletion\w*\(")
-SPEAKERS = "user|assistant|system|human|gpt|tool|bot|chatgpt|model"
-DUMPED_SPEAKER = re.compile(rf"""(?:role|from)\\*['"]?\s*[:=]\s*\\*['"](?:{SPEAKERS})\\*['"]""")
-DUMPED_TEXT = re.compile(r"""(?:content|value|text)\\*['"]?\s*[:=]\s*\\*['"]""")
-DUMPED_WITHIN = 4000  # characters of a text in which both are looked for
+HEAD = 4000  # characters of a prompt in which turns are looked for
 SPEAKER = r"(?:#+\s*|<\|?|\[)?(?:{})(?:\|?>|\])?\s*:"
 USER_FIRST = re.compile(
     rf"\s*(?:{SPEAKER.format('System|SYSTEM')}[\s\S]*?\n\s*)?{SPEAKER.format('Human|User|USER')}"
@@ -43,19 +37,18 @@ WHOLE_CONVERSATION = "an answer holds the turns of a whole conversation"
 PROMPT_FIRST = "an answer begins with its prompt"
 SHORT_PROMPT_FIRST = "all answers begin with their prompt"
 PROMPT_WITH_TURNS = "a prompt holds turns of a conversation, or another template's marks, as text"
-_READ = 'rows = datasets.load_dataset("json", data_files=FILE, split="train"); '
+_ANSWERS = 'for name in ("chosen", "rejected", "completion") if name in row'
 _WITHOUT_PROMPT = (
-    _READ + 'rows.map(lambda row: {name: row[name].removeprefix(row["prompt"]).strip() for name in '
-    '("chosen", "rejected")}).to_json("pairs.jsonl")'
+    'rows.map(lambda row: {name: row[name].removeprefix(row["prompt"]).strip() '
+    f'{_ANSWERS}}}).to_json("pairs.jsonl")'
 )
-# How such data is made into what was meant, if it was that.
+# How such data, read as `rows`, is made into what was meant, if it was that.
 CONVERSIONS = {
-    WRITTEN_OUT: _READ + "rows.map(lambda row: {name: json.loads(row[name]) for name in "
-    '("chosen", "rejected")}).to_json("pairs.jsonl"), or ast.literal_eval where the quotes are '
-    "Python's",
-    WHOLE_CONVERSATION: _READ
-    + 'rows.map(lambda row: {name: re.split(r"\\n\\s*Assistant:", row[name])'
-    '[-1].strip() for name in ("chosen", "rejected")}).to_json("pairs.jsonl")',
+    WRITTEN_OUT: "rows.map(lambda row: {name: json.loads(text) for name, text in row.items() if "
+    'isinstance(text, str) and text.lstrip()[:1] in ("[", "{")}).to_json("pairs.jsonl"), or '
+    "ast.literal_eval where the quotes are Python's",
+    WHOLE_CONVERSATION: 'rows.map(lambda row: {name: re.split(r"\\n\\s*Assistant:", row[name])'
+    f'[-1].strip() {_ANSWERS}}}).to_json("pairs.jsonl")',
     PROMPT_FIRST: _WITHOUT_PROMPT,
     SHORT_PROMPT_FIRST: _WITHOUT_PROMPT,
 }
@@ -76,6 +69,7 @@ class Suspicion(NamedTuple):
     rows: int
     total: int  # rows that were looked at
     examples: Sequence[str]  # "SOURCE row N: TEXT" of the first ones
+    source: str  # of the first one
 
     def __str__(self) -> str:
         return f"{self.rows} of {self.total} rows: {self.what}; {'; '.join(self.examples)}"
@@ -89,13 +83,13 @@ def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
     if SCORES_CONTRADICT in item.remarks:
         return SCORES_CONTRADICT, answers[0]
     for text in (*answers, item.messages[-1]["content"]):
-        if _is_dump(text):
+        if is_written_out(text):
             return WRITTEN_OUT, text
     for text in answers:
         if USER_FIRST.match(text) and ASSISTANT_THEN.search(text):
             return WHOLE_CONVERSATION, text
     asked = item.messages[-1]["content"]
-    if PROMPT_TURNS.search(asked[:DUMPED_WITHIN]):
+    if PROMPT_TURNS.search(asked[:HEAD]):
         return PROMPT_WITH_TURNS, asked
     prompt = _plain(asked)
     # White space may have been changed, and some characters more are looked at for that.
@@ -111,13 +105,6 @@ def suspect(item: Pair | Labelled) -> tuple[str, str] | None:
         if all(head.startswith(prompt) and head != prompt for head in heads):
             return SHORT_PROMPT_FIRST, answers[0]
     return None
-
-
-def _is_dump(text: str) -> bool:
-    if not DUMP.match(text):
-        return False
-    head = text[:DUMPED_WITHIN]
-    return bool(DUMPED_SPEAKER.search(head) and DUMPED_TEXT.search(head))
 
 
 def _follows_preamble(text: str, prompt: str, within: int) -> bool:

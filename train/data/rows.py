@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from train.data import shapes
 from train.data.errors import DataError, MissingColumn, RowError, listed
-from train.data.sources import TwoValues
+from train.data.sources import TwoValues, in_python
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
@@ -137,7 +137,7 @@ def columns_missing(source: str, column: str, found: list, columns: Sequence[str
     missing = [name for name in columns if name not in found]
     return DataError(
         f"{source}: no column {column!r}; found {listed(found)}; expected {listed(columns)}; "
-        f"{shapes.advice(missing, found, source)}"
+        f"{shapes.advice(missing, found, in_python(source))}"
     )
 
 
@@ -165,7 +165,7 @@ def check_pair(row: Any) -> Pair:
         raise RowError("prompts of chosen and rejected differ")
     conversation = chosen_prompt or rejected_prompt
     if conversation is None and prompt is None:
-        raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
+        raise _no_prompt(row)
     if conversation is not None and prompt is not None:
         if not _is_of(prompt, conversation, row["prompt"]):
             raise RowError("prompt differs from the conversation in chosen and rejected")
@@ -226,6 +226,8 @@ def check_score_margin(row: Any) -> Compared:
         if all(row.get(column) is not None for column in columns):
             chosen, rejected = (_number(row[column], column) for column in columns)
             return Compared(*pair, _number(chosen - rejected, " - ".join(columns)))
+        if null := [column for column in columns if column in row and row[column] is None]:
+            raise RowError(f"{null[0]} is null")
     raise MissingColumn(shapes.SCORE_PAIRS[0][0])
 
 
@@ -264,7 +266,7 @@ def check_prompt(row: Any) -> Asked:
     if prompt and conversation and conversation[0]["role"] in ("assistant", "tool"):
         conversation = None  # an answer of several turns
     if conversation is None and prompt is None:
-        raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
+        raise _no_prompt(row)
     if conversation is not None and prompt is not None:
         if not _is_of(prompt, conversation, row["prompt"]):
             raise RowError("prompt differs from the conversation in the answers")
@@ -298,7 +300,7 @@ def _judged(row: dict) -> tuple[list[dict], dict]:
     conversation, completion = _response(row["completion"], "completion")
     prompt = _prompt(row["prompt"]) if row.get("prompt") is not None else None
     if prompt is None and conversation is None:
-        raise RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
+        raise _no_prompt(row)
     if conversation is not None and prompt is not None:
         if not _is_of(prompt, conversation, row["prompt"]):
             raise RowError("prompt differs from the conversation in completion")
@@ -445,6 +447,17 @@ def _prompt(value: Any) -> list[dict]:
     if not any(message["content"].strip() for message in messages):
         raise RowError("empty prompt")
     return messages
+
+
+def _no_prompt(row: dict) -> RowError:
+    """What to say of a row whose prompt is neither in a column of its own nor in its answers."""
+    for name in ("chosen", "rejected", "completion"):
+        if isinstance(row.get(name), str) and shapes.is_written_out(row[name]):
+            return RowError(
+                f"no prompt, and {name} is a conversation written out as text: make messages of it by "
+                "json.loads, or by ast.literal_eval where the quotes are Python's"
+            )
+    return RowError("prompt is null") if "prompt" in row else MissingColumn("prompt")
 
 
 def _response(value: Any, name: str) -> tuple[list[dict] | None, dict]:

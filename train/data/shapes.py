@@ -26,8 +26,11 @@ from train.data.errors import RowError
 # What a row may hold that training reads, and what --columns may rename to.
 COLUMNS = (
     *("prompt", "chosen", "rejected", "completion", "label", "text", "system"),
-    *("tools", "documents", "chat_template_kwargs", "score_chosen", "score_rejected"),
+    *("tools", "documents", "chat_template_kwargs"),
+    *("score", "margin", "score_chosen", "score_rejected"),
 )
+# Those of them that are meant as they are called; a text may well be a prompt.
+KEPT = {*COLUMNS} - {"text"}
 QUESTIONS = ("question", "query", "instruction")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEMS = ("system", "system_prompt")
@@ -66,6 +69,8 @@ GUESSES = {
     "label": ("desirable", "is_desirable", "thumbs_up", "feedback", "good"),
     "text": ("content", "body", "document", "article"),
 }
+# What LLaMA-Factory and others call the label of a conversation
+JUDGED = ("kto_tag", "desirable", "is_desirable", "score")
 SCORE_PAIRS = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -75,6 +80,13 @@ SCORES_CONTRADICT = "chosen has a lower score than rejected"
 # Two answers in columns of their own, and the number of the better one, as in PKU-SafeRLHF
 BY_NUMBER = {"response_0", "response_1"}
 BETTER_NUMBERS = ("better_response_id", "safer_response_id", "better")
+# A conversation written out as text: it begins like JSON or Python, and some speaker says something
+# in it. Quotes may be escaped once more.
+DUMP = re.compile(r"\s*(?:```\w*\s*)?(?:array\()?[\[({\"]?[\[({]|\s*ChatCompletion\w*\(")
+SPEAKERS = "user|assistant|system|human|gpt|tool|bot|chatgpt|model"
+DUMPED_SPEAKER = re.compile(rf"""(?:role|from)\\*['"]?\s*[:=]\s*\\*['"](?:{SPEAKERS})\\*['"]""")
+DUMPED_TEXT = re.compile(r"""(?:content|value|text)\\*['"]?\s*[:=]\s*\\*['"]""")
+DUMPED_WITHIN = 4000  # characters of a text in which both are looked for
 HUMAN = re.compile(r"\s*Human:")
 TURNS = re.compile(r"(?:\A\s*|\n\n\s*)(Human|Assistant):")
 
@@ -217,6 +229,8 @@ def _with_prompt(row: dict, remarks: list[str]) -> dict:
     value = row[name]
     if name in CONVERSATIONS:
         if isinstance(value, list) and value and _role(value[-1]) == "assistant":
+            if not answers:
+                return row  # a column is missing, and that is said
             answers = [_text(row.get(column)) for column in ("chosen", "completion")]
             if _text(value[-1]) not in answers:
                 raise RowError(
@@ -234,6 +248,14 @@ def _is_conversation(value: Any) -> bool:
     if isinstance(value, str):
         return bool(HUMAN.match(value)) and "\n\nAssistant:" in value
     return isinstance(value, (list, tuple)) and len(value) > 1
+
+
+def is_written_out(text: str) -> bool:
+    """Whether a text is a conversation as JSON or Python writes it."""
+    if not DUMP.match(text):
+        return False
+    head = text[:DUMPED_WITHIN]
+    return bool(DUMPED_SPEAKER.search(head) and DUMPED_TEXT.search(head))
 
 
 def _text(answer: Any) -> Any:
@@ -318,14 +340,25 @@ def from_json(value: Any, name: str) -> Any:
         raise RowError(f"{name} is a string that is not JSON") from None
 
 
-def advice(missing: Sequence[str], found: Sequence[str], source: str) -> str:
-    """How a source without the columns `missing` can be read: the flag, or the lines of Python."""
+def advice(missing: Sequence[str], found: Sequence[str], reading: str) -> str:
+    """How a source without the columns `missing` can be read: the flag, or the lines of Python.
+
+    reading: the Python that reads it as a data set.
+    """
+    judged = next((name for name in ("label", *JUDGED) if name in found), None)
+    conversation = next((name for name in CONVERSATIONS if name in found), None)
+    if conversation and judged and not {"chosen", "rejected", "completion"} & {*found}:
+        label = "" if judged == "label" else f" label={judged}"
+        return (
+            f"if {conversation!r} end with answers that {judged!r} judges, pass "
+            f"--columns completion={conversation}{label}"
+        )
     taken, flags = set(), []
     lower = {str(name).lower(): str(name) for name in found}
     for wanted in missing:
         names = [lower[name] for name in (wanted, *GUESSES.get(wanted, ())) if name in lower]
         names += [lower[name] for name in difflib.get_close_matches(wanted, list(lower), 2, 0.6)]
-        names = [name for name in names if name not in taken and name not in COLUMNS]
+        names = [name for name in names if name not in taken and name not in KEPT]
         if names:
             taken.add(names[0])
             flags.append(f"{wanted}={names[0]}")
@@ -342,6 +375,6 @@ def advice(missing: Sequence[str], found: Sequence[str], source: str) -> str:
         row = ", ".join(f'"{name}": {value}' for name, value in parts.items())
     return (
         "rename columns with --columns, or convert: "
-        f'rows = datasets.load_dataset("json", data_files="{source}", split="train"); '
+        f"rows = {reading}; "
         f'rows.map(lambda row: {{{row}}}).to_json("pairs.jsonl")'
     )

@@ -17,6 +17,7 @@ file for one odd row.
 """
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -89,13 +90,31 @@ def _read(source: str, split: str) -> Iterator[Any]:
             f"{scheme}://{host}/...: addresses are not read; fetch the file and name it here"
         )
     hub = HUB_NAME.fullmatch(source)
+    hint = near_names(path)
+    if glob.has_magic(source):
+        hint = "; patterns are expanded by the shell, outside quotation marks: else name the files"
     if suffix_of(source) in READERS or source.startswith((".", "/", "~")):
-        raise DataError(f"{source}: no such file or folder{near_names(path)}")
+        raise DataError(f"{source}: no such file or folder{hint}")
     if hub is None:
-        raise DataError(
-            f"{source}: no such file or folder{near_names(path)}, nor org/name as on the hub"
-        )
+        raise DataError(f"{source}: no such file or folder{hint}, nor org/name as on the hub")
     return arrow.hub(source, hub["name"], hub["config"], hub["split"] or split)
+
+
+def in_python(source: str, split: str = "train") -> str:
+    """The Python that reads a source as a data set, for advice."""
+    path = os.path.expanduser(source)
+    folder, _, named_split = path.rpartition("@")
+    if os.path.isfile(path):
+        suffix = suffix_of(path)
+        kind = suffix.lstrip(".") if suffix in (".csv", ".parquet") else "json"
+        return f'datasets.load_dataset("{kind}", data_files="{source}", split="train")'
+    if os.path.isdir(path) or os.path.isdir(folder):
+        saved, part = (path, split) if os.path.isdir(path) else (folder, named_split)
+        is_dict = os.path.isfile(os.path.join(saved, "dataset_dict.json"))
+        return f'datasets.load_from_disk("{saved}")' + (f'["{part}"]' if is_dict else "")
+    hub = HUB_NAME.fullmatch(source)
+    config = f'"{hub["config"]}", ' if hub["config"] else ""
+    return f'datasets.load_dataset("{hub["name"]}", {config}split="{hub["split"] or split}")'
 
 
 def suffix_of(path: str) -> str:
@@ -275,6 +294,11 @@ def _read_csv(path: str) -> Iterator[Any]:
         if len(set(names)) < len(names):
             raise DataError(
                 f"{path}, line {reader.line_num}: a column stands twice in {listed(names)}"
+            )
+        if len(names) == 1 and (found := re.search("[;\t|]", names[0])):
+            raise DataError(
+                f"{path}, line 1: its one column is {names[0]!r:.60}; fields are separated by commas: "
+                f'pandas.read_csv("{path}", sep={found.group()!r}).to_csv("pairs.csv", index=False)'
             )
         for row in reader:
             # csv puts fields beyond the header under the key None, and None for those missing.

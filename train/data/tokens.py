@@ -49,7 +49,7 @@ from train.data.rows import (
     columns_missing,
     turns_of,
 )
-from train.data.sources import read_rows
+from train.data.sources import in_python, read_rows
 from train.files import follow_umask, user_cache
 
 FORMAT = 5  # raise it when the same rows would give other ids or another file
@@ -235,7 +235,8 @@ def refuse_too_many(tokenised: Tokenised, max_dropped: float, max_implausible: f
     for suspicion in tokenised.suspicions:
         if suspicion.rows > max_implausible * suspicion.total:
             conversion = plausible.CONVERSIONS.get(suspicion.what)
-            advice = f"; else convert it: {conversion}" if conversion else ""
+            reading = in_python(suspicion.source)
+            advice = f"; else convert it: rows = {reading}; {conversion}" if conversion else ""
             raise DataError(
                 f"implausible data: {suspicion}; if it is meant so, pass --max_implausible 1{advice}"
             )
@@ -302,6 +303,7 @@ def _suspicions(rows: list[Row]) -> tuple[plausible.Suspicion, ...]:
                 f"{row.source} row {row.index}: {one_line(text[:60])!r}"
                 for row, text in odd_rows[: plausible.SHOWN]
             ),
+            odd_rows[0][0].source,
         )
         for what, odd_rows in found.items()
         if len(odd_rows) >= plausible.SAID_FROM * len(rows)
