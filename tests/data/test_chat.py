@@ -116,11 +116,14 @@ def test_template_that_trims_and_goes_on_after_the_end(letters):
     ("template", "message"),
     [
         (None, "no chat template.*chat_template.jinja"),
-        ("{{ raise_exception('never') }}", "cannot render a question and its answer: .*never"),
+        (
+            "{{ raise_exception('never') }}",
+            "cannot render a question and its answer: .*never.*--chat_template FILE",
+        ),
         ("{% if m %}{{ 1 + '1' }}{% endif %}{{ messages[0].content + 1 }}", "cannot render"),
         (
             "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-            "leaves out the assistant",
+            "leaves out the assistant's answer.*--chat_template FILE",
         ),
     ],
 )
@@ -233,7 +236,9 @@ def test_control_tokens(letters, place, token):
     )
     with pytest.raises(RowError) as error:
         encode(Chat(letters), odd, 200)
-    assert str(error.value) == f"control token {token!r} in the text"
+    assert (
+        str(error.value) == f"control token {token!r} in the text (--allow_control_tokens keeps it)"
+    )
     group = encode(Chat(letters, allow_control_tokens=True), odd, 200)
     ids = group.prompt if place == "prompt" else group.responses[place == "rejected"]
     assert letters.convert_tokens_to_ids(token) in ids[:-1]
@@ -277,7 +282,7 @@ def test_text_encoder(letters):
     encoder = TextEncoder(letters, 3)
     good, bad = encoder.render(["okay", "<|im_end|>"])
     assert good.all_texts == ("okay",)
-    assert str(bad) == "control token '<|im_end|>' in the text"
+    assert str(bad) == "control token '<|im_end|>' in the text (--allow_control_tokens keeps it)"
     assert encoder.finish(good, [[81, 77, 67, 91]]) == ([], ([81, 77, 67],), (False, True))
     assert encoder.finish(good, [[81]]) == ([], ([81],), (False, False))
     with pytest.raises(RowError, match="no tokens"):

@@ -58,6 +58,14 @@ def test_a_call_ends_as_the_template_ends_calls(collected):
     assert [*group.prompt, *group.responses[0]] == whole[:-1]  # without the newline at the end
 
 
+def test_calls_that_the_template_leaves_out_are_named(collected):
+    call = {"role": "assistant", "content": "", "tool_calls": CALLS}
+    data, _ = collected(CUT_THOUGHTS, {"prompt": "When?", "chosen": call, "rejected": "Later."})
+    assert data.dropped[0].reason.endswith(
+        "which leaves out tool calls (--chat_template FILE for one that keeps them)"
+    )
+
+
 # Command R7B closes the answer, then the turn; Phi-3 ends a conversation that nothing follows with eos
 CLOSES = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content + '</s>' }}"

@@ -149,7 +149,7 @@ def test_multi_turn_with_system():
             {**ROW, "prompt": [user("\udfff")]},
             "prompt message 0: content is not valid Unicode: '\\udfff' at character 0",
         ),
-        (["Hi"], "the row is a list, not an object"),
+        (["Hi"], "the row is a list, not an object (a file that is one array is a .json)"),
         (None, "the row is null, not an object"),
         ({"prompt": "Hi", "chosen": "a"}, "no column 'rejected'"),
         ({"chosen": "a", "rejected": "b"}, "no column 'prompt'"),

@@ -134,14 +134,14 @@ def test_arguments_of_the_template_come_from_the_row(collected):
     assert tokenizer.decode(data.group(0).prompt).startswith("<s>calm<|user|>Where")
     assert [each.reason for each in data.dropped] == [
         "the chat template refuses it: chat_template_kwargs may not hold 'tokenize'",
-        "control token '</s>' in the text",
+        "control token '</s>' in the text (--allow_control_tokens keeps it)",
     ]
 
 
 def test_control_tokens_in_keys(tools, collected):
     row = {**WHERE, "chosen": answer("Here.", tool_calls=[{"function": {"name": "a<|end|>"}}])}
     assert [each.reason for each in collected(tools, row).dropped] == [
-        "control token '<|end|>' in the text"
+        "control token '<|end|>' in the text (--allow_control_tokens keeps it)"
     ]
 
 

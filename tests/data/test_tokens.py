@@ -67,7 +67,9 @@ def test_groups_in_and_out(letters, source):
     assert all(type(i) is int for i in (*tokenised.group(0).prompt, tokenised.group(0).row))
     assert tokenised.dropped == [
         Dropped(source, 1, "empty prompt"),
-        Dropped(source, 3, "control token '<|im_end|>' in the text"),
+        Dropped(
+            source, 3, "control token '<|im_end|>' in the text (--allow_control_tokens keeps it)"
+        ),
         Dropped(source, 4, "equal after truncation"),
     ]
     with pytest.raises(IndexError):

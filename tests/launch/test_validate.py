@@ -198,7 +198,7 @@ def _check_mixed(report, model_dir, tmp_path):
     assert {row["row"]: row["reason"] for row in data["dropped_rows"]} == {
         2: "empty prompt",
         4: "the row has the key 'prompt' twice",
-        6: "control token '<|im_end|>' in the text",
+        6: "control token '<|im_end|>' in the text (--allow_control_tokens keeps it)",
     }
     assert set(data["dropped_reasons"].values()) == {1}
     assert data["truncated"] == {"pairs": 1, "prompt": 0, "chosen": 1, "rejected": 0}
@@ -367,7 +367,7 @@ def test_show(model_dir, tmp_path):
     assert dropped == {
         3: "empty prompt",
         5: "the row has the key 'prompt' twice",
-        7: "control token '<|im_end|>' in the text",
+        7: "control token '<|im_end|>' in the text (--allow_control_tokens keeps it)",
     }
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     first, _, _, _, cut, _ = records

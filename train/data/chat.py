@@ -101,7 +101,7 @@ class ControlTokens:
         the user's name.
         """
         if not self.allowed and (token := self.first(text)) is not None:
-            raise RowError(f"control token {token!r} in the text")
+            raise RowError(f"control token {token!r} in the text (--allow_control_tokens keeps it)")
 
 
 def _frames(token: str, conversation: str) -> bool:
@@ -217,12 +217,14 @@ class Chat:
         for text in (prompt, whole):
             if isinstance(text, RowError):
                 raise ValueError(
-                    f"the chat template of {name} cannot render a question and its answer: {text}"
+                    f"the chat template of {name} cannot render a question and its answer: {text}; "
+                    "pass --chat_template FILE, one for messages that are text"
                 )
         around = self._around_answer(QUESTION, {})
         if around is None:
             raise ValueError(
-                f"the chat template of {name} leaves out the assistant's answer: {whole!r}"
+                f"the chat template of {name} leaves out the assistant's answer: {whole!r}; pass "
+                "--chat_template FILE, one for messages that are text"
             )
         before, self._tail = around
         rendered_answer = whole[len(before) : len(whole) - len(self._tail)]
@@ -394,7 +396,10 @@ class Chat:
         # calls may end in a token of their own: <|call|>, <|eom_id|>
         if answer.get("tool_calls") and (token := self.control.at_end(text)):
             return len(text) - len(token), token
-        raise RowError("the chat template ends this answer otherwise than its probe")
+        raise RowError(
+            "the chat template ends this answer otherwise than a plain one (--chat_template FILE for "
+            "one that ends all alike)"
+        )
 
     def _said(self, request: Request, prompt: str, whole: str, answer: dict) -> tuple[str, bool]:
         """(what `whole`, the conversation to the end of the answer, says behind the prompt, whether
@@ -411,11 +416,18 @@ class Chat:
             # the place that another one has.
             around = self._around_answer(request.messages, request.template_args)
             if around is None or not whole.startswith(around[0]):
-                raise RowError("the chat template renders the prompt otherwise once it is answered")
+                raise RowError(
+                    "the chat template renders the prompt otherwise once it is answered (a key in "
+                    "chat_template_kwargs, or --chat_template FILE, for a prompt that fits the answer)"
+                )
             body = whole[len(around[0]) :]
             said = self._lead + body
         if not body.strip():
-            raise RowError("empty response after the chat template")
+            what = "tool calls" if answer.get("tool_calls") else "such answers"
+            raise RowError(
+                f"empty response after the chat template, which leaves out {what} (--chat_template "
+                "FILE for one that keeps them)"
+            )
         return said, asked in body and _calls_are_in(answer, body)
 
     def _around_answer(self, messages: list[dict], args: dict) -> tuple[str, str] | None:

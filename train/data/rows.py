@@ -329,7 +329,8 @@ def _check_object(row: Any) -> None:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
-        raise RowError(f"the row is {_type(row)}, not an object")
+        hint = " (a file that is one array is a .json)" if isinstance(row, list) else ""
+        raise RowError(f"the row is {_type(row)}, not an object{hint}")
     _unambiguous(row, "the row")
 
 
