@@ -218,13 +218,13 @@ class Chat:
             if isinstance(text, RowError):
                 raise ValueError(
                     f"the chat template of {name} cannot render a question and its answer: {text}; "
-                    "pass --chat_template FILE, one for messages that are text"
+                    "pass --chat_template FILE with one that can"
                 )
         around = self._around_answer(QUESTION, {})
         if around is None:
             raise ValueError(
                 f"the chat template of {name} leaves out the assistant's answer: {whole!r}; pass "
-                "--chat_template FILE, one for messages that are text"
+                "--chat_template FILE with one that writes it"
             )
         before, self._tail = around
         rendered_answer = whole[len(before) : len(whole) - len(self._tail)]
