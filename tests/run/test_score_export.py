@@ -176,3 +176,12 @@ def test_no_token_is_left(tmp_path):
     tokenizer = tiny.save_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="no token is left for padding"):
         padding.choose(tokenizer, None, 0, [])
+
+
+def test_the_pad_token_of_a_template_that_changes_answers(tmp_path):
+    """What ends a text is found without the answer standing in it as it was given."""
+    tokenizer = tiny.save_tokenizer(tmp_path)
+    [newline] = tokenizer("\n")["input_ids"]
+    tokenizer.chat_template = tiny.CHATML.replace("m['content']", "m['content'] | upper")
+    assert padding.choose(tokenizer, newline, tiny.VOCAB, []) == 0
+    assert padding.choose(tokenizer, 7, tiny.VOCAB, []) == 7

@@ -163,6 +163,17 @@ def tokenise_rows(
         return tokenise_rows(tokenizer, rows[:half]) + tokenise_rows(tokenizer, rows[half:])
 
 
+def tail_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the chat template puts behind an answer, its end token and a newline say: what two
+    conversations end in whose answers have nothing in common.
+    """
+    conversations = [
+        [*QUESTION, {"role": "assistant", "content": text}] for text in (ANSWER, OTHER_ANSWER)
+    ]
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    return os.path.commonprefix([ids[::-1] for ids in tokenise(tokenizer, texts)])[::-1]
+
+
 class Chat:
     """A tokenizer with its chat template, probed once.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from train.data.chat import ANSWER, QUESTION
+from train.data.chat import tail_ids
 from train.data.dataset import Tokenised
 
 
@@ -23,12 +23,8 @@ def last_ids(tokenizer: PreTrainedTokenizerBase, datasets: Sequence[Tokenised]) 
     for data in datasets:
         ends = data.offsets[:, None] + np.cumsum(data.lengths, axis=1, dtype=np.int64)[:, 1:] - 1
         found.update(np.unique(data.ids[ends]).tolist())
-    conversation = [*QUESTION, {"role": "assistant", "content": ANSWER}]
-    text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    tail = text[text.rindex(ANSWER) + len(ANSWER) :]
     # the tail, token by token: a text may be cut anywhere in it
-    found.update(ids[-1 - len(tokenizer(tail, add_special_tokens=False)["input_ids"]) :])
+    found.update(tail_ids(tokenizer))
     return found
 
 

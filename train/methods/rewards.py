@@ -7,14 +7,13 @@ therefore passed as messages and text, not as the policy's token ids.
 
 import contextlib
 import logging
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from train.data.chat import ANSWER, OTHER_ANSWER, QUESTION, Chat, tokenise
+from train.data.chat import Chat, tail_ids, tokenise
 from train.data.errors import RowError
 from train.engine import dist, ds_config, loading, preemption
 from train.engine.offload import Offloaded
@@ -157,8 +156,7 @@ class RewardModel:
         )
         self._has_told = False
         # what the template writes behind an answer: the end token, and a tail
-        ends = [self.chat.finished_ids(QUESTION, text)[::-1] for text in (ANSWER, OTHER_ANSWER)]
-        self.ending = os.path.commonprefix(ends)[::-1]
+        self.ending = tail_ids(self.tokenizer)
         self.model.eval()
         self.model.config.get_text_config().use_cache = False
         forward = loading.frozen_forward(self.model, config)
