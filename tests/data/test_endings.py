@@ -58,6 +58,59 @@ def test_a_call_ends_as_the_template_ends_calls(collected):
     assert [*group.prompt, *group.responses[0]] == whole[:-1]  # without the newline at the end
 
 
+ARGUMENTS = {"port": "P0", "days": [1, 2], "note": "ça va"}
+WRITES_CALLS = OWN_END.replace(
+    "(m.tool_calls[0].function | tojson)",
+    "m.tool_calls[0].function.name + ' ' + (m.tool_calls[0].function.arguments EDIT)",
+)
+
+
+@pytest.mark.parametrize("given", [ARGUMENTS, json.dumps(ARGUMENTS)], ids=["object", "text"])
+@pytest.mark.parametrize(
+    ("edit", "takes"),
+    [
+        ("| tojson", ARGUMENTS),  # Qwen2.5, Llama 3.1, gpt-oss
+        ("| dictsort | string", ARGUMENTS),  # Qwen3.5, GLM-4.5: no text
+        ("+ ''", json.dumps(ARGUMENTS, ensure_ascii=False)),  # DeepSeek-V3: no object
+    ],
+    ids=["json", "pairs", "text alone"],
+)
+def test_arguments_of_calls_are_what_the_template_takes(collected, edit, takes, given):
+    """Data have them as objects, or as their JSON, as OpenAI sends it: as text in quotation marks no
+    model would write them. In the prompt's turns as in answers.
+    """
+
+    def turns(arguments):
+        function = {"name": "tide", "arguments": arguments}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+        asked = {"role": "user", "content": "When?"}
+        return [asked, call, {"role": "tool", "content": "At two."}], call
+
+    prompt, call = turns(given)
+    row = {"prompt": prompt, "chosen": call, "rejected": "Later."}
+    data, tokenizer = collected(WRITES_CALLS.replace("EDIT", edit), row)
+    assert not data.dropped
+    is_kept = isinstance(takes, str) and isinstance(given, str)  # as it is spelt
+    prompt, call = turns(given if is_kept else takes)
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([*prompt, call], return_dict=False)
+    group = data.group(0)
+    assert list(group.prompt) == ids
+    assert [*group.prompt, *group.responses[0]] == whole[:-1]  # without the newline at the end
+
+
+def test_a_call_with_broken_arguments_stays_as_it_is(collected):
+    """It may be what is rejected."""
+
+    def call(arguments):
+        function = {"name": "tide", "arguments": arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+
+    row = {"prompt": "When?", "chosen": call('{"port": 1}'), "rejected": call('{"port": ')}
+    found = collected(WRITES_CALLS.replace("EDIT", "| tojson"), row)
+    assert texts(found) == [['tide {"port": 1}<|sys|>', 'tide "{\\"port\\": "<|sys|>']]
+
+
 def test_calls_that_the_template_leaves_out_are_named(collected):
     call = {"role": "assistant", "content": "", "tool_calls": CALLS}
     data, _ = collected(CUT_THOUGHTS, {"prompt": "When?", "chosen": call, "rejected": "Later."})

@@ -40,6 +40,7 @@ from train.data.rows import SYSTEM_ROLES
 QUESTION = [{"role": "user", "content": "probe question"}]
 ANSWER = "probe answer"
 OTHER_ANSWER = "some words"  # which begins and ends with other letters
+CALL_ARGUMENTS = {"probe_key": "probe value"}
 # What a response is tokenised behind where it cannot be tokenised behind its prompt.
 ANCHORS = ("\n", ".", ":", "a")
 # Tokens that open or close a thought: an answer may hold them
@@ -194,6 +195,7 @@ class Chat:
     ):
         self.tokenizer = tokenizer
         self.keep_tail = False  # until the template is known
+        self._takes_objects = True  # so is this
         self.allow_template_changes = allow_template_changes
         self.control = ControlTokens(tokenizer, allow_control_tokens)
         name = tokenizer.name_or_path or "this model"
@@ -208,8 +210,20 @@ class Chat:
             raise ValueError(
                 f"the tokenizer of {name} has no eos_token: set 'eos_token' in its tokenizer_config.json"
             )
+        self._takes_objects = self._renders_call(CALL_ARGUMENTS) or not self._renders_call(
+            json.dumps(CALL_ARGUMENTS)
+        )
         self._probe(name)
         self.keep_tail = keep_tail
+
+    def _renders_call(self, arguments: dict | str) -> bool:
+        """Whether the template writes a tool call with arguments of this type."""
+        function = {"name": "probe_tool", "arguments": arguments}
+        call = {"id": "probe0123", "type": "function", "function": function}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        self._takes_objects = isinstance(arguments, dict)
+        text = self._render_one([*QUESTION, turn], False, {})
+        return isinstance(text, str) and CALL_ARGUMENTS["probe_key"] in text
 
     def _probe(self, name: str) -> None:
         """Find what the template puts around an answer. The end token is eos where that ends turns,
@@ -336,13 +350,41 @@ class Chat:
         if reserved := _reserved_names(type(self.tokenizer)) & {*more}:
             raise ValueError(f"chat_template_kwargs may not hold {sorted(reserved)[0]!r}")
         return self.tokenizer.apply_chat_template(
-            conversations,
+            [self._with_arguments(messages) for messages in conversations],
             tools=args.get("tools"),
             documents=args.get("documents"),
             tokenize=False,
             add_generation_prompt=header,
             **more,
         )
+
+    def _with_arguments(self, messages: list) -> list:
+        """The messages with the arguments of their tool calls as the template takes them, objects as a
+        rule, and texts if only those will do.
+
+        Data have them as either. An object's JSON, as OpenAI sends it, would be written as a string
+        in quotation marks, which no model is asked to write, where a template takes objects.
+        """
+        if not any(turn.get("tool_calls") for turn in messages):
+            return messages
+        return [
+            turn | {"tool_calls": [self._with_call_arguments(call) for call in turn["tool_calls"]]}
+            if isinstance(turn.get("tool_calls"), list)
+            else turn
+            for turn in messages
+        ]
+
+    def _with_call_arguments(self, call: Any) -> Any:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "arguments" not in function:
+            return call
+        arguments = function["arguments"]
+        if self._takes_objects:
+            arguments = _parsed(arguments)
+        elif isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        function = function | {"arguments": arguments}
+        return call | {"function": function} if "function" in call else function
 
     def _compose(self, request: Request, rendered: list[str | RowError]) -> Rendered | RowError:
         """The request's texts, from the prompt and the whole conversations as rendered."""
@@ -644,9 +686,20 @@ def _words(value: Any) -> Iterator[str]:
         if isinstance(function, dict):
             if isinstance(function.get("name"), str):
                 yield function["name"]
-            arguments = function.get("arguments")
+            arguments = _parsed(function.get("arguments"))
             values = arguments.values() if isinstance(arguments, dict) else ()
             yield from (text for text in values if isinstance(text, str))
+
+
+def _parsed(arguments: Any) -> Any:
+    """The arguments of a tool call, as an object where they are the JSON of one."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments  # a call that is rejected for it may be broken
+    return found if isinstance(found, dict) else arguments
 
 
 def _is_json(text: str) -> bool:

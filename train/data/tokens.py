@@ -52,7 +52,7 @@ from train.data.rows import (
 from train.data.sources import in_python, read_rows
 from train.files import follow_umask, user_cache
 
-FORMAT = 5  # raise it when the same rows would give other ids or another file
+FORMAT = 6  # raise it when the same rows would give other ids or another file
 # Rows rendered and tokenised at once: enough for every core, and a bounded peak of memory.
 CHUNK = 4096
 
