@@ -201,10 +201,16 @@ def test_a_thought_opened_in_the_header(collected):
     """
     tokenizer = families.tokenizer("byte-level", "a thought opened in the header")
     row = {**WHERE, "chosen": "<think>\nA pier.\n</think>\n\nHere.", "rejected": "There."}
-    group = collected(tokenizer, row).group(0)
+    data = collected(tokenizer, row)
+    group = data.group(0)
     assert tokenizer.decode(group.prompt).endswith("<|bot|><think>\n")
     assert tokenizer.decode(group.responses[0]) == "A pier.\n</think>\n\nHere.</s>"
     assert tokenizer.decode(group.responses[1]) == "There.</s>"
+    [note] = data.notes()  # of the second: who learns it never ends a thought
+    assert note.startswith("the chat template opens a thought that an answer does not close")
+    assert not collected(tokenizer, row, keep_tail=True).notes()  # what is judged opens none
+    both = {**row, "rejected": "<think>\nWhere?\n</think>\n\nThere."}
+    assert not collected(tokenizer, both).notes()
 
 
 def test_a_thought_that_is_closed_in_finished_turns(collected):

@@ -45,6 +45,7 @@ CALL_ARGUMENTS = {"probe_key": "probe value"}
 ANCHORS = ("\n", ".", ":", "a")
 # Tokens that open or close a thought: an answer may hold them
 THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|<\|?/?(?:begin|end)_of_thought\|?>")
+OPENS_THOUGHT = re.compile(r"(?:<think(?:ing)?>|\[THINK\]|<\|?begin_of_thought\|?>)\s*\Z")
 
 
 class Request(NamedTuple):
@@ -417,6 +418,12 @@ class Chat:
                             "keeps it, --allow_template_changes to train what it renders)"
                         )
                     remarks.append("the chat template leaves out or changes part of an answer")
+                is_open = OPENS_THOUGHT.search(prompt) and not THOUGHT.search(said)
+                if is_open and not self.keep_tail:
+                    remarks.append(
+                        "the chat template opens a thought that an answer does not close, and so it is "
+                        "learnt (--chat_template FILE for one that opens none)"
+                    )
                 texts.append(whole if self.keep_tail else prompt + said + kept_tail)
             remarks += self._left_out(messages, prompt)
             remarks += self._unused(request, rendered)
