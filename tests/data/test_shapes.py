@@ -22,7 +22,7 @@ from train.data.rows import (
 )
 from train.data.shapes import parse_columns, rename
 from train.data.sources import read_rows
-from train.data.tokens import check_rows, collect, kind_of, prepare
+from train.data.tokens import check_rows, collect, kind_of, kind_of_scores, prepare
 
 
 def user(text):
@@ -364,6 +364,22 @@ def test_numbers_under_other_names(tmp_path, check, row, columns, target):
     path = write(tmp_path / "a.jsonl", {"prompt": "a", **row})
     [[found], dropped] = check_rows([path], check, PAIR_COLUMNS, columns=columns)
     assert found.item.target == target and not dropped
+
+
+def test_null_columns_are_not_there(tmp_path, letters):
+    """A table of rows of several shapes has all columns in each of them."""
+    none = dict.fromkeys(("chosen", "rejected", "responses", "scores", "completion", "label"))
+    pair = {**none, "prompt": "a", "chosen": "b", "rejected": "c"}
+    ranked = {**none, "prompt": "a", "responses": ["c", "b"], "scores": [1, 2]}
+    judged = {**none, "prompt": "a", "completion": "b", "label": False}
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([pair, ranked]).to_parquet(path)
+    one, other = (texts(row.item) for row in check_rows([str(path)], check_pair, PAIR_COLUMNS)[0])
+    assert one == other == ([user("a")], "b", "c")
+    datasets.Dataset.from_list([judged, pair]).select([0]).to_parquet(path)
+    assert kind_of([str(path)]) == "labelled" and kind_of_scores([str(path)]) == "scored"
+    [[found], dropped] = check_rows([str(path)], check_labelled, ())
+    assert found.item.label is False and not dropped
 
 
 def test_a_text_may_be_a_prompt(tmp_path):

@@ -156,7 +156,9 @@ def without_answers(row: dict) -> dict:
 
 def _with_answers(row: dict, remarks: list[str]) -> dict:
     """chosen and rejected from a list of scored answers, or from messages and a rejected answer."""
-    if "chosen" in row or "rejected" in row or ("completion" in row and "label" in row):
+    # null, where a table has rows of several shapes, is not there
+    there = {name for name, value in row.items() if value is not None}
+    if {"chosen", "rejected"} & there or {"completion", "label"} <= there:
         return row
     turns = row.get("messages")
     if isinstance(turns, list) and turns and isinstance(row.get("rejected_response"), str):

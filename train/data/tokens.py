@@ -196,10 +196,15 @@ def kind_of(
     DataError.
     """
     _, _, row = next(read_rows(sources, split))
-    row = shapes.rename(row, shapes.parse_columns(columns))
-    names = row if isinstance(row, dict) else {}
-    is_labelled = "completion" in names and "label" in names and "chosen" not in names
+    names = _columns_of(shapes.rename(row, shapes.parse_columns(columns)))
+    is_labelled = {"completion", "label"} <= names and "chosen" not in names
     return "labelled" if is_labelled else "pair"
+
+
+def _columns_of(row: Any) -> set[str]:
+    """What a row has, null left out: a table has every column in every row."""
+    columns = row if isinstance(row, dict) else {}
+    return {name for name, value in columns.items() if value is not None}
 
 
 def kind_of_scores(
@@ -213,9 +218,8 @@ def kind_of_scores(
     "column", "scores" or "none". Raises DataError.
     """
     _, _, row = next(read_rows(sources, split))
-    row = shapes.rename(row, shapes.parse_columns(columns))
-    names = row if isinstance(row, dict) else {}
-    if "completion" in names and {"label", "score"} & {*names} and "chosen" not in names:
+    names = _columns_of(shapes.rename(row, shapes.parse_columns(columns)))
+    if "completion" in names and {"label", "score"} & names and "chosen" not in names:
         return "scored"
     return {"column": "margin", "scores": "score_margin", "none": "pair"}[margin]
 
