@@ -172,6 +172,7 @@ def open_models(settings, run: Run, tokenizer, algorithm, train, held_out) -> Mo
     )
     datasets = [each.data for each in (train, held_out) if each is not None]
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
+    setup.stop_at_end(run, module.lm, tokenizer)
     policy = setup.wrap_for_training(settings, mode, module, tokenizer, steps)
     reference, reference_config = NoReference(), None
     if algorithm.kl.coef and settings.lora_rank:

@@ -209,6 +209,7 @@ def open_models(settings, run: Run, tokenizer, data, held_out) -> tuple[TrainedM
     module = load(settings, run.device, mode, path, mode.config, change=adapters(settings))
     say_attention(settings, run, mode, module)
     chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
+    stop_at_end(run, module.lm, tokenizer)
     policy = wrap_for_training(settings, mode, module, tokenizer, steps)
     if settings.reference == "live" and settings.lora_rank and same_model:
         reference = AdaptersOff(policy)
@@ -299,6 +300,24 @@ def total_steps(settings, device, data) -> int:
     by_default = CPU_STEPS if not settings.data and device.type == "cpu" else 0
     most = settings.max_steps or by_default
     return num_steps(mixing.mix_of(data).count, settings.batch_size, settings.epochs, most)
+
+
+def stop_at_end(run: Run, lm, tokenizer):
+    """Have a policy's settings for generation, which are saved with it, stop at the end token that it
+    learns to write, too. Every rank calls this.
+
+    A base model's, and those of a model that is given another template, stop elsewhere: nobody who
+    loads the result would see its answers end.
+    """
+    end = chat.Chat(tokenizer, allow_control_tokens=True).end_id
+    own = lm.generation_config.eos_token_id
+    own = set(own if isinstance(own, list) else [own]) - {None}
+    if end not in own:
+        lm.generation_config.eos_token_id = [*sorted(own), end]
+        run.say(
+            f"generation_config.json will stop at {tokenizer.convert_ids_to_tokens(end)!r}, too, which "
+            "the chat template ends answers with"
+        )
 
 
 def load(
