@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.data import arrow
 from train.data.rows import DataError, MissingColumn, RowError, check_pair, check_text
 from train.data.sources import read_rows
 
@@ -418,6 +419,33 @@ def test_addresses_and_builders_are_no_data(source, said):
     with pytest.raises(DataError) as error:
         list(read_rows([source]))
     assert str(error.value).startswith(said) and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "split", "said"),
+    [
+        (None, "train", r"available configs: \['a', 'b'\]; name one as org/name:CONFIG$"),
+        ("c", "train", r"Available: \['a', 'b'\]; name one as org/name:CONFIG$"),
+        ("b", "train", r"Should be one of \['test_prefs'\]; name one as org/name:b@SPLIT$"),
+        ("b", "train[:", "Unrecognized instruction format"),
+    ],
+)
+def test_configurations_and_splits_that_are_not_there(tmp_path, monkeypatch, config, split, said):
+    """`load_dataset` takes a folder for a name on the hub, and says the same of it."""
+    folder = tmp_path / "org/name"
+    folder.mkdir(parents=True)
+    write(folder / "a.jsonl", json.dumps(ROW))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: a\n  data_files: [{split: train, path: a.jsonl}]\n"
+        "- config_name: b\n  data_files: [{split: test_prefs, path: a.jsonl}]\n---\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(DataError, match=said):
+        list(arrow.hub("org/name", "org/name", config, split))
+    [row] = arrow.hub("org/name", "org/name", "b", "test_prefs")
+    assert row == ROW
 
 
 def test_hub_names(monkeypatch):

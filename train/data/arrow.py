@@ -40,7 +40,18 @@ def hub(source: str, name: str, config: str | None, split: str) -> Iterator[dict
     model_hub.settle()
 
     def batches():
-        return _batches(datasets.load_dataset(name, config, split=split))
+        try:
+            return _batches(datasets.load_dataset(name, config, split=split))
+        except ValueError as error:
+            said = one_line(error)
+            if said.startswith("Unknown split"):
+                how = f"{name}{f':{config}' if config else ''}@SPLIT"
+            elif said.startswith(("Config name is missing", "BuilderConfig")):
+                how = f"{name}:CONFIG"
+            else:
+                raise
+            said = said.partition(" Example of usage")[0].rstrip(".")
+            raise DataError(f"{source}: {said}; name one as {how}") from error
 
     offline = model_hub.why_offline()
     problem = f"neither a file here{near_names(source)} nor "
