@@ -408,6 +408,8 @@ def test_patterns_are_the_shell_s(tmp_path):
 
 ROWS = [{"prompt": "Hi", "chosen": "ok", "rejected": "no"}, {"prompt": "Bye", "chosen": "a\nb"}]
 
+TABLE = pandas.DataFrame(ROWS)[["prompt", "chosen"]]
+
 
 def read(path):
     return [row for _, _, row in read_rows([str(path)])]
@@ -447,6 +449,8 @@ def test_compressed_files(tmp_path, kind, suffix):
             json.dumps({"chosen": EARLIER[:2], "rejected": EARLIER[:2]}, indent=1),
             [{"chosen": EARLIER[:2], "rejected": EARLIER[:2]}],
         ),
+        (TABLE.iloc[[1, 0]].to_json(), TABLE.to_dict("records")[::-1]),
+        (TABLE.to_json(indent=1), TABLE.to_dict("records")),
         ("\n".join(map(json.dumps, ROWS)), ROWS),
         (json.dumps(ROWS, indent=1), ROWS),
     ],

@@ -4,7 +4,8 @@ A source is one of
 
     pairs.jsonl, pairs.json    one JSON object a line; a .json may also be one array of objects, or
                                documents that run over several lines: an object, one with a list of
-                               objects in it ({"data": [...]}), or columns ({"prompt": [...], ...})
+                               objects in it ({"data": [...]}), or columns ({"prompt": [...], ...},
+                               or as pandas writes them, {"prompt": {"0": ...}, ...})
     pairs.csv, pairs.parquet
                                .jsonl, .json and .csv also as .gz or .zst
     a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or folder@split
@@ -235,8 +236,8 @@ def _is_document(text: str) -> bool:
 def _documents(text: str, path: str) -> list:
     """The rows of JSON objects that run over several lines, one after the other.
 
-    One object that holds exactly one list of objects, or nothing but lists of one length, stands
-    for the rows in it; any other object is a row.
+    One object that holds exactly one list of objects, or nothing but lists of one length or objects
+    with the same numbers for keys, stands for the rows in it; any other object is a row.
     """
     rows = []
     position = BLANK.match(text).end()
@@ -256,6 +257,12 @@ def _rows_within(document: Any) -> list:
     """The rows that one JSON object stands for."""
     if not isinstance(document, dict) or isinstance(document, TwoValues):
         return [document]
+    columns = list(document.values())
+    if all(map(_is_object, columns)) and len({tuple(column) for column in columns}) == 1:
+        # by the number of the row, as pandas' to_json writes a table
+        if all(key.isdigit() for key in columns[0]):
+            in_rows = zip(*(column.values() for column in columns), strict=True)
+            return [dict(zip(document, values, strict=True)) for values in in_rows]
     if {"chosen", "rejected"} <= {*document} or {"completion", "label"} <= {*document}:
         is_one_row = not all(isinstance(value, list) for value in document.values())
         # Two conversations are lists too, but of messages.
