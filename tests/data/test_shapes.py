@@ -340,17 +340,21 @@ def test_conversations_as_text_are_converted_by_the_advice(kind, letters, tmp_pa
     assert letters.decode(data.group(0).responses[0]) == "ok<|im_end|>"
 
 
-def test_a_judged_conversation_is_one_flag_away(tmp_path, letters):
+def test_a_judged_answer_is_one_flag_away(tmp_path, letters):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "ok"}]
-    for name, flags in (("label", ["completion=messages"]), ("kto_tag", ["completion=messages"])):
-        path = write(tmp_path / "a.jsonl", {"messages": turns, name: True})
+    for row, flags in (
+        ({"messages": turns, "label": True}, ["completion=messages"]),
+        ({"messages": turns, "kto_tag": True}, ["completion=messages", "label=kto_tag"]),
+        ({"prompt": "Hi", "response": "ok", "label": True}, ["completion=response"]),
+        ({"prompt": "Hi", "output": "ok", "score": 1}, ["completion=output"]),
+    ):
+        path = write(tmp_path / "a.jsonl", row)
         with pytest.raises(DataError) as error:
             collect([path], letters, max_length=200)
-        if name != "label":
-            flags = [*flags, f"label={name}"]
         assert str(error.value).endswith(f"pass --columns {' '.join(flags)}")
-        data = collect([path], letters, max_length=200, columns=flags, kind="labelled")
-        assert data.labels.tolist() == [True]
+        kind = kind_of_scores([path], columns=flags)
+        data = collect([path], letters, max_length=200, columns=flags, kind=kind)
+        assert kind == "scored" and data.targets.tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ GUESSES = {
     "label": ("desirable", "is_desirable", "thumbs_up", "feedback", "good"),
     "text": ("content", "body", "document", "article"),
 }
-# What LLaMA-Factory and others call the label of a conversation
+# What LLaMA-Factory and others call the label of an answer
 JUDGED = ("kto_tag", "desirable", "is_desirable", "score")
 SCORE_PAIRS = (
     ("score_chosen", "score_rejected"),
@@ -348,12 +348,12 @@ def advice(missing: Sequence[str], found: Sequence[str], reading: str) -> str:
     reading: the Python that reads it as a data set.
     """
     judged = next((name for name in ("label", *JUDGED) if name in found), None)
-    conversation = next((name for name in CONVERSATIONS if name in found), None)
-    if conversation and judged and not {"chosen", "rejected", "completion"} & {*found}:
-        label = "" if judged == "label" else f" label={judged}"
+    answers = [name for name in (*CONVERSATIONS, *GUESSES["completion"]) if name in found]
+    if answers and judged and not {"chosen", "rejected", "completion"} & {*found}:
+        label = "" if judged in ("label", "score") else f" label={judged}"
         return (
-            f"if {conversation!r} end with answers that {judged!r} judges, pass "
-            f"--columns completion={conversation}{label}"
+            f"if {judged!r} judges the answer in {answers[0]!r}, pass --columns "
+            f"completion={answers[0]}{label}"
         )
     taken, flags = set(), []
     lower = {str(name).lower(): str(name) for name in found}
