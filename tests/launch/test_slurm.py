@@ -423,6 +423,37 @@ def test_ranks_codes_and_restarts(cluster, stand_in, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exported", ("NONE", "ZEROPREF_RANKS=2"))
+def test_a_job_that_takes_little_of_the_submitters_environment(
+    cluster, stand_in, tmp_path, exported
+):
+    """What the wrapper has worked out reaches the ranks all the same; site.sh says the rest."""
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = ("PATH", "SLURM_CONF", "OMP_NUM_THREADS", "ZEROPREF_MASTER")
+    site = SLURM / "site.sh"
+    assert not site.exists(), "this test makes one"
+    try:
+        site.write_text("".join(f"export {name}='{cluster.env[name]}'\n" for name in kept))
+        job = submit(
+            cluster,
+            tmp_path,
+            f"--export={exported}",
+            SLURM / "train.sbatch",
+            stand_in,
+            f"--output={out}",
+        )
+        cluster.until_job(job, "COMPLETED", 0, 120)
+    finally:
+        site.unlink()
+    ranks = 2 if exported.endswith("2") else 1
+    assert sorted((r["RANK"], r["WORLD_SIZE"]) for r in seen(out)) == [
+        (str(rank), str(ranks)) for rank in range(ranks)
+    ]
+    assert {r["CUDA_VISIBLE_DEVICES"] for r in seen(out)} == {",".join(["-1"] * ranks)}
+
+
+@pytest.mark.slow
 def test_a_chain_whose_link_fails_ends(cluster, stand_in, tmp_path):
     first, second, third = folders(tmp_path, "first", "second", "third")
     told = cluster(
