@@ -4,7 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,8 @@ class Settings:
     """stop after so many steps"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """arithmetic"""
+    compile: Literal["auto", "off"] = "auto"
+    """off: not at all"""
     deterministic: bool = False
     """same bits every time"""
     loss_args: dict[str, int | float | str] = field(default_factory=dict)
@@ -42,6 +44,9 @@ class Settings:
     def __post_init__(self):
         if self.beta < 0:
             raise ValueError(f"--beta must not be negative, got {self.beta}")
+
+
+OPTIONAL = ("model", "max_steps")  # of these a null is a value
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +164,18 @@ def test_a_file_that_is_not_there_and_its_neighbour(capsys, tmp_path):
     assert refused(capsys, "--config", str(path)) == expected
 
 
+@pytest.mark.parametrize("name", [f.name for f in fields(Settings) if f.name not in OPTIONAL])
+def test_a_key_without_a_value_is_refused(capsys, tmp_path, name):
+    """Whatever its type is; a flag may supply the value."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{name}:\n")
+    said = refused(capsys, "--config", str(path))
+    assert said.startswith(f"error: --{name}: expected ")
+    assert said.endswith(", got nothing: leave it out for the default")
+    if name == "data":
+        assert config.parse(Settings, ["--config", str(path), "--data", "a"]).data == ["a"]
+
+
 def test_flags_override_the_file_and_the_second_file_the_first(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("beta: 1e-6\nbatch_size: 4\ndata: [a, b]\nloss_args: {tau: 1}\n")
@@ -179,6 +196,14 @@ def test_flags_override_the_file_and_the_second_file_the_first(tmp_path):
         ("loss_args.tau: 2\nloss_args.kind: x", "loss_args", {"tau": 2, "kind": "x"}),
         ("model: '123'", "model", "123"),
         ("model: null", "model", None),
+        # texts, although YAML reads a date, a number to base 8, booleans
+        ("model: 2026-11-26", "model", "2026-11-26"),
+        ("model: 0123", "model", "0123"),
+        ("data: [1e3, no, 12:30:00]", "data", ["1e3", "no", "12:30:00"]),
+        ("compile: off", "compile", "off"),
+        ("loss_args: {tau: 2}\ndeterministic: yes", "deterministic", True),
+        ("model: ~/m", "model", str(Path.home() / "m")),
+        ("data: [~/a, b~c]", "data", [str(Path.home() / "a"), "b~c"]),
         ("# nothing", "beta", 0.1),
     ],
 )

@@ -51,6 +51,9 @@ PARSER_HELP = (
 )
 MOST_NAMED = 20  # of what does not exist
 NEGATIVE_NUMBER = re.compile(r"-\.?\d")
+# YAML's names for types, and those as which it may read what was meant as a text
+TAG = "tag:yaml.org,2002:"
+READ_OTHERWISE = [TAG + kind for kind in ("bool", "int", "float", "timestamp")]
 # jsonargparse's words for a required flag that is missing
 REQUIRED = re.compile(r"following arguments are required: (.*)")
 # an address with a user or a signature in it, or a hub token
@@ -87,7 +90,8 @@ def parse(settings_class, argv=None):
         to_print = [flag for flag in flags if flag.partition("=")[0] == "--print_config"]
         with contextlib.redirect_stdout(stdout):
             values = parser.parse_args(configs + [flag for flag in flags if flag not in to_print])
-        values = {name: values[name] for name in types_by_name}
+        values = {name: _with_home(values[name]) for name in types_by_name}
+        _refuse_nothing(settings_class, values)
         given |= _changed(settings_class, values, {name for each in files for name in each})
         if "given" in inspect.signature(settings_class).parameters:
             settings = settings_class(**values, given=frozenset(given))
@@ -126,6 +130,26 @@ def named(error: BaseException) -> str:
     """An error's type and the beginning of what it says, in one line."""
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _with_home(value):
+    """`value` with the user's home folder for a ~ that it begins with, or each of a list's, which a
+    shell replaces in `--output ~/runs`, and not in `--output=~/runs` or a file.
+    """
+    if isinstance(value, list):
+        return [_with_home(item) for item in value]
+    begins = isinstance(value, str) and value.startswith("~")
+    return os.path.expanduser(value) if begins else value
+
+
+def _refuse_nothing(settings_class, values: dict):
+    """ValueError for a flag that has a null, as `key:` in a file is one, and needs a value."""
+    hints = typing.get_type_hints(settings_class)
+    for name, value in values.items():
+        if value is None and type(None) not in typing.get_args(hints[name]):
+            raise ValueError(
+                f"--{name}: expected {_in_words(hints[name])}, got nothing: leave it out for the default"
+            )
 
 
 def _refuse_unwritable(settings):
@@ -301,6 +325,14 @@ def _is_list(hint):
     return typing.get_origin(hint) is list
 
 
+def _is_text(hint):
+    """Whether a flag takes a text, or texts."""
+    if _is_list(hint):
+        hint = typing.get_args(hint)[0]
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    return hint is str or (bool(choices) and all(isinstance(choice, str) for choice in choices))
+
+
 def _normalise(argv, types_by_name):
     """Split `argv` into the paths after --config, the other flags, each written `--name=value`, and
     the set of their names.
@@ -375,6 +407,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _keep_texts(root: yaml.Node | None, types_by_name):
+    """Let what a flag takes as a text be the text that stands there, where YAML reads a number, a date
+    or a boolean: `output: 2026-11-26`, `compile: off`. What is true or false stays so: it is a mistake.
+    """
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        name = key.value if isinstance(key, yaml.ScalarNode) else ""
+        if _is_text(types_by_name.get(name)):
+            for node in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                is_boolean = str(node.value).lower() in ("true", "false")
+                if node.tag in READ_OTHERWISE and not is_boolean:
+                    node.tag = TAG + "str"
+
+
 def _read_file(parser, path, settings_class) -> dict:
     """The flags of a YAML file, with one value of a list as a list of one. ValueError names the
     file and all that is wrong in it.
@@ -387,7 +432,10 @@ def _read_file(parser, path, settings_class) -> dict:
     if Path(path).suffix in (".jsonl", ".csv", ".parquet"):
         refuse("rows of data: pass it as --data")
     try:
-        found = _Loader(shipped(path).read_text(encoding="utf-8")).get_single_data()
+        loader = _Loader(shipped(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        _keep_texts(node, types_by_name)
+        found = None if node is None else loader.construct_document(node)
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8: {error.reason} at byte {error.start}")
     except FileNotFoundError as error:

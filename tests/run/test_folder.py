@@ -16,3 +16,14 @@ def test_a_flag_that_a_run_did_not_know_was_its_default(tmp_path):
     with pytest.raises(ValueError, match="truncate_prompt was 'keep_end'"):
         RunFolder(tmp_path, changed, defaults=defaults)
     assert not RunFolder(tmp_path, changed, {"truncate_prompt"}, defaults).finished
+
+
+@pytest.mark.parametrize("name", ["$SCRATCH/run", "runs/${USER}-1"])
+def test_a_variable_that_no_shell_has_replaced(tmp_path, monkeypatch, name):
+    """As in a recipe: no folder of that name is made."""
+    monkeypatch.chdir(tmp_path)
+    variable = name.partition("$")[2].strip("{").split("/")[0].split("}")[0]
+    with pytest.raises(ValueError, match=rf"\$.?{variable}.? is a variable.*write the folder out"):
+        RunFolder(name, {})
+    assert not list(tmp_path.iterdir())
+    assert RunFolder("a$", {}).path.is_dir()

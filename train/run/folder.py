@@ -32,6 +32,7 @@ PACKAGES = (
 )
 # What a run that was refused leaves, or one that has not come to its first line in run.json.
 HARMLESS = ("logs", "status", "run.json.tmp")
+VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 # Before a run has its file, nothing that is logged goes to stderr.
 logging.getLogger("zeropref").addHandler(logging.NullHandler())
 
@@ -72,6 +73,11 @@ class RunFolder:
 
     def _examine(self, flags) -> tuple[str | None, bool]:
         """What speaks against writing here, or None; and whether this very run is complete."""
+        if found := VARIABLE.search(str(self.path)):
+            return (
+                f"--output {self.path}: {found[0]} is a variable, which a shell replaces and a file does "
+                "not: write the folder out, or pass --output on the command line"
+            ), False
         run_json = self.path / "run.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
