@@ -3,7 +3,9 @@
 import difflib
 import json
 
+import pydantic
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero import config as zero_config
 from deepspeed.runtime.zero import offload_config
 
@@ -44,15 +46,32 @@ OWNED_BY_FLAGS = {
     "zero_allow_untested_optimizer": "--lr",
     "zero_force_ds_cpu_optimizer": "--lr",
 }
+# What DeepSpeed looks at only when it is used, of the keys that it owns here.
+BOOLEANS = (
+    "prescale_gradients",
+    "disable_allgather",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "dump_state",
+)
+BLOCKS = ("aio", "comms_logger", "flops_profiler")
+COMMUNICATION_TYPES = ("fp32", "fp16", "bf16")
+# Of zero_optimization: what a run cannot do, and why.
+UNSUPPORTED = {
+    "legacy_stage1": "DeepSpeed has none any more",
+    "zenflow": "it needs DeepSpeed's own optimiser, and --lr is torch's AdamW's",
+}
 
 
 def read_config(path) -> dict:
     """A DeepSpeed JSON, checked.
 
-    ValueError names an unknown key, its nearest neighbour, or the flag that owns it.
+    ValueError names an unknown key, its nearest neighbour, the flag that owns it, or what a value may
+    be.
     """
     try:
-        config = json.loads(shipped(path).read_text(encoding="utf-8"))
+        text = shipped(path).read_text(encoding="utf-8-sig")  # with or without Windows' mark
+        config = json.loads(text, object_pairs_hook=_once_each)
     except FileNotFoundError as error:
         near = near_names(path)
         raise ValueError(f"DeepSpeed configuration {path} does not exist{near}") from error
@@ -62,14 +81,16 @@ def read_config(path) -> dict:
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"DeepSpeed configuration {path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"DeepSpeed configuration {path} is not a JSON object")
-    for key in config:
-        if key in OWNED_BY_FLAGS:
-            raise ValueError(
-                f"{path}: {key!r} belongs to {OWNED_BY_FLAGS[key]}; remove it from the JSON"
-            )
+    if owned := [key for key in config if key in OWNED_BY_FLAGS]:
+        whose = ", ".join(f"{key!r} belongs to {OWNED_BY_FLAGS[key]}" for key in owned)
+        them = "them" if len(owned) > 1 else "it"
+        raise ValueError(f"{path}: {whose}; remove {them} from the JSON")
     _only_known(path, "", config, OWNED_BY_JSON)
+    _refuse_values(path, config)
     zero = config.get("zero_optimization", {})
     _only_known(path, "zero_optimization.", zero, _fields(zero_config.DeepSpeedZeroConfig))
     for key, kind in (
@@ -79,12 +100,93 @@ def read_config(path) -> dict:
         _only_known(path, f"zero_optimization.{key}.", zero.get(key) or {}, _fields(kind))
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, not {zero['stage']!r}")
+    _refuse_zero(path, zero)
+    scaled = config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1) != 1
+    if scaled and zero.get("stage", 0) > 1 and zero.get("reduce_scatter", True):
+        raise ValueError(
+            f"{path}: prescale_gradients and gradient_predivide_factor need "
+            "zero_optimization.reduce_scatter false at stages 2 and 3"
+        )
     if zero.get("overlap_comm") and zero.get("stage", 0) != 2:
         raise ValueError(
             f"{path}: zero_optimization.overlap_comm works with stage 2 only, where rows are summed up "
             "here"
         )
     return config
+
+
+def _once_each(pairs) -> dict:
+    """The object of a JSON; ValueError where a key stands twice, of which json's own takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice: keep one")
+    return found
+
+
+def _refuse_values(path, config: dict):
+    """ValueError for a value beside zero_optimization that DeepSpeed would trip over in mid-run."""
+    for key, value in config.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        expected = None
+        if key in BOOLEANS and not isinstance(value, bool):
+            expected = "true or false"
+        elif key in BLOCKS and not isinstance(value, dict):
+            expected = "a JSON object"
+        elif key == "communication_data_type" and value not in COMMUNICATION_TYPES:
+            expected = f"one of {', '.join(COMMUNICATION_TYPES)}"
+        elif key == "steps_per_print" and not (is_number and value >= 1):
+            expected = "a number from 1 on"
+        elif key == "gradient_predivide_factor" and not (is_number and value > 0):
+            expected = "a number above 0"
+        if expected:
+            raise ValueError(f"{path}: {key} is {expected}, not {json.dumps(value)}")
+
+
+def _refuse_zero(path, zero: dict):
+    """ValueError for what zero_optimization cannot be, or would be without effect."""
+    for key in zero:
+        if zero[key] and key in UNSUPPORTED:
+            raise ValueError(f"{path}: no zero_optimization.{key}: {UNSUPPORTED[key]}")
+    if not zero.get("compute_grad_norm", True):
+        raise ValueError(
+            f"{path}: no zero_optimization.compute_grad_norm false: by the norm a run sees gradients "
+            "that are not finite"
+        )
+    try:
+        parsed = zero_config.DeepSpeedZeroConfig(**zero)
+    except pydantic.ValidationError as error:
+        (problem, *_) = error.errors()
+        name = ".".join(["zero_optimization", *map(str, problem["loc"])])
+        given = f", not {json.dumps(problem['input'])}" if problem["loc"] else ""
+        raise ValueError(f"{path}: {name}: {problem['msg']}{given}") from error
+    for key, first_stage in (("offload_optimizer", 1), ("offload_param", 3)):
+        offload = getattr(parsed, key)
+        device = offload.device if offload else "none"  # an Enum of str
+        if device == "none":
+            continue
+        if parsed.stage < first_stage:
+            raise ValueError(
+                f"{path}: zero_optimization.{key} changes nothing at stage {int(parsed.stage)}: it "
+                f"counts from stage {first_stage} on"
+            )
+        if device == "nvme":
+            if offload.nvme_path is None:
+                raise ValueError(
+                    f"{path}: zero_optimization.{key}.nvme_path says where to: it is missing"
+                )
+            if not AsyncIOBuilder().is_compatible(verbose=False):
+                raise ValueError(
+                    f"{path}: zero_optimization.{key}.device nvme needs libaio, with its headers "
+                    '(Debian: libaio-dev); "cpu" needs neither'
+                )
+    offload = parsed.offload_optimizer
+    if offload and (offload.ratio < 1 or offload.super_offload):
+        raise ValueError(
+            f"{path}: zero_optimization.offload_optimizer's ratio and super_offload need DeepSpeed's "
+            "own optimiser, and --lr is torch's AdamW's: leave them out"
+        )
 
 
 def _fields(kind):
@@ -139,6 +241,8 @@ def resolve(config: dict, precision: str, grad_clip: float = 0.0) -> dict:
         # where it is not said, DeepSpeed clips to 1
         "gradient_clipping": grad_clip if stage > 0 else 0.0,
     }
+    if stage == 3:  # said by nobody, DeepSpeed takes true; see read_config
+        full["zero_optimization"].setdefault("overlap_comm", False)
     if stage > 0 and precision == "bf16":
         full["bf16"] = {"enabled": True}
         full["data_types"] = {"grad_accum_dtype": "fp32"}
