@@ -1,4 +1,8 @@
-"""What is drawn at random of adapters: the same for the same seed, and nothing else is touched."""
+"""What is drawn at random of adapters: the same for the same seed, and nothing else is touched;
+what an adapter's file says.
+"""
+
+import json
 
 import pytest
 import tiny
@@ -6,9 +10,11 @@ import torch
 
 from tests.models.test_backbone import groups
 from train.data.packing import pack
+from train.engine import sharded_state
 from train.models import lora
 from train.models.backbone import Backbone
 from train.models.flops import FlopCounter
+from train.run import export
 
 pytest.importorskip("peft")
 
@@ -50,3 +56,15 @@ def test_flops_of_a_backward_pass():
     attention = forward - head - 2 * tokens * frozen
     of_weights = 2 * tokens * (frozen + 2 * adapters)
     assert counter.backward(batch) == of_weights + head + 2 * attention
+
+
+@pytest.mark.parametrize("base, named", [("org/tiny", "org/tiny"), ("{}/models/tiny", None)])
+def test_an_adapter_names_its_base_where_others_can_find_it(tmp_path, base, named):
+    """A repository on the hub, for peft's AutoPeftModel and for servers; never a path of this machine."""
+    lm = tiny.make_model()
+    lm.name_or_path = base.format(tmp_path)
+    lora.add(lm, rank=2, alpha=4, targets=None)
+    export.write_weights(tmp_path / "model", lm, sharded_state.gather_state_dict(lm))
+    config = json.loads((tmp_path / "model/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == named
+    assert str(tmp_path) not in json.dumps(config)

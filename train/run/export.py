@@ -17,6 +17,7 @@ from train.files import follow_umask, replace_directory, write_json
 from train.models import lora
 from train.models.backbone import outputs_to_compare
 from train.models.matmul import release_memory
+from train.run import card
 from train.run.session import Overflowed
 
 # in the module's own measure of distance: nats a token, or of the mean size of a score
@@ -103,7 +104,7 @@ def write_weights(folder: Path, lm, state: dict, dtype: torch.dtype | None = Non
     """Write `lm`'s weights `state`, cast to `dtype`, and its configuration; returns what was written.
 
     Adapters are merged, and stand beside it in `folder`/adapter, as peft loads them onto the base
-    model.
+    model, which their configuration names where it is a repository on the hub.
     """
     adapted, with_adapters, plain_lm = bool(lora.adapted_layers(lm)), state, lm
     if adapted:
@@ -123,6 +124,8 @@ def write_weights(folder: Path, lm, state: dict, dtype: torch.dtype | None = Non
     saved = str(next(iter(state.values())).dtype).removeprefix("torch.")
     write_json(folder / "config.json", config | {"dtype": saved})
     if adapted:
+        base = lm.name_or_path
+        lm.lora_config.base_model_name_or_path = base if card.is_hub(base) else None
         lm.lora_config.save_pretrained(folder / "adapter")
         adapters = {
             name: value.to(dtype or value.dtype)
