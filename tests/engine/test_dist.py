@@ -48,6 +48,14 @@ def test_alone(environ):
     assert (dist.rank(), dist.world_size(), dist.local_rank(), dist.is_main()) == (0, 1, 0, True)
 
 
+def test_alone_in_a_shell_that_knows_of_another_job(environ):
+    """Whatever it says of where to meet, one process meets itself on its own machine."""
+    environ(MASTER_ADDR="gpu03", MASTER_PORT="high", WORLD_SIZE="4", LOCAL_RANK="3")
+    dist._set_environment()
+    assert (dist.rank(), dist.world_size(), dist.local_rank()) == (0, 1, 0)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 1023
+
+
 def test_launcher_s_variables_stand(environ):
     environ(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
     dist._set_environment()

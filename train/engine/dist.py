@@ -156,11 +156,11 @@ def _set_environment():
         env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         return
-    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    # alone: an address of another machine, which the shell may have, would be waited for in vain
+    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        env.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+        env["MASTER_PORT"] = str(probe.getsockname()[1])
 
 
 def _first_host(nodes: str) -> str:
