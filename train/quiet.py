@@ -1,9 +1,13 @@
-"""Keeps the libraries' start-up chatter off the terminal; ZEROPREF_VERBOSE=1 lets it through."""
+"""Keeps the libraries' start-up chatter off the terminal; ZEROPREF_VERBOSE=1 lets it through. A run
+outlives its terminal.
+"""
 
 import contextlib
+import errno
 import io
 import logging
 import os
+import sys
 import warnings
 
 LIBRARIES = (
@@ -28,6 +32,36 @@ def prints_off():
         if not is_verbose():
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield
+
+
+class _Terminal(io.FileIO):
+    """A descriptor whose reader may go: what is written after that is lost."""
+
+    def write(self, block) -> int:
+        """Write what can be written; how many bytes need not be written again."""
+        try:
+            return super().write(block)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(block)
+
+
+def outlive_terminal():
+    """Let stdout and stderr lose what nobody can read any more, where a write would end the run: the
+    terminal was closed, or `| head` has seen enough. OUTPUT/logs has it all.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        try:
+            is_ours = stream.fileno() == number
+        except (AttributeError, OSError, ValueError):  # closed from the start, or a test's
+            continue
+        if is_ours:
+            stream.flush()
+            raw = io.BufferedWriter(_Terminal(number, "w", closefd=False))
+            options = {"encoding": stream.encoding, "errors": stream.errors, "write_through": True}
+            setattr(sys, name, io.TextIOWrapper(raw, line_buffering=True, **options))
 
 
 def silence_libraries():

@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.launch.compare import at_checkpoint, flags, same_run, says, straight, weights
+from tests.launch.compare import ROOT, at_checkpoint, flags, same_run, says, straight, weights
 
 
 def test_gradients_that_are_not_finite_end_the_run(warm, model_dir, few, tmp_path):
@@ -145,6 +147,27 @@ def test_a_machine_that_sleeps_is_not_silent(warm, model_dir, few, tmp_path):
         time.sleep(0.5)
     codes, text = job.wait()
     assert codes == [0, 0], text[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opened", (os.pipe, os.openpty))
+def test_a_run_outlives_its_terminal(model_dir, few, tmp_path, opened):
+    """`| head`, and a connection that breaks: who reads goes after the first words."""
+    reader, writer = opened()
+    job = subprocess.Popen(
+        [sys.executable, "launch/train_dpo.py", *map(str, flags(model_dir, few, tmp_path / "out"))],
+        cwd=ROOT,
+        env={**os.environ, "ZEROPREF_CACHE": str(tmp_path / "cache")},
+        stdout=writer,
+        stderr=writer,
+        start_new_session=True,
+    )
+    os.close(writer)
+    assert os.read(reader, 1)
+    os.close(reader)
+    assert job.wait(240) == 0
+    assert (tmp_path / "out/status").read_text() == "finished\n"
+    assert "deepspeed eval/evaluate.py" in (tmp_path / "out/logs/rank-0.log").read_text()
 
 
 @pytest.mark.slow

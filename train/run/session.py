@@ -15,7 +15,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from train import config, settings
+from train import config, quiet, settings
 from train.config import Exit, fail
 from train.data.errors import DataError
 from train.engine import dist, memory, preemption
@@ -86,6 +86,7 @@ def start(flags, kind: str = "run", interruptible: bool = True):
     and SIGUSR1 were noted since the script began (engine/preemption.py), and save. Yields a Run; exits
     with code 0 at once where OUTPUT holds this very run, finished. Every rank enters this.
     """
+    quiet.outlive_terminal()
     with refusals():
         device = dist.init()
     if interruptible:
