@@ -56,6 +56,18 @@ def test_alone_in_a_shell_that_knows_of_another_job(environ):
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 1023
 
 
+@pytest.mark.parametrize("rank, speaks", [("0", False), ("3", False), ("8", True)])
+def test_a_network_that_is_not_there(environ, monkeypatch, capsys, rank, speaks):
+    """Rank 0's script says what it raises; a second machine's first rank has nobody to say it."""
+    environ(RANK=rank, WORLD_SIZE="16", LOCAL_RANK=str(int(rank) % 8))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.refuse_missing_interfaces()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME names ib7, .* it has .*lo"):
+        dist.init()
+    assert ("error: GLOO_SOCKET_IFNAME" in capsys.readouterr().err) == speaks
+
+
 def test_launcher_s_variables_stand(environ):
     environ(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2")
     dist._set_environment()

@@ -32,12 +32,13 @@ M_MMAP_THRESHOLD = -3
 def init() -> torch.device:
     """Join the job's process group through DeepSpeed and choose this rank's device.
 
-    ValueError where the port that the ranks meet at is taken, and where two ranks have one GPU. Every
-    rank calls this.
+    ValueError where the port that the ranks meet at is taken, or a network named that is not there,
+    and where two ranks have one GPU. Every rank calls this.
     """
     global _objects
     cuda = torch.cuda.is_available()
     _set_environment()
+    refuse_missing_interfaces()
     if cuda:  # under srun --gpus-per-task=1 each task sees one GPU, whatever its number
         os.environ["LOCAL_RANK"] = str(local_rank() % torch.cuda.device_count())
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
@@ -73,6 +74,23 @@ def init() -> torch.device:
         barrier()  # now every rank has opened the others' buffers
         leftovers.unlink_shared_memory(rank())
     return device
+
+
+def refuse_missing_interfaces():
+    """ValueError where GLOO_SOCKET_IFNAME names a network that this machine lacks. Rank 0 says so for
+    its machine, of another one the first rank there.
+    """
+    wanted = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    known = [name for _, name in socket.if_nameindex()]
+    missing = [name for name in wanted.split(",") if wanted and name not in known]
+    if missing:
+        said = (
+            f"GLOO_SOCKET_IFNAME names {', '.join(missing)}, a network that {socket.gethostname()} does "
+            f"not have: it has {', '.join(known)}"
+        )
+        if not is_main() and local_rank() == 0:
+            print(f"error: {said}", file=sys.stderr)
+        raise ValueError(said)
 
 
 class Gpu(NamedTuple):
