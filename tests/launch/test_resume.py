@@ -13,6 +13,8 @@ import time
 
 import pytest
 import tiny
+import torch
+import transformers
 from safetensors import safe_open
 
 from tests.launch.compare import (
@@ -342,6 +344,7 @@ def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
     assert (
         codes == [3] and "another order of the data (data was" in text and "Traceback" not in text
     )
+    assert "put back what has changed since, or begin anew: --resume never" in text
     other = tmp_path / "qwen"
     shutil.copytree(model_dir, other)
     for name, change in (
@@ -350,7 +353,43 @@ def test_other_data_are_another_order(warm, model_dir, few, tmp_path):
     ):
         tiny.make_model("llama", **change).save_pretrained(other)
         codes, text = warm.run(flags(other, few, tmp_path / name, 0, "--resume", path))
-        assert codes == [3] and "another model's" in text and "Traceback" not in text, text[-2000:]
+        assert codes == [3] and "another model's; name that one, or begin anew" in text, text[
+            -2000:
+        ]
+        assert "Traceback" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage, ranks, extra", [(0, 1, ()), (3, 2, ()), (0, 2, ("--lora_rank", 2))]
+)
+def test_a_model_that_has_changed_is_not_gone_on_with(
+    warm, model_dir, few, tmp_path, stage, ranks, extra
+):
+    """The weights under --model are others by now, of the same shapes: the reference would be another."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_dir, model)
+    line = flags(model, few, out, stage, *extra)
+    job = warm.start(line, ranks)
+    at_checkpoint(out, 2)
+    job.kill()
+    job.wait()
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        lm.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    lm.save_pretrained(model)
+    before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*.json")}
+    codes, text = warm.run(line, ranks)
+    assert codes == [2] * ranks and "Traceback" not in text, text[-2000:]
+    said = "the model is not the one that this run began with (model.layers.1.mlp.down_proj"
+    assert (
+        text.count(f"error: {said}") == 1 and "put it back, or begin anew: --resume never" in text
+    )
+    assert before == {path: path.read_bytes() for path in before}
+    shutil.rmtree(model)
+    shutil.copytree(model_dir, model)
+    codes, text = warm.run(line, ranks)
+    assert codes == [0] * ranks and "continues after step" in text, text[-2000:]
 
 
 @pytest.mark.slow
@@ -393,7 +432,7 @@ def test_going_back_and_on(warm, model_dir, few, tmp_path):
         out / "checkpoints/step-8",
     )
     codes, text = warm.run(fewer)
-    assert codes == [3] and "further than this run goes: 4 steps" in text
+    assert codes == [3] and "further than this run goes: 4 steps; raise --max_steps" in text
     manifest = out / "checkpoints/step-8/manifest.json"
     manifest.write_text(manifest.read_text().replace('"step": 8', '"step": 6'))
     codes, text = warm.run(

@@ -20,6 +20,7 @@ from deepspeed.utils import (
 )
 
 from train.engine import dist
+from train.models.heads import HEAD
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
@@ -29,7 +30,7 @@ FLAT_WEIGHTS = (
     "fp32_partitioned_groups_flat",  # stage 3
     "fp32_groups_flat_partition",  # stage 1 with bf16
 )
-FINGERPRINT = 8  # leading values of a frozen weight that say which model it belongs to
+FINGERPRINT = 8  # leading values of a weight that say which model it belongs to
 
 
 def shapes(model, updates: int) -> dict[str, tuple]:
@@ -113,12 +114,41 @@ def untrained_state(lm) -> dict[str, torch.Tensor]:
     buffer/NAME is whole; frozen/NAME holds the first values in bf16, by which an export of adapters
     tells whether it was given the right base model.
     """
-    state = {}
-    for name, p in lm.named_parameters():
-        if not p.requires_grad:
-            values = getattr(p, "ds_tensor", p).detach().flatten()[:FINGERPRINT]
-            state[f"frozen/{name}"] = values.to("cpu", torch.bfloat16, copy=True)
+    state = {
+        f"frozen/{name}": _first_values(p)
+        for name, p in lm.named_parameters()
+        if not p.requires_grad
+    }
     return state | {f"buffer/{name}": value for name, value in buffers(lm).items()}
+
+
+def first_state(lm) -> dict[str, torch.Tensor]:
+    """How a model that is about to be trained begins: begin/NAME holds the first values in bf16 of each
+    weight that comes from files, and not of adapters or a score's head, which may be drawn.
+    """
+    return {
+        f"begin/{name}": _first_values(p)
+        for name, p in lm.named_parameters()
+        if p.requires_grad and "lora_" not in name and not name.startswith(f"{HEAD}.")
+    }
+
+
+def _first_values(p) -> torch.Tensor:
+    """The first values in bf16; of a weight in ZeRO-3's shards, of this rank's."""
+    values = getattr(p, "ds_tensor", p).detach().flatten()[:FINGERPRINT]
+    return values.to("cpu", torch.bfloat16, copy=True)
+
+
+def first_difference(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str | None:
+    """The name of a weight that is not the same in two of `untrained_state` or `first_state`, as far as
+    both have it; shards of one may have fewer values.
+    """
+    for name in sorted(state.keys() & other.keys()):
+        kind, _, weight = name.partition("/")
+        size = min(len(state[name]), len(other[name]))
+        if kind != "buffer" and not torch.equal(state[name][:size], other[name][:size]):
+            return weight
+    return None
 
 
 def gather_state_dict(module, dtype=None) -> dict | None:

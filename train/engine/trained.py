@@ -95,6 +95,8 @@ class TrainedModel:
             total_steps,
             scheduler_specific_kwargs=schedule_options(scheduler, num_cycles, min_lr),
         )
+        # by which a run that goes on knows the model that it began with
+        self._first_state = sharded_state.first_state(module.lm) if dist.is_main() else {}
         # DeepSpeed would advance it at every update: it does not get to know it
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=self.adamw, config=config
@@ -271,10 +273,21 @@ class TrainedModel:
         """What makes the tensors of this rank alone: on rank 0 what training leaves as it is."""
         if not dist.is_main():
             return dict
-        return lambda: sharded_state.untrained_state(self.module.lm)
+        return lambda: sharded_state.untrained_state(self.module.lm) | self._first_state
 
     def load_rank_tensors(self, of_ranks: list[dict[str, torch.Tensor]]):
-        """Nothing: what training leaves as it is comes with the model that the run names."""
+        """Put nothing back: what training leaves as it is comes with the model that the run names.
+        ValueError where that is another than the one that the run began with. Every rank calls this.
+        """
+        different = None
+        if dist.is_main():
+            here = sharded_state.untrained_state(self.module.lm) | self._first_state
+            different = sharded_state.first_difference(here, of_ranks[0])
+        if different := dist.broadcast(different):
+            raise ValueError(
+                f"the model is not the one that this run began with ({different} is another): put it back, "
+                "or begin anew: --resume never, or another --output"
+            )
 
     def save_outline(self, folder: Path):
         """Write what makes a model directory of the tensors: configurations and the tokenizer."""

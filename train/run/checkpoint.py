@@ -41,7 +41,8 @@ the causal LM, model...:
                               report/meter/sums, report/meter/kept/N (measures not yet shown);
                               report/sums (of launch/train_ppo.py: updates not yet shown);
                               on rank 0 policy/buffer/NAME and policy/frozen/NAME (what training
-                              leaves as it is, for exports), and between two updates of a rollout
+                              leaves as it is, for exports), policy/begin/NAME (first values of what it
+                              began with, to tell another model), and between two updates of a rollout
                               rollout/groups, prompts, prompt_lengths, ids, lengths, ended, scores,
                               score, old, ref, values, entropy, advantages, returns
     policy/                   config.json, generation_config.json, the tokenizer's files
@@ -77,6 +78,8 @@ from train.run.checkpoint_files import Place
 
 # SLURM's count of how often it has put this job back into the queue
 RESTARTS = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+BEGIN_ANEW = "begin anew: --resume never, or another --output"
 
 
 class Mark(NamedTuple):
@@ -199,7 +202,8 @@ class Checkpointer:
         """Refuse to continue where the consumed groups would mean others than the checkpoint's."""
         if manifest["step"] > self.run.plan.steps:
             fail(
-                f"{path} is further than this run goes: {self.run.plan.steps} steps",
+                f"{path} is further than this run goes: {self.run.plan.steps} steps; raise --max_steps or "
+                "--epochs, or name an earlier checkpoint",
                 Exit.CHECKPOINT,
             )
         theirs = manifest["order"]
@@ -208,7 +212,11 @@ class Checkpointer:
             shown = "; ".join(
                 f"{name} was {theirs.get(name)!r}, is {self.order[name]!r}" for name in different
             )
-            fail(f"{path} belongs to another order of the data ({shown})", Exit.CHECKPOINT)
+            fail(
+                f"{path} belongs to another order of the data ({shown}); put back what has changed since, "
+                f"or {BEGIN_ANEW}",
+                Exit.CHECKPOINT,
+            )
 
     def _load(self, manifest, path):
         states, read = manifest["parts"], files.Reader(path, manifest)
@@ -217,7 +225,8 @@ class Checkpointer:
             for key, shape in part.shapes(states[name]).items():
                 if available.get(f"{name}/{key}") != shape:
                     fail(
-                        f"{path} has no {name}/{key} of shape {shape}: it is another model's",
+                        f"{path} has no {name}/{key} of shape {shape}: it is another model's; name that "
+                        f"one, or {BEGIN_ANEW}",
                         Exit.CHECKPOINT,
                     )
         for name, part in self._sharded():

@@ -113,15 +113,9 @@ def _fit(lm, weights: Weights) -> bool:
     shapes = {name: p.shape for name, p in lm.named_parameters() if p.requires_grad}
     if shapes != {name: value.shape for name, value in weights.trained.items()}:
         return False
-    begins = checkpoint_files.under("frozen/", sharded_state.untrained_state(lm))
-    for name, value in weights.frozen.items():
-        if name not in begins:
-            return False
-        # of a weight in ZeRO-3's shards the run may have kept fewer values
-        size = min(len(value), len(begins[name]))
-        if not torch.equal(begins[name][:size], value[:size]):
-            return False
-    return True
+    here = sharded_state.untrained_state(lm)
+    frozen = {f"frozen/{name}": value for name, value in weights.frozen.items()}
+    return frozen.keys() <= here.keys() and not sharded_state.first_difference(here, frozen)
 
 
 def write(
