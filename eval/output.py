@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import yaml
 
 from eval import baselines, board, distribution, figures, preferences, report, reward_measures
 from eval.generations import MODES, Generated
@@ -18,6 +19,7 @@ from eval.models import Models
 from eval.reward_inputs import RewardInputs
 from eval.scores import Scores
 from eval.verdict import verdict
+from train.config import named
 from train.files import write_json
 from train.models import builtin
 from train.run import card
@@ -178,7 +180,18 @@ def write(settings, run, parts: list[Part]):
             continue  # training did not write that directory
         chapter = part.content.get("rewards", part.content)
         own = [path for path in drawn if (path.stem == "rewards") == ("rewards" in part.content)]
-        card.update(Path(part.inputs.path), chapter, own, part.inputs.record)
+        try:
+            card.update(Path(part.inputs.path), chapter, own, part.inputs.record)
+        except (
+            OSError,
+            ValueError,
+            yaml.YAMLError,
+        ) as error:  # another's folder, or a card by hand
+            run.say(
+                f"{part.inputs.path} has no new card: {named(error)}; the report stands, and --card "
+                "false leaves the card alone"
+            )
+            continue
         of_models.append(part.inputs.path)
     word = content.get("verdict", content.get("rewards", {}).get("verdict"))["word"]
     run.finish(verdict=word)

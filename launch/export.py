@@ -12,6 +12,7 @@ is told in train/run/checkpoint.py.
 
 import argparse
 import difflib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -142,7 +143,9 @@ def read_arguments() -> argparse.Namespace:
         "--export_dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights"
     )
     parser.add_argument(
-        "--model", help="the base of LoRA adapters, where it is not where the run had it"
+        "--model",
+        type=os.path.expanduser,
+        help="the base of LoRA adapters, where it is not where the run had it",
     )
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="let the model's own Python code run"

@@ -3,6 +3,7 @@ input.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,32 @@ def test_tensorboard_has_scalars_histograms_curves_texts_and_layout(runs):
     )
     text = layout.tensor_proto.string_val[0]
     assert all(f"{split}/rewards/margins".encode() in text for split in ("train", "val", "eval"))
+
+
+@pytest.mark.slow
+def test_a_card_that_cannot_be_written_costs_itself_alone(place, model_dir, tmp_path):
+    """In somebody else's folder, here one without room for figures; a head that is no YAML."""
+    lines, cards = [], {}
+    for name in ("no room", "no yaml"):
+        run = tmp_path / name
+        shutil.copytree(place / "run", run)
+        card = run / "model/README.md"
+        if name == "no room":
+            write(run / "model/figures", "a file")
+        else:
+            card.write_text(card.read_text().replace("tags:", "tags: [", 1))
+        cards[card] = card.read_bytes()
+        line = ["--model", run / "model", "--reference", model_dir, "--data", place / "pairs.jsonl"]
+        lines.append([*line, *LENGTH, "--max_rows", 4, "--prompts", 0, "--output", run / "eval"])
+    for line, (code, out, err) in zip(
+        lines, several(SCRIPT, lines, tmp_path / "cache"), strict=True
+    ):
+        assert code == "0" and "Traceback" not in out + err, err[-2000:]
+        said = [text for text in out.splitlines() if " has no new card: " in text]
+        assert len(said) == 1 and said[0].endswith("--card false leaves the card alone")
+        folder = Path(line[-1])
+        assert (folder / "status").read_text() == "finished\n" and load(folder)["preferences"]
+    assert cards == {card: card.read_bytes() for card in cards}
 
 
 def test_the_card_of_a_trained_model_has_the_results(runs, model_dir):

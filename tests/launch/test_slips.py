@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -143,7 +144,7 @@ LATER = [
     (VALIDATE, "--output /proc/x/report.json", 2, "cannot write to --output /proc/x/report.json: No such file or directory; choose"),
     # models
     (DPO, "--model {dir}/tinny", 2, "there is no folder {dir}/tinny (did you mean tiny"),
-    (DPO, "--model=~/tiny", 2, "there is no folder ~/tiny; ~ is the shell's"),
+    (DPO, "--model=~/tiny", 2, f"there is no folder {Path.home()}/tiny"),
     (DPO, "--model {tiny}/model.safetensors", 2, "is a file: a model is the directory that it lies in"),
     (DPO, "--model nobody/nothing", 2, "there is no such folder, and the hub's cache on this machine has no model of that name (HF_HUB_OFFLINE is set); name a folder"),
     (DPO, "--model {empty}", 2, "there is no model in {empty}, which has no config.json: name a model's directory"),

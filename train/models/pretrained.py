@@ -176,10 +176,7 @@ def _find(path):
     if Path(name).is_file():
         raise ValueError(f"{name} is a file: a model is the directory that it lies in")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        home = "; ~ is the shell's, and it reads --model ~/x, not --model=~/x"
-        raise ValueError(
-            f"there is no folder {name}{near_names(name)}{home if name.startswith('~') else ''}"
-        )
+        raise ValueError(f"there is no folder {name}{near_names(name)}")
     hub.settle()
 
 
