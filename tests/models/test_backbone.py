@@ -15,7 +15,7 @@ from train.data.packing import Group, pack
 from train.models import attention, flops
 from train.models.backbone import Backbone, disable_dropout
 from train.models.flops import FlopCounter
-from train.models.pretrained import load_causal_lm
+from train.models.pretrained import load_causal_lm, load_tokenizer
 
 
 def groups(seed=0):
@@ -285,6 +285,16 @@ def test_a_directory_without_a_model_is_named(tmp_path):
         ValueError, match=f"there is no model in {tmp_path}, which has no config.json"
     ):
         load_causal_lm(tmp_path)
+    (tmp_path / "manifest.json").touch()  # a checkpoint of a run
+    with pytest.raises(ValueError, match=f"python launch/export.py {tmp_path} DIR makes a model"):
+        load_causal_lm(tmp_path)
+
+
+def test_a_tokenizer_that_an_adapter_lacks(tmp_path):
+    """The tokenizer is read first, and says the same as the model would."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"tokenizer from {tmp_path}: it holds an adapter: merge"):
+        load_tokenizer(tmp_path)
 
 
 def test_pickled_weights_are_refused(tmp_path):

@@ -43,7 +43,9 @@ def load_tokenizer(path, trust_remote_code=False):
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise a dozen types
-        raise ValueError(f"cannot load a tokenizer from {path}: {_why(path, error)}") from error
+        is_adapter = (Path(path) / "adapter_config.json").is_file()
+        why = IS_ADAPTER if is_adapter else _why(path, error)
+        raise ValueError(f"cannot load a tokenizer from {path}: {why}") from error
 
 
 def load_causal_lm(
@@ -187,6 +189,8 @@ def _refuse_other_folders(folder: Path):
     inside = folder / "model"
     is_inside = (inside / "config.json").is_file()
     hint = f": it is {inside}" if is_inside else ": name a model's directory, or a hub name"
+    if (folder / "manifest.json").is_file():
+        hint = f": it is a checkpoint, of which python launch/export.py {folder} DIR makes a model"
     raise ValueError(f"there is no model in {folder}, which has no config.json{hint}")
 
 
