@@ -1,6 +1,7 @@
 """Rewards that a program gives."""
 
 import sys
+import time
 from fractions import Fraction
 from types import ModuleType
 
@@ -34,10 +35,31 @@ def value(spec, response, ended=True, **row):
         ("1e3", 1000),
         ("1/0", None),
         ("none", None),
+        (r"so \boxed{\frac{3}{4}}", Fraction(3, 4)),
+        (r"\boxed{-\dfrac12} of 9", Fraction(-1, 2)),
+        (r"\boxed{2\frac{1}{2}}", Fraction(5, 2)),
+        (r"\boxed{\text{7 apples}}, not 8", 7),
+        (r"\boxed{3}, or \boxed{4", 3),  # cut within its braces
+        (r"\boxed{1{,}000}", 1000),
+        (r"\boxed{12\,000}", 12000),
+        (r"\boxed{50\%}", Fraction(1, 2)),
+        ("\u22125", -5),
+        (r"a loss of -\$5.50", Fraction(-11, 2)),
+        ("on 2024/05/06", 6),
+        ("type5", 5),
+        ("1e-3", Fraction(1, 1000)),
     ],
 )
 def test_the_last_number(text, number):
     assert rewards.last_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["1e99999999", "-1e-99999999", "9" * 5000, r"\boxed{" * 9000])
+def test_no_answer_holds_a_run_up(text):
+    """A power of ten written out would take minutes; what takes no time at all has some here."""
+    began = time.perf_counter()
+    assert rewards.last_number(text) is None
+    assert time.perf_counter() - began < 1
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,21 @@ from train.engine import dist
 
 SHOWN = 200  # characters of a prompt or an answer in an error
 NUMBER = re.compile(
-    r"(?:(?<!\w)[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?%?"
+    r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE]([-+]?\d+))?(?:/\d+)?%?"
+)
+MOST_DIGITS = 400  # of a power of ten: 1e99999999 would take minutes and a gigabyte to write out
+# What LaTeX, and people, write in numbers, and what it stands for.
+LATEX = [
+    (re.compile("\u2212"), "-"),  # the minus sign of typesetters
+    (re.compile(r"\{,\}"), ","),  # 1{,}000
+    (re.compile(r"(?<=\d)\\[,!:; ](?=\d)"), ""),  # 12\,000
+    (re.compile(r"\\%"), "%"),
+    (re.compile(r"(?<=[-+])\\?\$(?=[\d.])"), ""),  # -$5
+]
+BRACE = re.compile(r"\\f?boxed\s*\{|[{}]")
+FRACTION = re.compile(
+    r"(?P<whole>(?<!\d)\d+\s*)?\\[dtc]?frac\s*(?:\{\s*(?P<top>-?\d+)\s*\}|(?P<digit>\d))"
+    r"\s*(?:\{\s*(?P<bottom>\d+)\s*\}|(?P<last>\d))"
 )
 REPEATED = 3  # words of an n-gram that counts as a repetition
 
@@ -326,21 +340,46 @@ VERIFIERS = {
 def last_number(text: str) -> Fraction | None:
     """The number in the text's last \\boxed{}, else its last number, exactly; None without one.
 
-    1,000 is a thousand, 50% a half, 3/4 three quarters.
+    1,000 is a thousand, 50% a half, 3/4 and \\frac{3}{4} three quarters, 2\\frac12 two and a half.
     """
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    found = [m.group() for m in NUMBER.finditer(boxed[-1] if boxed else text)]
-    found = [number for number in found if any(c.isdigit() for c in number)]
+    text = last_boxed(text)
+    for pattern, meant in LATEX:
+        text = pattern.sub(meant, text)
+    text = FRACTION.sub(_as_quotient, text)
+    found = [*NUMBER.finditer(text)]
     if not found:
         return None
-    number = found[-1].replace(",", "")
+    match = found[-1]
+    number = match[0].replace(",", "")
     is_percent = number.endswith("%")
     top, _, bottom = number.rstrip("%").partition("/")
     try:
+        if abs(int(match[1] or 0)) > MOST_DIGITS:
+            return None
         value = Fraction(top) / Fraction(bottom or "1")
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError):  # int() refuses thousands of digits, too
         return None
     return value / 100 if is_percent else value
+
+
+def last_boxed(text: str) -> str:
+    """What stands in the text's last \\boxed{} whose braces close; the text where there is none."""
+    opened, found = [], (-1, -1)  # of each brace the place behind it; -1 if it is no box's
+    for match in BRACE.finditer(text):
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened:
+            found = max(found, (opened.pop(), match.start()))
+    start, end = found
+    return text if start < 0 else text[start:end]
+
+
+def _as_quotient(match: re.Match) -> str:
+    """A match of FRACTION as a/b."""
+    top, bottom = match["top"] or match["digit"], match["bottom"] or match["last"]
+    if match["whole"]:
+        top = int(match["whole"]) * int(bottom) + int(top)
+    return f"{top}/{bottom}"
 
 
 def _plain(text: str) -> str:
