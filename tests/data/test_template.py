@@ -291,6 +291,18 @@ def test_chat_template_from_a_file(letters, tmp_path):
     use_template(letters, str(tmp_path / "own.jinja"))
     [prompt] = letters.batch_decode([Chat(letters).prompt_ids([{"role": "user", "content": "Hi"}])])
     assert prompt == "USER: Hi\nASSISTANT: "
+    template = letters.chat_template
+    for name, text in (
+        ("mark.jinja", "\ufeff" + template.replace("\n", "\r\n")),  # of an editor on Windows
+        ("chat_template.json", json.dumps({"chat_template": template})),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        use_template(letters, str(tmp_path / name))
+        assert letters.chat_template == template
+    for found in ({}, {"chat_template": [{"name": "default", "template": template}]}):
+        (tmp_path / "config.json").write_text(json.dumps(found))
+        with pytest.raises(ValueError, match="no template as 'chat_template', or has several"):
+            use_template(letters, str(tmp_path / "config.json"))
     with pytest.raises(ValueError, match="--chat_template .*none.jinja: cannot be read: "):
         use_template(letters, str(tmp_path / "none.jinja"))
 

@@ -119,16 +119,24 @@ def _frames(token: str, conversation: str) -> bool:
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
-    """Give the tokenizer the chat template in the file `path`; None: leave it its own. Raises
-    ValueError.
+    """Give the tokenizer the chat template in the file `path`, a template or a tokenizer's or
+    processor's JSON that has one; None: leave it its own. Raises ValueError.
     """
     if path is None:
         return
     try:
-        tokenizer.chat_template = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+        found = _parsed(text)  # as a template it would render its own braces, too
     except (OSError, UnicodeDecodeError) as error:
         said = getattr(error, "strerror", None) or one_line(error)
         raise ValueError(f"--chat_template {path}: cannot be read: {said}") from error
+    template = found.get("chat_template") if isinstance(found, dict) else text
+    if not isinstance(template, str):
+        raise ValueError(
+            f"--chat_template {path}: its JSON has no template as 'chat_template', or has several; put "
+            "the one that is meant into a file of its own"
+        )
+    tokenizer.chat_template = template
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -698,15 +706,15 @@ def _words(value: Any) -> Iterator[str]:
             yield from (text for text in values if isinstance(text, str))
 
 
-def _parsed(arguments: Any) -> Any:
-    """The arguments of a tool call, as an object where they are the JSON of one."""
-    if not isinstance(arguments, str):
-        return arguments
+def _parsed(value: Any) -> Any:
+    """A value, as an object where it is the JSON of one."""
+    if not isinstance(value, str):
+        return value
     try:
-        found = json.loads(arguments)
+        found = json.loads(value)
     except (ValueError, RecursionError):
-        return arguments  # a call that is rejected for it may be broken
-    return found if isinstance(found, dict) else arguments
+        return value  # a call that is rejected for its arguments may be broken
+    return found if isinstance(found, dict) else value
 
 
 def _is_json(text: str) -> bool:
