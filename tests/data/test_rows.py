@@ -261,6 +261,32 @@ def test_messages_survive_parquet(tmp_path):
     assert check_pair(read) == GOOD
 
 
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this datasets has no type for JSON")
+def test_json_in_tables_is_what_it_spells(tmp_path):
+    """datasets' own type for objects of unlike keys, as tool calls have: nulls in it were given."""
+    calls = [{"function": {"name": "f", "arguments": a}} for a in ({"x": None}, {"y": ["z", 1]})]
+    rows = [
+        {
+            "prompt": [user("Hi")],
+            "chosen": [assistant("") | {"tool_calls": [call]}],
+            "rejected": "no",
+            "more": {"tools": [call], "n": 1},
+        }
+        for call in calls
+    ]
+    kinds = datasets.Features(
+        prompt=datasets.List(datasets.Json()),
+        chosen=datasets.List(datasets.Json()),
+        rejected=datasets.Value("string"),
+        more={"tools": datasets.List(datasets.Json()), "n": datasets.Value("int64")},
+    )
+    data = datasets.Dataset.from_list(rows, features=kinds)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "saved"):
+        assert [row for _, _, row in read_rows([str(tmp_path / name)])] == rows
+
+
 def test_odd_rows_are_rows(tmp_path):
     """Mixed types, values that are no objects, deep nesting, a key twice, endless digits: each is
     judged alone.

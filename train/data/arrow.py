@@ -4,6 +4,7 @@ Values are taken as Arrow holds them and nothing is decoded: no image is opened,
 column is asked for. A value that Python cannot hold spoils its own column of its own row.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from train import hub as model_hub
 from train.data.errors import DataError, RowError, listed, one_line
 from train.files import near_names
 
+JSON = "extension<arrow.json>"  # a type of Arrow: text that is JSON
 BATCH = 1024  # rows turned into Python objects at once
 
 
@@ -119,7 +121,28 @@ def _objects(batch) -> list[dict]:
             {name: _value(values, i) for name, values in columns.items()}
             for i in range(batch.num_rows)
         ]
-    return [{name: _without_null(value) for name, value in row.items()} for row in rows]
+    rows = [{name: _without_null(value) for name, value in row.items()} for row in rows]
+    for field in batch.schema:
+        if JSON in str(field.type):
+            for row in rows:
+                row[field.name] = _parsed(row[field.name], field.type)
+    return rows
+
+
+def _parsed(value: Any, kind: pyarrow.DataType) -> Any:
+    """A value of a type that has JSON in it, as what that spells: the `Json` of datasets."""
+    if value is None or isinstance(value, RowError):
+        return value
+    if JSON == str(kind):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            return RowError(one_line(error))
+    if isinstance(value, list) and JSON in str(kind):
+        return [_parsed(each, kind.value_type) for each in value]
+    if isinstance(value, dict) and JSON in str(kind):
+        return {name: _parsed(each, kind.field(name).type) for name, each in value.items()}
+    return value
 
 
 def _without_null(value: Any) -> Any:
