@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.data import families
+from train.data.rows import check_pair
 from train.data.tokens import collect
 
 ANSWER = "'<|bot|>\\n' + m['content']"
@@ -104,6 +105,12 @@ def test_calls_that_are_written_in_part(read):
 def test_columns_beside_a_prompt_are_said(read, more, said):
     texts, notes = read({"prompt": "hi", "chosen": "a", "rejected": "b", **more})
     assert texts == ["a<|end|>", "b<|end|>"] and said in notes
+
+
+def test_a_system_column_that_differs_in_outer_white_space_is_no_other():
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    row = {"prompt": prompt, "chosen": "a", "rejected": "b", "system": " Be brief.\n"}
+    assert check_pair(row).messages == prompt
 
 
 def test_systems_that_contradict(read):

@@ -534,7 +534,7 @@ def _with_system(messages: list[dict], row: dict) -> list[dict]:
             continue
         if messages[0]["role"] not in SYSTEM_ROLES:
             return [{"role": "system", "content": text}, *messages]
-        if messages[0]["content"] != text:
+        if messages[0]["content"].strip() != text.strip():
             raise RowError(f"the column {name!r} differs from the system turn in the messages")
     return messages
 
