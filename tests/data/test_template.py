@@ -426,6 +426,25 @@ def test_implausible_data_is_said_and_refused_above_a_share(letters, tmp_path):
     assert len(prepare([path], letters, max_implausible=1, **options)) == 4
 
 
+def test_rendered_conversations_are_refused_with_what_takes_them_as_they_are(letters, tmp_path):
+    """Not by the control tokens in them: whoever allows those alone renders them twice."""
+    plain = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
+    turns = [{"role": "user", "content": plain["prompt"]}]
+    prompt = letters.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    ends = {name: plain[name] + letters.eos_token for name in ("chosen", "rejected")}
+    path = write(tmp_path / "a.jsonl", {"prompt": prompt, **ends})
+    for allowed in (False, True):
+        with pytest.raises(
+            DataError, match="implausible data: .* --max_implausible 1, and "
+        ) as error:
+            prepare([path], letters, max_length=400, allow_control_tokens=allowed)
+    wanted = prepare([write(tmp_path / "b.jsonl", plain)], letters, max_length=400).group(0)
+    letters.chat_template = str(error.value).partition("FILE with ")[2].partition(", which")[0]
+    options = {"allow_control_tokens": True, "max_implausible": 1}
+    found = prepare([path], letters, max_length=400, **options).group(0)
+    assert (found.prompt, found.responses) == (wanted.prompt, wanted.responses)
+
+
 # ------------------------------------------------------------ two models' tokens
 
 

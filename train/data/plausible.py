@@ -54,6 +54,12 @@ CONVERSIONS = {
 }
 
 
+# What has been rendered is rendered once more, in a turn of the user's, unless nothing is done to it.
+AS_RENDERED = (
+    ", and with it, where the turns are this model's own, --allow_control_tokens true and --chat_template "
+    "FILE with {% for m in messages %}{{ m['content'] }}{% endfor %}, which is saved with the model; else "
+    "make messages of them"
+)
 # Turns that were put into one text for another model.
 PROMPT_TURNS = re.compile(
     rf"^\s*{SPEAKER.format('Human|User|USER')}[\s\S]*\n\s*"

@@ -228,6 +228,17 @@ def refuse_too_many(tokenised: Tokenised, max_dropped: float, max_implausible: f
     """Raises DataError when more than the share `max_dropped` of the rows is dropped, or all of
     them, or more than the share `max_implausible` cannot be meant.
     """
+    for suspicion in tokenised.suspicions:
+        if suspicion.rows > max_implausible * suspicion.total:
+            reading = in_python(suspicion.source)
+            advice = ""
+            if conversion := plausible.CONVERSIONS.get(suspicion.what):
+                advice = f"; else convert it: rows = {reading}; {conversion}"
+            elif suspicion.what == plausible.PROMPT_WITH_TURNS:
+                advice = plausible.AS_RENDERED
+            raise DataError(
+                f"implausible data: {suspicion}; if it is meant so, pass --max_implausible 1{advice}"
+            )
     dropped = tokenised.dropped
     total = len(tokenised) + len(dropped)
     if len(dropped) > max_dropped * total or len(dropped) == total:
@@ -236,14 +247,6 @@ def refuse_too_many(tokenised: Tokenised, max_dropped: float, max_implausible: f
             f"{len(dropped)} of {total} rows ({len(dropped) / total:.1%}) cannot be used, more than the "
             f"{max_dropped:.1%} allowed or all of them; the first: {examples}"
         )
-    for suspicion in tokenised.suspicions:
-        if suspicion.rows > max_implausible * suspicion.total:
-            conversion = plausible.CONVERSIONS.get(suspicion.what)
-            reading = in_python(suspicion.source)
-            advice = f"; else convert it: rows = {reading}; {conversion}" if conversion else ""
-            raise DataError(
-                f"implausible data: {suspicion}; if it is meant so, pass --max_implausible 1{advice}"
-            )
 
 
 def check_rows(
