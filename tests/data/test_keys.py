@@ -137,6 +137,14 @@ def test_a_turn_that_is_left_out_although_its_text_stands_elsewhere(read):
         "User: Hi\n\nAssistant: Sure,",
         "[INST] Hi [/INST]",
         "<|im_start|>user\nHi<|im_end|>",
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n",
+        "<start_of_turn>user\nHi<end_of_turn>\n",
+        "<|turn>user\nHi<turn|>\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>Hi<\uff5cAssistant\uff5c>",
+        "[gMASK]<sop><|user|>\nHi<|assistant|>\n",
+        "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>",
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant",
     ],
 )
 def test_prompts_with_turns_in_them_are_said(read, prompt):

@@ -64,7 +64,9 @@ AS_RENDERED = (
 PROMPT_TURNS = re.compile(
     rf"^\s*{SPEAKER.format('Human|User|USER')}[\s\S]*\n\s*"
     rf"{SPEAKER.format('Assistant|ASSISTANT|AI|Bot')}"
-    r"|^\s*(?:<s>)?\s*\[INST\]|^\s*<\|(?:im_start|user|system|start_header_id|begin_of_text)\|>"
+    r"|^\s*(?:<s>)?\s*\[INST\]|^\s*(?:<bos>|<start_of_turn>|\[gMASK\]|<BOS_TOKEN>)"
+    r"|^\s*<[|\uff5c](?:im_start|user|User|system|start_header_id|begin_of_text|start|startoftext|turn|"
+    r"START_OF_TURN_TOKEN|begin\u2581of\u2581sentence)[|\uff5c]?>"
 )
 
 
