@@ -75,7 +75,10 @@ def replace_directory(new: Path, old: Path):
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(old, aside)
     os.rename(new, old)
-    shutil.rmtree(aside)
+    if aside.is_symlink():  # what a link shows is not ours to remove
+        aside.unlink()
+    else:
+        shutil.rmtree(aside)
 
 
 def user_cache(name: str, cache_dir=None) -> Path:

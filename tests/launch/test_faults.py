@@ -12,7 +12,17 @@ import time
 
 import pytest
 
-from tests.launch.compare import ROOT, at_checkpoint, flags, same_run, says, straight, weights
+from tests.launch.compare import (
+    ROOT,
+    STEPS,
+    at_checkpoint,
+    flags,
+    same_bits,
+    same_run,
+    says,
+    straight,
+    weights,
+)
 
 
 def test_gradients_that_are_not_finite_end_the_run(warm, model_dir, few, tmp_path):
@@ -186,6 +196,29 @@ def test_a_disk_that_is_full(warm, model_dir, few, tmp_path):
     assert "there is none yet" in text and not any((out / "checkpoints").glob("step-*"))
     for name, value in weights(tmp_path / "straight").items():
         assert value.equal(weights(out)[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_a_model_that_cannot_be_written_costs_no_training(warm, model_dir, few, tmp_path, ranks):
+    """The disk has no room for it, nor for a checkpoint; then its place alone is taken."""
+    out = tmp_path / "out"
+    line = flags(model_dir, few, out, 0, "--save_every", 0)
+    codes, text = warm.run(line, ranks, file_bytes=100_000)
+    assert codes == [1] * ranks and "Traceback" not in text, text[-2000:]
+    (said,) = [words for words in text.splitlines() if words.startswith("error: ")]
+    assert f"{out}/model was not written: " in said and "File too large" in said
+    assert said.endswith("; once that is mended, the same command goes on")
+    assert not (out / "model.tmp").exists() and (out / "status").read_text() == "failed\n"
+    (out / "model.tmp").write_text("a file")
+    codes, text = warm.run(line, ranks)
+    assert codes == [1] * ranks and "Traceback" not in text, text[-2000:]
+    assert f"; what was trained is in {out}/checkpoints/step-{STEPS}; once that" in text
+    (out / "model.tmp").unlink()
+    codes, text = warm.run(line, ranks)
+    assert codes == [0] * ranks and f"continues after step {STEPS}" in text, text[-2000:]
+    straight(warm, model_dir, few, tmp_path / "straight", 0, ranks, "--save_every", 0)
+    same_bits(weights(out), weights(tmp_path / "straight"))
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
         if choice == "never":
             if dist.is_main():
-                shutil.rmtree(self.path, ignore_errors=True)
+                files.remove_all(self.path)
                 trackers.forget(self.run.folder.path)
             return None, None
         named = [] if choice == "auto" else [Path(choice)]

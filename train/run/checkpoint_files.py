@@ -193,6 +193,13 @@ def prune(folder: Path, keep: int, after: Place | None = None):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_all(folder: Path):
+    """Remove every checkpoint in `folder`, which may be a link to another disk and stays."""
+    (folder / LATEST).unlink(missing_ok=True)
+    for path in folder.glob("step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def flag_of(checkpoint: Path, flag: str):
     """The value of a run's flag when it wrote this checkpoint; None where it cannot be told."""
     try:

@@ -18,7 +18,7 @@ from train.models import lora
 from train.models.backbone import outputs_to_compare
 from train.models.matmul import release_memory
 from train.run import card
-from train.run.session import Overflowed
+from train.run.session import NotWritten, Overflowed
 
 # in the module's own measure of distance: nats a token, or of the mean size of a score
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -40,8 +40,8 @@ def model_directory(
 
     The directory is loaded again before it takes its name, and what it gives for `batches` (packed,
     on this device) compared with what the module gives. write_card: called with the folder. Returns
-    how far apart they are, in `module.unit`. RuntimeError where that is too large, Overflowed where
-    weights, or what they give, are not finite.
+    how far apart they are, in `module.unit`. NotWritten where that is too large, or the disk is full;
+    Overflowed where weights, or what they give, are not finite.
     """
     release_memory(module)  # a second model comes into memory below
     with torch.no_grad():
@@ -71,10 +71,11 @@ def model_directory(
             replace_directory(unfinished, folder)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             logging.getLogger("zeropref").exception("export")
+            shutil.rmtree(unfinished, ignore_errors=True)  # a full disk needs the room
             problem = f"{folder} was not written: {error}"
     problem, gap = dist.broadcast((problem, gap))
     if problem:
-        raise RuntimeError(problem)
+        raise NotWritten(problem)
     return gap
 
 

@@ -33,6 +33,10 @@ class Overflowed(Exception):
     """What was trained is no model any more. Says what of it is not finite."""
 
 
+class NotWritten(RuntimeError):
+    """What was trained could not be written as a model directory. Says why."""
+
+
 class Plan(NamedTuple):
     """What is settled before the first step."""
 
@@ -119,6 +123,8 @@ def start(flags, kind: str = "run", interruptible: bool = True):
         _end_not_finite(run, error)
     except Overflowed as error:
         _end_overflowed(run, error)
+    except NotWritten as error:
+        _end_not_written(run, error)
     except DataError as error:
         if not run.under_way:
             raise
@@ -194,6 +200,15 @@ def _end_overflowed(run, error):
         "--weight_decay into another --output"
     )
     _exit_now(run, "failed", Exit.NONFINITE)
+
+
+def _end_not_written(run, error):
+    """All steps are done: a checkpoint keeps what they came to, where there is room for one."""
+    saver = run.checkpointer
+    saved = saver.place > Place(0) and saver.save()
+    where = f"; what was trained is in {saver.directory()}" if saved else ""
+    run.say(f"error: {error}{where}; once that is mended, the same command goes on")
+    _exit_now(run, "failed", 1)
 
 
 def _end_bad_data(run, error):
