@@ -56,6 +56,23 @@ def test_alone_in_a_shell_that_knows_of_another_job(environ):
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 1023
 
 
+@pytest.mark.parametrize("name", dist.MPI_SIZES)
+def test_processes_of_mpirun_do_not_train_each_by_itself(environ, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    dist._set_environment()
+    assert dist.world_size() == 1
+    for known in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(known)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match="mpirun has started 2 processes.*deepspeed"):
+        dist._set_environment()
+    # srun's own variables come first: it may speak PMI as well
+    environ(SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="1")
+    environ(SLURM_STEP_NODELIST="n1", SLURM_JOB_ID="7")
+    dist._set_environment()
+    assert (dist.rank(), dist.world_size()) == (1, 2)
+
+
 @pytest.mark.parametrize("rank, speaks", [("0", False), ("3", False), ("8", True)])
 def test_a_network_that_is_not_there(environ, monkeypatch, capsys, rank, speaks):
     """Rank 0's script says what it raises; a second machine's first rank has nobody to say it."""

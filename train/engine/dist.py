@@ -22,6 +22,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 # Of what ranks wait for that is no computation: rank 0 may tokenise for hours. Whoever dies meanwhile
 # is noticed by its connection, and by engine/preemption.py.
 PATIENCE = datetime.timedelta(hours=24)
+# How many processes an MPI has started, as OpenMPI, MPICH and Intel, and MVAPICH say it.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # the group of ranks that objects, barriers and tensors in main memory go through, by gloo
 _objects = None
 # of glibc's malloc.h
@@ -163,7 +165,7 @@ def _keep_pages():
 def _set_environment():
     """Fill in RANK and its kin where the launcher has not.
 
-    From srun's variables, or for a process on its own.
+    From srun's variables, or for a process on its own; ValueError for several that mpirun has started.
     """
     env = os.environ
     if "RANK" in env:
@@ -174,6 +176,12 @@ def _set_environment():
         env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
         return
+    for name in MPI_SIZES:
+        if int(env.get(name) or 1) > 1:
+            raise ValueError(
+                f"mpirun has started {env[name]} processes, each of which would train by itself: start "
+                "them with deepspeed (--launcher pdsh, its default), torchrun or srun"
+            )
     # alone: an address of another machine, which the shell may have, would be waited for in vain
     env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     with socket.socket() as probe:
