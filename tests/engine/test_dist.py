@@ -18,6 +18,8 @@ NAMES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
     "SLURM_PROCID",
@@ -54,6 +56,25 @@ def test_alone_in_a_shell_that_knows_of_another_job(environ):
     dist._set_environment()
     assert (dist.rank(), dist.world_size(), dist.local_rank()) == (0, 1, 0)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 1023
+
+
+@pytest.mark.parametrize("name", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+def test_ranks_of_a_machine_share_its_cores(environ, monkeypatch, name):
+    """As deepspeed and torchrun say how many there are; what a user has set stands."""
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        for ranks, expected in (("1", 12), ("4", 3), ("5", 2), ("16", 1)):
+            torch.set_num_threads(12)
+            monkeypatch.setenv(name, ranks)
+            dist.share_cores()
+            assert torch.get_num_threads() == expected, ranks
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+        monkeypatch.setenv(name, "4")
+        dist.share_cores()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", dist.MPI_SIZES)
