@@ -70,6 +70,7 @@ class Exit(enum.IntEnum):
     NONFINITE = 5
     HUB = 6  # of launch/export.py: the directory is there, and not on the hub
     PREEMPTED = 85
+    INTERRUPTED = 130  # by Ctrl-C, as shells say it
 
 
 def parse(settings_class, argv=None):

@@ -155,6 +155,31 @@ def test_told_to_stop(warm, model_dir, few, tmp_path, number):
 
 
 @pytest.mark.slow
+def test_ctrl_c(warm, model_dir, few, tmp_path):
+    """It ends both ranks at once, in one line, and the same command goes on from what was saved."""
+    straight(warm, model_dir, few, tmp_path / "straight", 0, 2)
+    out = tmp_path / "out"
+    line = flags(model_dir, few, out, 0)
+    job = warm.start(line, 2)
+    at_checkpoint(out, 2)
+    job.kill(signal.SIGINT)
+    codes, text = job.wait()
+    assert codes == [130, 130] and "Traceback" not in text, text[-3000:]
+    assert text.count("interrupted: the same command continues from the newest checkpoint") == 1
+    assert (out / "status").read_text() == "failed\n"
+    codes, text = warm.run(line, 2)
+    assert codes == [0, 0] and "continues after step" in text, text[-3000:]
+    same_run(out, tmp_path / "straight")
+    nothing = flags(model_dir, few, tmp_path / "nothing", 0, "--save_every", 0)
+    job = warm.start(nothing)
+    says(job, r"train: .* [1-7]/8 \[")
+    job.kill(signal.SIGINT)
+    codes, text = job.wait()
+    assert codes == [130] and "Traceback" not in text, text[-3000:]
+    assert "interrupted: nothing was saved; SIGTERM saves first" in text
+
+
+@pytest.mark.slow
 def test_stopped_inside_evaluations(warm, model_dir, few, tmp_path):
     """Told to stop and killed where evaluations take most of the time: nothing is told twice,
     nothing is missing.

@@ -129,6 +129,8 @@ def start(flags, kind: str = "run", interruptible: bool = True):
         if not run.under_way:
             raise
         _end_bad_data(run, error)
+    except KeyboardInterrupt:
+        _end_interrupted(run)
     except BaseException as error:
         if not run.under_way:
             raise
@@ -220,6 +222,23 @@ def _end_bad_data(run, error):
     _exit_now(run, "failed", Exit.DATA)
 
 
+def _end_interrupted(run):
+    """Ctrl-C, which each rank gets by itself, so that none can wait for another: nothing is saved."""
+    done = ""
+    if run.checkpointer is not None:
+        saved = any(run.checkpointer.path.glob("step-*"))
+        done = (
+            "the same command continues from the newest checkpoint"
+            if saved
+            else "nothing was saved"
+        )
+        done = f": {done}; SIGTERM saves first"
+    if run.under_way:
+        run.folder.status("failed")
+    run.say(f"interrupted{done}")
+    _leave(Exit.INTERRUPTED)
+
+
 def _exit_now(run, status, code):
     """Exit without taking the interpreter down in order.
 
@@ -230,6 +249,10 @@ def _exit_now(run, status, code):
         run.report.close()
     dist.barrier()
     end_in_order()
+    _leave(code)
+
+
+def _leave(code):
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
