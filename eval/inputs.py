@@ -20,7 +20,7 @@ from train.data.errors import DataError
 from train.data.rows import PAIR_COLUMNS, Dropped, check_pair
 from train.engine import dist
 from train.methods import setup
-from train.methods.rewards import Prompt
+from train.methods.rewards import Prompt, prompts_of
 from train.models import pretrained
 from train.run import card, folder
 from train.settings import Preference, inherited_defaults, token_options
@@ -256,11 +256,7 @@ def prompts_to_answer(
             which = own.said(found.data)
             found = dataclasses.replace(found, data=first_rows(found.data, settings.prompts))
             described = folder.describe(found.data, own.sources) | {"which": which}
-            asked = [found.asked(i) for i in range(len(found))]
-            return [
-                Prompt(int(found.data.rows[i]), found.ids(i), each.messages, each.template_args)
-                for i, each in enumerate(asked)
-            ], described
+            return prompts_of(found), described
     prompts = generations.prompts_of(rows.sources, pairs, settings.prompts, columns=rows.columns)
     return prompts, None
 

@@ -50,7 +50,7 @@ def main():
     with session.start(settings) as run:  # ranks, OUTPUT, logs; every exit code is decided in there
         algorithm = ppo.choose_algorithm(settings)
         tokenizer, prompts, held_out = policy_setup.open_prompts(settings, run)
-        rewards = policy_setup.open_rewards(settings, run, prompts)
+        rewards = policy_setup.open_rewards(settings, run, prompts, held_out)
         models = policy_setup.open_models(settings, run, tokenizer, algorithm, prompts, held_out)
         policy, critic = models.policy, models.critic
         report = policy_report.PolicyReport(run, settings, algorithm, models, rewards, held_out)

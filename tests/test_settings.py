@@ -194,6 +194,7 @@ IDLE = [
     ("ppo", "--offload_frozen", "--algorithm dapo", "--algorithm dapo --reward_model r", "without a frozen model: it counts with --reward_model, or with an algorithm that has a KL"),
     ("ppo", "--dual_clip 3", "--algorithm sapo", "--algorithm ppo", "with --algorithm sapo: it counts with another --algorithm"),
     ("ppo", "--scale_advantages batch", "--algorithm ppo", "", "with --algorithm ppo: it counts with another --algorithm"),
+    ("ppo", "--max_resamples 2", "--algorithm reinforce++", "", "with --algorithm reinforce++: it counts with another --algorithm"),
     ("ppo", "--gamma 0.5", "", "--algorithm reinforce++", "with --algorithm grpo: it counts with ppo or reinforce++"),
     ("ppo", "--lam 0.5", "", "--algorithm ppo", VALUE_MODEL),
     ("ppo", "--value_lam 0.5", "", "--algorithm ppo", VALUE_MODEL),

@@ -557,6 +557,8 @@ class Policy(Training):
     """Rollouts between evaluations on the held-out prompts; 0: at the start and at the end only."""
     save_every: int = flag(0, may_change=True)
     """Rollouts between checkpoints; 0: by --save_minutes alone."""
+    log_every: int = flag(1, may_change=True)
+    """Rollouts between those that TensorBoard shows."""
     output: str = flag("runs/ppo", may_change=True)
     """Folder for the model, TensorBoard, logs and run.json."""
     algorithm: Literal[tuple(ALGORITHMS)] = flag("grpo", card=(1, "algorithm"))
@@ -601,7 +603,7 @@ class Policy(Training):
     clip_high: float | None = flag(None, needs=MOVES_THE_RATIO)
     """How far the ratio may rise above 1."""
     dual_clip: float | None = flag(None, needs=(CLIPS_A_RATIO, MOVES_THE_RATIO))
-    """Bound of the loss where the advantage is negative, as a multiple of it; None: none."""
+    """Bound of the loss where the advantage is negative, as a multiple of it, above 1; None: none."""
     scale_advantages: Literal["group", "batch", "none"] | None = flag(None, needs=COMPARES_SAMPLES)
     """What an advantage over a group is divided by: the group's deviation, the rollout's, nothing."""
     gamma: float = flag(1.0, needs=DISCOUNTED)
@@ -636,7 +638,7 @@ class Policy(Training):
     """
     offload_frozen: bool = flag(False, may_change=True, needs=FROZEN)
     """Keep reference and reward model in main memory between uses. On a CPU they lie there anyway."""
-    max_resamples: int | None = None
+    max_resamples: int | None = flag(None, needs=COMPARES_SAMPLES)
     """How often a prompt whose samples all have the same reward is answered anew."""
 
     def __post_init__(self, given):
@@ -665,13 +667,27 @@ class Policy(Training):
             shares=("gamma", "lam", "value_lam"),
             positive=("temperature", "dual_clip", "reward_clip"),
         )
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(
+                f"--dual_clip is above 1, not {self.dual_clip}: up to there no token whose advantage is "
+                "negative would be learnt from; 3 is usual"
+            )
         weights = self.reward_weights
+        if not all(map(math.isfinite, weights or ())):
+            raise ValueError(f"--reward_weights are finite numbers, not {listed(weights)}")
         sources = len(self.reward or ()) + bool(self.reward_model)
         if weights is not None and len(weights) != sources:
             raise ValueError(
                 f"--reward_weights: {len(weights)} for {sources} "
                 f"source{'s' * (sources != 1)}: one for each --reward, then for --reward_model"
             )
+        for spec in self.reward or ():
+            kind, _, buffer = spec.partition(":")
+            if kind == "overlong" and buffer.isdecimal() and int(buffer) > self.max_new_tokens:
+                raise ValueError(
+                    f"--reward {spec}: the buffer is more than --max_new_tokens {self.max_new_tokens}, and every "
+                    "answer would be too long: take a smaller one"
+                )
         if self.max_prompt_length is None or self.max_prompt_length + self.max_new_tokens > (
             self.max_length
         ):

@@ -198,7 +198,10 @@ def test_lengths_that_leave_no_room(letters):
             "a prompt of 10 tokens cannot hold the assistant's header of 11: raise max_prompt_length",
         ),
         ((11, None), "header of 11: raise max_length"),
-        ((16, 16), "max_prompt_length 16 leaves no room for a response in max_length 16"),
+        (
+            (16, 16),
+            "--max_prompt_length 16 leaves no room for a response in --max_length 16: lower",
+        ),
         ((1, None), "at least 2 and 1"),
         ((16, 0), "at least 2 and 1"),
     ]:

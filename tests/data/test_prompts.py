@@ -1,6 +1,7 @@
 """Prompts alone, out of rows of every shape, with the columns that rewards read."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -82,9 +83,28 @@ def test_two_prompts_are_one_only_where_all_columns_agree(prepared):
     assert [found.row(i) for i in range(len(found))] == rows[:2]
 
 
+def test_one_long_row_does_not_make_all_long(prepared):
+    """Of 2,000 prompts one has a book beside it: half a megabyte, of which an array of numpy's would
+    have 2,000 times four.
+    """
+    rows = [{"prompt": f"question {i}", "n": i} for i in range(2000)]
+    found, _ = prepared(*rows, rows[0], {"prompt": "a", "book": "word " * 100_000})
+    tracemalloc.start()
+    again = prompts._distinct(found.data, found.rows)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(again) == len(found) == 2001 and peak < 50e6
+
+
 def test_renamed_columns(prepared):
     found, _ = prepared({"q": "Hi there", "solution": "3"}, columns=["prompt=q"])
     assert found.columns == ["solution", "prompt"] and found.asked(0).messages == TURNS
+
+
+def test_columns_are_those_of_any_row(prepared):
+    """Of two sources in one run each may have some of its own."""
+    found, _ = prepared({"prompt": "a"}, {"prompt": "b", "answer": 1}, {"n": 2, "prompt": "c"})
+    assert found.columns == ["prompt", "answer", "n"]
 
 
 def test_split_by_prompt(prepared):

@@ -11,6 +11,15 @@ if os.environ.get("PPO_TEST_NO_GROUP_IS_IDLE"):
     ppo.Collector._idle = lambda *_: []
 
 
+if os.environ.get("PPO_TEST_POLICY_IS_LOST"):
+    from train.losses import policy
+
+    policy_loss = policy.policy_loss
+    policy.policy_loss = lambda *args: (found := policy_loss(*args))._replace(
+        loss=found.loss * float("nan")
+    )
+
+
 def vowels(response):
     """The share of vowels: what a tiny model can learn. Leaves a line for each call where the test
     wants to know how far the run is.
@@ -21,12 +30,16 @@ def vowels(response):
     return sum(letter in "aeiou" for letter in response) / max(len(response), 1)
 
 
-def as_trl_calls_it(prompts, completions, **columns):
-    """Of TRL's signature: messages, and a list for each column."""
-    assert all(prompt[-1]["role"] == "user" for prompt in prompts)
-    assert len(columns["weight"]) == len(completions)
-    texts = [completion[0]["content"] for completion in completions]
-    return [weight * len(text) for weight, text in zip(columns["weight"], texts, strict=True)]
+def as_trl_calls_it(prompts, completions, completion_ids, **columns):
+    """Of TRL's signature: texts, since the prompts are, ids, and a list for each column."""
+    assert all(isinstance(prompt, str) for prompt in prompts)
+    assert len(columns["weight"]) == len(completion_ids) == len(completions)
+    return [weight * len(text) for weight, text in zip(columns["weight"], completions, strict=True)]
+
+
+def of_the_group(prompts, completions):
+    """How many answers to its prompt an answer is seen with."""
+    return [float(prompts.count(prompt)) for prompt in prompts]
 
 
 def sometimes_nothing(response, row):
@@ -37,6 +50,10 @@ def sometimes_nothing(response, row):
 def of_even_length(response):
     """Applies to about half of the answers."""
     return 1.0 if len(response) % 2 == 0 else None
+
+
+def never(response):
+    """Applies to no answer."""
 
 
 def broken(response):
@@ -51,6 +68,10 @@ def words(response):
 
 def takes_too_much(question):
     """A parameter that nothing fills."""
+
+
+def of_solutions(completions, solution):
+    """Of TRL's signature, for data with a column that these have not."""
 
 
 def vowels_of_some(response, row):

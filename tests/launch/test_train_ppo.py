@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+import tiny
 import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -171,19 +172,59 @@ def test_told_to_stop_within_a_rollout(
     assert both[0]["answers"] == both[1]["answers"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("extra", "updates"), [((), 2), (("--target_kl", "1e-6"), 1)])
+def test_told_to_stop_within_the_first_rollout(warm, model_dir, prompts, tmp_path, extra, updates):
+    """What was shown of it, and before it, stays in TensorBoard; where its last update was done, since
+    the policy had moved far enough, the run that goes on shows its norms and rates.
+    """
+
+    def shown(name):
+        found = scalars(tmp_path / name, ())
+        events = EventAccumulator(str(tmp_path / name / "tensorboard"), {"histograms": 0}).Reload()
+        histograms = {
+            tag: [(each.step, each.histogram_value) for each in events.Histograms(tag)]
+            for tag in events.Tags()["histograms"]
+            if not (extra and tag.endswith("ratios"))  # of an update that is computed again
+        }
+        return found, histograms
+
+    def line(name):
+        return flags(model_dir, prompts, tmp_path / name, *PPO, "--max_steps", 2, *extra)
+
+    codes, text = warm.run(line("straight"))
+    assert codes == [0], text[-3000:]
+    told = (signal.SIGUSR1, [["train.methods.ppo:Collector.update", updates]])
+    codes, text = warm.run(line("stopped"), signal_after=told)
+    assert codes == [85] and (tmp_path / f"stopped/checkpoints/step-0-{updates}").exists(), text[
+        -3000:
+    ]
+    codes, text = warm.run(line("stopped"))
+    assert codes == [0] and "continues after step 0 and" in text, text[-3000:]
+    assert "may show some steps twice" not in text
+    mine, theirs = shown("stopped"), shown("straight")
+    assert mine == theirs and [step for step, _ in mine[0]["eval/reward"]] == [0, 2]
+    assert [step for step, _ in mine[0]["train/value_grad_norm"]] == [1, 2]
+    same_bits(weights(tmp_path / "stopped"), weights(tmp_path / "straight"))
+
+
 def test_rewards_of_several_kinds(warm, model_dir, prompts, tmp_path):
-    """TRL's signature with columns, one that does not always apply, built-in ones, weights."""
+    """TRL's signature with columns, one that does not always apply, built-in ones, weights; on two ranks,
+    each of which has all answers to its prompts.
+    """
     out = tmp_path / "out"
     line = flags(model_dir, prompts, out, "--algorithm", "rloo", "--max_steps", 1)
     place = line.index(VOWELS)
     module = "tests.launch.ppo_rewards"
     line[place : place + 1] = [
         *(f"{module}:as_trl_calls_it", f"{module}:sometimes_nothing"),
-        *("number:answer", "length:3-5", "ended", "--reward_weights", "0.1", "1", "2", "3", "4"),
+        *(f"{module}:of_the_group", "number:answer", "length:3-5", "ended"),
+        *("--reward_weights", "0.1", "1", "0", "2", "3", "4"),
     ]
-    codes, text = warm.run(line)
-    assert codes == [0], text[-3000:]
+    codes, text = warm.run(line, 2)
+    assert codes == [0, 0], text[-3000:]
     found = scalars(out, ())
+    assert found["rewards/of_the_group/mean"] == [(1, 4)] and "rewards/of_the_group/std" in found
     for name in ("as_trl_calls_it", "number:answer", "length:3-5", "ended"):
         assert f"rewards/{name}/mean" in found
     assert record(out)["rewards"][-1] == "ended"
@@ -234,6 +275,27 @@ def test_a_reward_model(warm, model_dir, reward_dir, prompts, tmp_path):
     lm, _ = load_score_model(reward_dir)
     assert torch.allclose(critic.score.weight, lm.score.weight / 2, atol=1e-7)
     assert (critic.config.score_mean, critic.config.score_std) == (0.25, 1.0)
+
+
+def test_a_reward_model_that_is_no_value_model(warm, model_dir, prompts, tmp_path):
+    """An encoder of the policy's tokens judges, and values begin at 0; while they warm up alone, torch's
+    complaint about the policy's schedule is nobody's business.
+    """
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = transformers.BertConfig(vocab_size=1024, num_labels=1, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "bert")
+    out = tmp_path / "out"
+    line = flags(model_dir, prompts, out, "--algorithm", "ppo", "--max_steps", 2)
+    line = with_reward_model(tmp_path / "bert", [*line, "--value_warmup", 1, "--value_lr", 0])
+    codes, text = warm.run(line)
+    assert codes == [0], text[-3000:]
+    said = "the value model begins as the policy with a head of zeros: BertForSequence"
+    assert said in text and "lr_scheduler" not in text
+    critic, _ = load_score_model(out / "value_model")
+    assert not critic.score.weight.any()
+    assert all(value == 0 for _, value in scalars(out, ())["val/explained_variance"])
 
 
 @pytest.mark.slow
@@ -287,6 +349,11 @@ def test_decode_batch_is_found_and_kept(warm, model_dir, prompts, tmp_path):
     assert decode_batch("third", "--max_steps", 2, "--resume", path, "--decode_batch", 5) == 5
 
 
+def without_split(line):
+    at = line.index("--eval_split")
+    return line[:at] + line[at + 2 :]
+
+
 def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
     two_labels, other_words = tmp_path / "two", tmp_path / "other"
     make = transformers.AutoModelForSequenceClassification.from_pretrained
@@ -299,6 +366,10 @@ def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
     for file in ("tokenizer_config.json", "chat_template.jinja"):
         (other_words / file).write_text((model_dir / file).read_text())
     (other_words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    short = tmp_path / "short"
+    tiny.make_score_model(max_position_embeddings=128).save_pretrained(short)
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text('{"prompt": "Hi there"}\n')
     good = flags(model_dir, prompts, tmp_path / "out")
     sharded = with_reward_model(two_labels, good)
 
@@ -316,6 +387,17 @@ def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
         (changed("--reward", "no.such:thing"), 2, "cannot be imported: ModuleNotFoundError"),
         (changed("--reward", f"{module}:nothing"), 2, "cannot be imported: AttributeError"),
         (changed("--reward", f"{module}:takes_too_much"), 2, "takes question: expected any of"),
+        (
+            changed("--reward", f"{module}:of_solutions"),
+            2,
+            "takes solution, and the data has no such",
+        ),
+        (
+            [*without_split(changed("--reward", "exact:answer")), "--eval_data", alone],
+            2,
+            "--reward exact:answer: --eval_data has no column 'answer'; found prompt",
+        ),
+        (changed("--reward", "ended", "ended"), 2, "--reward names ended 2 times: name it once"),
         (changed("--reward", "exact:solution"), 2, "the data has no column 'solution'; found"),
         (changed("--reward", "regex:("), 2, "--reward regex:(: "),
         (changed("--samples_per_prompt", 1), 2, "compares samples of a prompt"),
@@ -345,6 +427,14 @@ def test_bad_input_is_answered_in_one_line(model_dir, prompts, tmp_path):
             "offload_param in its --reward_ds_config",
         ),
         ([*good, "--target_kl", -1], 2, "--target_kl is at least 0"),
+        (
+            [*ppo, "--value_model", short],
+            2,
+            f"--value_model {short}'s 128 positions",
+        ),
+        ([*ppo, "--dual_clip", 1], 2, "--dual_clip is above 1, not 1.0"),
+        ([*good, "--reward_weights", ".inf"], 2, "--reward_weights are finite numbers, not inf"),
+        (changed("--reward", "overlong:13"), 2, "the buffer is more than --max_new_tokens 12"),
     ]
     results = several(SCRIPT, [line for line, _, _ in cases], tmp_path / "cache")
     for (_, code, text), (found, _, said) in zip(cases, results, strict=True):
@@ -363,6 +453,39 @@ def test_a_reward_that_fails_ends_the_run(warm, model_dir, prompts, tmp_path, fu
     assert codes == [4, 4], text[-3000:]
     assert said in text and "prompt '" in text and "answer '" in text
     assert (tmp_path / "out/status").read_text() == "failed\n"
+
+
+@pytest.mark.slow
+def test_a_policy_that_is_lost_beside_a_value_model(
+    warm, model_dir, prompts, tmp_path, monkeypatch
+):
+    """Its gradients are not finite while the value model's are: those do not count for it."""
+    monkeypatch.setenv("PPO_TEST_POLICY_IS_LOST", "1")
+    with Warm(warm.cache, SCRIPT) as lost:
+        line = flags(model_dir, prompts, tmp_path / "out", *PPO, "--max_skipped", 3)
+        codes, text = lost.run(line)
+    assert codes == [5], text[-3000:]
+    assert "4 steps in a row had gradients that are not finite" in text
+
+
+def test_rollouts_that_tensorboard_shows(warm, model_dir, prompts, tmp_path):
+    """Every second one and the last; deviations are of one kind; no reward for any answer is said."""
+    out = tmp_path / "out"
+    line = flags(model_dir, prompts, out, "--algorithm", "rloo", "--log_every", 2)
+    codes, text = warm.run(line)
+    assert codes == [0] and "no reward applies" not in text, text[-3000:]
+    found = scalars(out, ())
+    for name in ("objective/scores", "loss/policy_avg", "train/epoch", "train/grad_norm"):
+        assert [step for step, _ in found[name]] == [2, 3], name
+    assert found["rewards/vowels/std"] == found["reward_std"]
+    events = EventAccumulator(str(out / "tensorboard"), {"histograms": 0}).Reload()
+    for name in ("rewards", "ratios"):
+        assert [each.step for each in events.Histograms(f"train/histogram/{name}")] == [2, 3]
+    line = flags(model_dir, prompts, tmp_path / "none", *PPO, "--max_steps", 1)
+    line[line.index(VOWELS)] = "tests.launch.ppo_rewards:never"
+    codes, text = warm.run(line)
+    assert codes == [0] and "RuntimeWarning" not in text, text[-3000:]
+    assert "warning: rollout 1: no reward applies to any answer: for all of them None came" in text
 
 
 @pytest.mark.slow

@@ -320,7 +320,16 @@ def test_single_answers_with_labels_and_scores(warm, model_dir, few, tmp_path):
         ({"margin": "much"}, (), "margin is 'much', not a finite number"),
         ({"margin": math.nan}, (), "margin is nan, not a finite number"),
         ({"rejected": "the same", "chosen": "the same"}, (), "chosen equals rejected"),
-        ({}, ("--margin", "scores"), "no column 'score_chosen'"),
+        (
+            {},
+            ("--margin", "scores"),
+            "expected 'prompt', 'chosen', 'rejected', 'score_chosen', 'score_rejected'; rename",
+        ),
+        (
+            {"scores_chosen": 2, "scores_rejected": 1},
+            ("--margin", "scores"),
+            "pass --columns score_chosen=scores_chosen score_rejected=scores_rejected",
+        ),
     ],
 )
 def test_bad_data_is_a_clear_line(warm, model_dir, few, tmp_path, change, extra, words):

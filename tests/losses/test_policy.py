@@ -326,3 +326,9 @@ def test_measures():
     assert found["loss/policy_avg"] == pytest.approx(golden("ppo loss, token mean")["loss"])
     outside = ((ratio > 1.2) & (GROUP > 0)) | ((ratio < 0.8) & (GROUP < 0))
     assert found["policy/clipfrac_avg"] == pytest.approx(float(outside.double().mean()))
+
+
+def test_measures_of_no_token():
+    """Of a rollout whose groups are all flat: a ratio of 0 would say that all has moved."""
+    nothing = policy.one_update("cpu")
+    assert policy.means(nothing, has_critic=False) == {"loss/policy_avg": 0.0}

@@ -11,7 +11,7 @@ import transformers
 
 from train.data import prompts
 from train.losses.algorithms import ALGORITHMS
-from train.methods.policy_setup import Models, Rewards
+from train.methods.policy_setup import Models, Rewards, with_own_names
 from train.methods.ppo import Collector
 from train.methods.reference import NoReference
 from train.methods.reward_functions import Sample, Source
@@ -105,6 +105,16 @@ def test_prompts_whose_answers_are_worth_the_same_are_answered_anew(collector):
 
 def sample(response, ended=True):
     return Sample([{"role": "user", "content": ""}], response, ended, {}, 0)
+
+
+def test_sources_of_one_name_are_told_apart():
+    """Functions of two modules may be called the same, or as the reward model is."""
+    specs = ["a:good", "b:good", "b:reward_model", "ended"]
+    sources = [Source(spec.rpartition(":")[2], len) for spec in specs]
+    names = [source.name for source in with_own_names(sources, specs)]
+    assert names == ["a:good", "b:good", "b:reward_model", "ended"]
+    with pytest.raises(ValueError, match="names a:good 2 times: name it once, with a weight"):
+        with_own_names(sources[:1] * 2, specs[:1] * 2)
 
 
 def test_one_number_of_several_rewards():

@@ -11,6 +11,7 @@ import transformers
 
 from eval.generations import prompts_of
 from train.data import prompts, tokens
+from train.data.errors import DataError
 from train.methods.policy_setup import Rewards, samples_of
 from train.methods.rewards import RewardModel
 from train.methods.rollout import Answers
@@ -175,11 +176,68 @@ def test_an_answer_that_the_template_refuses_follows_the_prompt_as_it_is(tmp_pat
         judge.ids([{"role": "user", "content": "Go!"}], "Sure.", True)
 
 
+def test_answers_longer_than_the_model_s_positions(tmp_path, caplog):
+    """An answer of few tokens to the policy may be of many to another tokenizer: nothing crashes, and
+    its beginning is scored, which is said once.
+    """
+    sizes = dict(n_positions=96, pad_token_id=0)
+    tiny.make_score_model("gpt2", **sizes).save_pretrained(tmp_path)
+    tiny.save_tokenizer(tmp_path)
+    judge = RewardModel(tmp_path, torch.device("cpu"))
+    ask = [{"role": "user", "content": "question"}]
+    texts = ["word " * n for n in (99, 3, 70)]
+    with caplog.at_level(logging.WARNING, "zeropref"):
+        found = judge.score([ask] * 3, texts, [True] * 3)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "has 96 positions, and a conversation takes" in warning
+    for text, score in zip(texts, found, strict=True):
+        ids = torch.tensor([judge.ids(ask, text, True)[:96]])
+        with torch.no_grad():
+            assert score == pytest.approx(float(judge.model(input_ids=ids).logits[0, 0]), abs=1e-5)
+
+
+def test_the_same_answer_is_worth_the_same(tmp_path):
+    """To the last digit, whatever it is scored together with: a group of equal rewards has advantages of
+    0, and one of almost equal ones has those of any other.
+    """
+    judge = RewardModel(saved(tmp_path, pad_token_id=0), torch.device("cpu"))
+    judge.own.batch_tokens = 100
+    ask = [{"role": "user", "content": "a question"}]
+    texts = [f"{'word ' * n}end" for n in range(12)]
+    texts = [*texts, *["the very same"] * 7, *texts[:5], "the very same"]
+    found = judge.score([ask] * len(texts), texts, [True] * len(texts))
+    assert len(set(found[12:19])) == 1 and found[-1] == found[12]
+    assert found[19:24].tolist() == found[:5].tolist() and len(set(found)) == 13
+
+
+@pytest.mark.parametrize("text", ["", " \n", "word"])
+def test_a_cut_answer_has_no_end(tmp_path, text):
+    """Nor one that says nothing: an end that the policy did not write would be paid for."""
+    judge = RewardModel(saved(tmp_path, pad_token_id=0), torch.device("cpu"))
+    ask = [{"role": "user", "content": "question"}]
+    cut, finished = (judge.ids(ask, text, ended) for ended in (False, True))
+    assert judge.ending[0] == 2 and finished == [*cut, *judge.ending]
+
+
+def test_a_score_that_is_no_number(tmp_path, caplog):
+    """It does not mean that the reward does not apply; nor that another token was read."""
+    lm = tiny.make_score_model("qwen2", pad_token_id=0)
+    torch.nn.init.constant_(lm.score.weight, float("nan"))
+    lm.save_pretrained(tmp_path)
+    tiny.save_tokenizer(tmp_path)
+    with caplog.at_level(logging.WARNING, "zeropref"):
+        judge = RewardModel(tmp_path, torch.device("cpu"))
+    assert not caplog.records
+    ask = [{"role": "user", "content": "question"}]
+    with pytest.raises(DataError, match="gives nan for the answer 'b' to 'question': try --prec"):
+        judge.score([ask], ["b"], [True])
+
+
 def test_an_answer_with_a_token_that_the_model_lacks(tmp_path):
     """Its tokenizer is of another model; the class would index beyond its embedding."""
     judge = RewardModel(saved(tmp_path, vocab_size=1000), torch.device("cpu"))
     ask = [{"role": "user", "content": "question"}]
     text = judge.tokenizer.decode([1010])
     assert max(judge.ids(ask, text, True)) == 1010
-    with pytest.raises(ValueError, match="makes token 1,010, and the model has 1,000"):
+    with pytest.raises(DataError, match="makes token 1,010, and the model has 1,000"):
         judge.score([ask], [text], [True])

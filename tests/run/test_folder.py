@@ -1,6 +1,7 @@
 """Whose folder it is: a run goes on in its own, also where a later version knows more flags."""
 
 import json
+import logging
 
 import pytest
 
@@ -27,3 +28,23 @@ def test_a_variable_that_no_shell_has_replaced(tmp_path, monkeypatch, name):
         RunFolder(name, {})
     assert not list(tmp_path.iterdir())
     assert RunFolder("a$", {}).path.is_dir()
+
+
+def test_warnings_reach_the_terminal(tmp_path, capsys, monkeypatch):
+    """A log is read when something has gone wrong: until then a reward read at another token, or layers
+    that stay uncompiled, would be nobody's business.
+    """
+    monkeypatch.setattr(logging.getLogger("zeropref"), "handlers", [])
+    folder = RunFolder(tmp_path, {})
+    log = logging.getLogger("zeropref")
+    log.info("of no interest")
+    log.warning("%s reads another token", "this model")
+    try:
+        raise OSError("unreachable")
+    except OSError:
+        log.warning("a tracker", exc_info=True)
+    assert capsys.readouterr().out == "warning: this model reads another token\n"
+    folder.say("so many rows")
+    assert capsys.readouterr().out == "so many rows\n"
+    written = (tmp_path / "logs/rank-0.log").read_text()
+    assert all(word in written for word in ("no interest", "another token", "unreachable"))

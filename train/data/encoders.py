@@ -35,7 +35,8 @@ def check_lengths(max_length: int, max_prompt_length: int | None, header_length:
         )
     if limit >= max_length:
         raise ValueError(
-            f"max_prompt_length {limit} leaves no room for a response in max_length {max_length}"
+            f"--max_prompt_length {limit} leaves no room for a response in --max_length {max_length}: lower "
+            "the one or raise the other"
         )
     if limit < header_length:
         flag = "max_length" if max_prompt_length is None else "max_prompt_length"

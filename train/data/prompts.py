@@ -8,8 +8,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-import numpy as np
-
 from train.data import dataset, shapes, tokens
 from train.data.dataset import Tokenised
 from train.data.rows import Asked, check_prompt
@@ -28,8 +26,8 @@ class Prompts:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of the first row."""
-        return [*next(iter(self.rows.values()))]
+        """The columns that any row has."""
+        return [*dict.fromkeys(name for row in self.rows.values() for name in row)]
 
     def ids(self, i: int) -> tuple[int, ...]:
         """Token ids of prompt i, the assistant's header included."""
@@ -69,6 +67,7 @@ def prepare(sources: Sequence[str], tokenizer, *, columns=None, **options) -> Pr
 
 def _distinct(data: Tokenised, rows: dict[int, dict]) -> Tokenised:
     """The first of all prompts whose rows say the same in every column."""
-    said = [json.dumps(rows[number], sort_keys=True, default=str) for number in data.rows.tolist()]
-    _, first = np.unique(np.array(said), return_index=True)
-    return data if len(first) == len(data) else data.select(np.sort(first))
+    first = {}  # what a row says -> its place; numpy would make all texts as wide as the longest
+    for place, number in enumerate(data.rows.tolist()):
+        first.setdefault(json.dumps(rows[number], sort_keys=True, default=str), place)
+    return data if len(first) == len(data) else data.select([*first.values()])

@@ -30,6 +30,7 @@ TELLING_KEYS = (
     *("reasoning_content", "reasoning", "thinking"),
 )
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+SCORED_PAIR_COLUMNS = (*PAIR_COLUMNS, *shapes.SCORE_PAIRS[0])
 LABELLED_COLUMNS = ("prompt", "completion", "label")
 PROMPT_COLUMNS = ("prompt",)
 TEXT_COLUMNS = ("text",)
@@ -134,7 +135,7 @@ class Rated(NamedTuple):
 
 def columns_missing(source: str, column: str, found: list, columns: Sequence[str]) -> DataError:
     """The error for a source without `column`: what it has instead, and what to do about it."""
-    missing = [name for name in columns if name not in found]
+    missing = [name for name in columns if name not in found] or [column]
     return DataError(
         f"{source}: no column {column!r}; found {listed(found)}; expected {listed(columns)}; "
         f"{shapes.advice(missing, found, in_python(source))}"

@@ -7,6 +7,7 @@ own (train/engine/ds_config.py). It is a part of a checkpoint (train/run/checkpo
 import functools
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -176,9 +177,13 @@ class TrainedModel:
         return self._skipped
 
     def advance(self):
-        """Go on to the schedule's next rate."""
+        """Go on to the schedule's next rate, after no update, too: a policy waits while a value model
+        warms up.
+        """
         self._count()
-        self.schedule.step()
+        with warnings.catch_warnings():  # torch takes that for a mistake
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
 
     def drop(self, batch, **options):
         """Forget the gradient of the step that is under way: weights, moments, counters and schedule

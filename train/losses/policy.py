@@ -192,16 +192,17 @@ def one_update(device) -> torch.Tensor:
 def means(summed: torch.Tensor, has_critic: bool) -> dict[str, float]:
     """The measures of a rollout's updates, by TRL's names, of the sums over all batches and ranks."""
     of = dict(zip(SUMS, summed.tolist(), strict=True))
-    tokens, updates = max(of["tokens"], 1), max(of["updates"], 1)
-    ratio = of["ratio"] / tokens
-    found = {
-        "loss/policy_avg": of["loss"] / updates,
-        "policy/approxkl_avg": of["moved"] / tokens,
-        "policy/clipfrac_avg": of["clipped"] / tokens,
-        "val/ratio": ratio,
-        "val/ratio_var": max(of["squared_ratio"] / tokens - ratio * ratio, 0.0),
-    }
-    if has_critic:
+    tokens, updates = of["tokens"], max(of["updates"], 1)
+    found = {"loss/policy_avg": of["loss"] / updates}
+    if tokens:  # none where no group is trained on
+        ratio = of["ratio"] / tokens
+        found |= {
+            "policy/approxkl_avg": of["moved"] / tokens,
+            "policy/clipfrac_avg": of["clipped"] / tokens,
+            "val/ratio": ratio,
+            "val/ratio_var": max(of["squared_ratio"] / tokens - ratio * ratio, 0.0),
+        }
+    if has_critic and tokens:
         found["loss/value_avg"] = of["value_loss"] / updates
         found["val/clipfrac_avg"] = of["value_clipped"] / tokens
     return {name: value if math.isfinite(value) else math.nan for name, value in found.items()}

@@ -45,6 +45,8 @@ CUT_WARNING, FLAT_WARNING = 0.5, 0.8
 class PolicyReport:
     """The numbers of one run, collected and shown. A part of its checkpoints (run/checkpoint.py)."""
 
+    known_late = True  # what the last update came to
+
     def __init__(self, run, settings, algorithm, models: Models, rewards: Rewards, held_out):
         """held_out: Prompts, or None."""
         self.run, self.settings, self.algorithm = run, settings, algorithm
@@ -52,6 +54,8 @@ class PolicyReport:
         self.board = None  # from `start` on
         self.sums = no_sums(run.device)  # of the updates of this rollout
         self.ratios = []  # of the last update's tokens of this rank, (T,) a batch
+        self.updates = []  # the rollout's last ones, (model's name, engine/trained.py: Update)
+        self.of_updates = {}  # what is shown of them, where they were done before the run went on
         self.seconds = {}  # what the rollout's time went to
         self.evaluated, self.evaluated_at = {}, -1
         self.answers = {}  # of the held-out prompts, at the start and last, for people
@@ -64,12 +68,14 @@ class PolicyReport:
 
     def start(self):
         """Open TensorBoard and the bar."""
-        self.board = open_board(self.run, self.settings.report_to)
-        if not self.run.plan.begun:
+        goes_on = self._events is not None
+        within = goes_on and bool(self.run.checkpointer.resumed_within)
+        self.board = open_board(self.run, self.settings.report_to, within)
+        if not goes_on:
             no_kl = set() if self.algorithm.kl.coef else {KL_CHART}
             charts = {title: tags for title, tags in CHARTS.items() if title not in no_kl}
             self.board.custom_scalars({"rollouts": charts})
-        if self._events is not None:
+        if goes_on:
             self.board.cut(self._events)
             self.run.note(evaluations=self.evaluated, comparison=self.comparison)
 
@@ -78,20 +84,22 @@ class PolicyReport:
         number = step.number + 1
         summed = dist.all_reduce(self.sums.clone())  # a mark may hold this rank's own
         means = policy.means(summed, self.algorithm.needs_critic)
-        shown = self.last | means | self._of_updates(updates)
-        shown["eps"] = number / max(self.run.plan.steps, 1)
-        self.board.scalars(shown, number)
+        shown = self.last | means | {"train/epoch": step.epoch}
+        shown |= norms_and_rates(updates[-2:]) or self.of_updates
+        trained = (self.models.policy, self.models.critic)
+        shown["health/skipped_steps"] = sum(model.skipped for model in trained if model is not None)
         ratios = torch.cat([torch.zeros(0), *(each.cpu() for each in self.ratios)])
         everyone = torch.cat(dist.all_gather(ratios))
-        if len(everyone):  # none where the run was interrupted after the rollout's last update
-            self.board.histogram("train/histogram/ratios", everyone, number)
         seconds = sum(self.seconds.values())
         perf = {f"perf/seconds_{name}": value for name, value in self.seconds.items()}
         tokens = shown.get("completions/total_tokens", 0.0)
         perf["perf/tokens_per_second"] = tokens / seconds if seconds else math.nan
         perf["perf/memory_gb"] = peak_memory(self.run.device)
-        self.board.scalars(perf, number)
         self.last = shown | perf
+        if self._is_shown(number):
+            self.board.scalars(self.last, number)
+            if len(everyone):  # none where the run was interrupted after the rollout's last update
+                self.board.histogram("train/histogram/ratios", everyone, number)
         self.run.folder.log.info("rollout %d %s", number, self.last)
         self.sums, self.ratios, self.seconds = no_sums(self.run.device), [], {}
         bar = {
@@ -105,14 +113,9 @@ class PolicyReport:
             bar = {"reward": bar.pop("reward"), "kl": format(shown["objective/kl"], ".3f")} | bar
         self.board.advance(bar)
 
-    def _of_updates(self, updates) -> dict[str, float]:
-        """Gradient norms and rates of the last updates of each model."""
-        found = {}
-        for name, update in updates[-2:]:
-            prefix = "train/" if name == "policy" else "train/value_"
-            found |= {f"{prefix}grad_norm": update.grad_norm, f"{prefix}learning_rate": update.lr}
-        skipped = sum(model.skipped for model in self.models[:3:2] if model is not None)
-        return found | {"health/skipped_steps": skipped}
+    def _is_shown(self, number: int) -> bool:
+        """Whether the board shows a rollout, 1-based."""
+        return number % self.settings.log_every == 0 or number == self.run.plan.steps
 
     def evaluate(self, number: int):
         """Answer the held-out prompts after `number` rollouts, with the same noise each time; once for
@@ -228,15 +231,9 @@ class PolicyReport:
     def take(self, number: int, drawn: Rollout, facts: dict, samples: list):
         """Show a rollout that has been drawn. facts: what is said of it, {name: value}."""
         self.last = dict(facts)
-        answers = drawn.answers
-        self.board.histogram("train/histogram/rewards", applying(drawn.score), number + 1)
-        self.board.histogram(
-            "train/histogram/lengths", torch.from_numpy(answers.lengths), number + 1
-        )
-        self.board.histogram("train/histogram/advantages", drawn.advantages, number + 1)
-        if drawn.ref is not None:
-            self.board.histogram("train/histogram/kl", drawn.old - drawn.ref, number + 1)
-        self.board.text("train/answers", table_of_answers(samples[:SHOWN], drawn.score), number + 1)
+        self.updates, self.of_updates = [], {}
+        if self._is_shown(number + 1):
+            self._show_answers(number + 1, drawn, samples)
         if facts["completions/clipped_ratio"] > CUT_WARNING:
             self._warn(
                 "cut",
@@ -244,12 +241,29 @@ class PolicyReport:
                 f"--max_new_tokens {self.settings.max_new_tokens}: what they are rewarded for may be "
                 "out of their reach",
             )
-        if facts["frac_reward_zero_std"] > FLAT_WARNING:
+        if not len(applying(drawn.score)):
+            self._warn(
+                "none",
+                f"rollout {number + 1}: no reward applies to any answer: for all of them None came from "
+                f"{', '.join(self.rewards.names)}",
+            )
+        elif facts["frac_reward_zero_std"] > FLAT_WARNING:
             self._warn(
                 "flat",
                 f"all samples of {facts['frac_reward_zero_std']:.0%} of the prompts have the same "
                 "reward: they teach nothing",
             )
+
+    def _show_answers(self, number: int, drawn: Rollout, samples: list):
+        """What a rollout's answers are like, on the board."""
+        self.board.histogram("train/histogram/rewards", applying(drawn.score), number)
+        self.board.histogram(
+            "train/histogram/lengths", torch.from_numpy(drawn.answers.lengths), number
+        )
+        self.board.histogram("train/histogram/advantages", drawn.advantages, number)
+        if drawn.ref is not None:
+            self.board.histogram("train/histogram/kl", drawn.old - drawn.ref, number)
+        self.board.text("train/answers", table_of_answers(samples[:SHOWN], drawn.score), number)
 
     _warned: frozenset = frozenset()
 
@@ -294,6 +308,7 @@ class PolicyReport:
             "comparison": self.comparison,
             "last": self.last,
             "seconds": dict(self.seconds),
+            "of_updates": norms_and_rates(self.updates) or self.of_updates,
             "events": self.board.position(),
         }
 
@@ -303,6 +318,7 @@ class PolicyReport:
         self.evaluated = {int(number): values for number, values in state["evaluated"].items()}
         self.first_columns, self.comparison = state["first_columns"], state["comparison"]
         self.last, self.seconds = report.with_nan(state["last"]), state["seconds"]
+        self.of_updates = report.with_nan(state.get("of_updates", {}))
         self._events = state["events"]
 
     def rank_tensors(self):
@@ -389,6 +405,15 @@ def estimated(columns: dict[str, list], completions: list) -> dict:
             found[name] = estimates[name]["value"]
             if estimates[name]["interval"]:
                 found[f"{name}_interval"] = estimates[name]["interval"]
+    return found
+
+
+def norms_and_rates(updates: list[tuple]) -> dict[str, float]:
+    """Gradient norms and rates of updates, (model's name, engine/trained.py: Update) each."""
+    found = {}
+    for name, update in updates:
+        prefix = "train/" if name == "policy" else "train/value_"
+        found |= {f"{prefix}grad_norm": update.grad_norm, f"{prefix}learning_rate": update.lr}
     return found
 
 

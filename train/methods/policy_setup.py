@@ -2,6 +2,7 @@
 models.
 """
 
+from collections import Counter
 from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
@@ -16,11 +17,12 @@ from train.methods import reward_functions, setup
 from train.methods.answers import ends_of, without_end
 from train.methods.reference import AdaptersOff, NoReference, Reference
 from train.methods.reward_functions import Sample, Source
-from train.methods.rewards import Prompt, RewardModel
+from train.methods.rewards import RewardModel, prompts_of
 from train.methods.rollout import Answers, Sampler
 from train.run.folder import hardware, versions
 from train.run.session import Plan, Run
 
+REWARD_MODEL = "reward_model"  # what it is called among the sources
 CPU_ROLLOUTS = 8  # of the default run on a CPU
 
 
@@ -43,7 +45,7 @@ class Rewards:
     def __init__(self, sources: list[Source], model: RewardModel | None, settings):
         """model: a reward model as the last source."""
         self.sources, self.model, self.settings = sources, model, settings
-        self.names = [source.name for source in sources] + (["reward_model"] if model else [])
+        self.names = [source.name for source in sources] + ([REWARD_MODEL] if model else [])
         weights = settings.reward_weights or [1.0] * len(self.names)
         self.weights = np.array(weights)  # (F,)
         self.shift, self.scale = 0.0, 1.0  # of the reward model's scores
@@ -88,7 +90,9 @@ class Rewards:
         return scores, np.where(applies.any(1), total, np.nan)
 
 
-def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
+def open_rewards(
+    settings, run: Run, train: prompts.Prompts, held_out: prompts.Prompts | None
+) -> Rewards:
     """The sources of reward that the flags name. Every rank calls this, before a policy is loaded."""
     specs = settings.reward or []
     if not specs and not settings.reward_model:
@@ -98,15 +102,15 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
     sources, problem = [], None
     try:
         sources = [reward_functions.open_source(spec, train.columns) for spec in specs]
+        for spec in specs if held_out else ():
+            reward_functions.open_source(spec, held_out.columns, "--eval_data")
     except ValueError as error:
         problem = str(error)
     # a module may be missing on one host alone: all ranks end then
     for number, said in enumerate(dist.all_gather(problem)):
         if said:
             raise ValueError(said if problem else f"on rank {number}: {said}")
-    names = [source.name for source in sources]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--reward names a source twice: {', '.join(names)}")
+    sources = with_own_names(sources, specs)
     model = None
     if settings.reward_model:
         precision = ds_config.resolve_precision(settings.precision, run.device)
@@ -121,12 +125,8 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
             config=config,
         )
         run.note(reward_deepspeed=config)
-        asked = [train.asked(i) for i in range(len(train))]
-        every = [
-            Prompt(i, train.ids(i), each.messages, each.template_args)
-            for i, each in enumerate(asked)
-        ]
-        model.check(every, settings.max_new_tokens)
+        for each in (train, held_out) if held_out else (train,):
+            model.check(prompts_of(each), settings.max_new_tokens)
     rewards = Rewards(sources, model, settings)
     if model is not None and (rewards.shift, rewards.scale) != (0.0, 1.0):
         run.say(
@@ -135,6 +135,22 @@ def open_rewards(settings, run: Run, train: prompts.Prompts) -> Rewards:
         )
     run.note(rewards=rewards.names)
     return rewards
+
+
+def with_own_names(sources: list[Source], specs: list[str]) -> list[Source]:
+    """The sources, those of one name under all that --reward says of them. ValueError where that is
+    the same.
+    """
+    taken = Counter([*(source.name for source in sources), REWARD_MODEL])
+    for spec, count in Counter(specs).items():
+        if count > 1:
+            raise ValueError(
+                f"--reward names {spec} {count} times: name it once, with a weight in --reward_weights"
+            )
+    return [
+        source if taken[source.name] == 1 else source._replace(name=spec)
+        for source, spec in zip(sources, specs, strict=True)
+    ]
 
 
 def resolve_reward_config(settings, precision: str) -> dict:
@@ -255,34 +271,35 @@ class FirstTexts:
 
 def open_critic(settings, run, mode, tokenizer, datasets, path, steps) -> TrainedModel:
     """The value model under DeepSpeed: from --value_model, from the reward model where it reads the
-    same tokens, else from the policy's body with a head of zeros. Every rank calls this.
+    same tokens and can be trained here, else from the policy's body with a head of zeros. Every rank
+    calls this.
     """
-    source = settings.value_model or path
-    if settings.value_model:
-        flag = "--value_model"
-        setup.check_same_tokens(
-            tokenizer, source, datasets, flag, settings.trust_remote_code, run.say
-        )
-    elif settings.reward_model:
-        try:
-            setup.check_same_tokens(
-                tokenizer,
-                settings.reward_model,
-                datasets,
-                "--reward_model",
-                settings.trust_remote_code,
-                run.say,
-            )
-            source = settings.reward_model
-        except ValueError as error:
-            run.say(f"the value model begins as the policy with a head of zeros: {error}")
     config = ds_config.read_config(settings.value_ds_config or settings.ds_config)
     config = ds_config.resolve(config, mode.precision, settings.grad_clip)
     mode = setup.Mode(mode.precision, config, ds_config.zero_stage(config))
     # values are in the reward's unit: of a reward model, deviations from the mean of its scores
     loader = partial(loading.load_score_model, seed=None, in_deviations=True)
-    module = setup.load(settings, run.device, mode, source, config, loader=loader)
-    chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets)
+
+    def begun_as(source, flag):
+        if flag:
+            setup.check_same_tokens(
+                tokenizer, source, datasets, flag, settings.trust_remote_code, run.say
+            )
+        module = setup.load(settings, run.device, mode, source, config, loader=loader)
+        of = f"{flag} {source}" if flag else "the value model"
+        chat.check_fit(module.lm.config, tokenizer, settings.max_length, datasets, of=of)
+        return module
+
+    module = None
+    if settings.value_model:
+        module = begun_as(settings.value_model, "--value_model")
+    elif settings.reward_model:
+        try:
+            module = begun_as(settings.reward_model, "--reward_model")
+        except ValueError as error:
+            run.say(f"the value model begins as the policy with a head of zeros: {error}")
+    if module is None:
+        module = begun_as(path, flag=None)
     lr = settings.value_lr
     if lr is None:
         lr = settings.resolve(settings)["value_lr"]
@@ -308,7 +325,7 @@ def samples_of(answers: Answers, of: prompts.Prompts, tokenizer, most: int) -> l
                 completion.ended,
                 of.row(i),
                 int(of.data.rows[i]),
-                length=len(completion.ids),
+                ids=completion.ids,
                 most=most,
                 template_args=asked.template_args,
             )

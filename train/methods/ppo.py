@@ -3,6 +3,7 @@
 Legend: P prompts, k samples of each, B = P k samples, T tokens of all answers.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -285,8 +286,11 @@ class Collector:
         lengths, ended = answers.lengths, answers.ended
         score = torch.from_numpy(rollout.score)
         flat = adv.is_flat(score, answers.samples_per_prompt)
+        counted = rollout.score[
+            np.isfinite(rollout.score)
+        ]  # of answers that some reward applies to
         facts = {
-            "objective/scores": float(np.nanmean(rollout.score)),
+            "objective/scores": float(counted.mean()) if len(counted) else math.nan,
             "objective/entropy": float(per_answer(rollout.entropy, lengths).mean()),
             "policy/entropy_avg": float(rollout.entropy.double().mean()),
             "completions/mean_length": float(lengths.mean()),
@@ -307,14 +311,14 @@ class Collector:
                 "completions/min_terminated_length": float(of_ended.min()),
                 "completions/max_terminated_length": float(of_ended.max()),
             }
-        counted = rollout.score[np.isfinite(rollout.score)]
         if len(counted) > 1:
             facts["reward_std"] = float(counted.std(ddof=1))
         for name, column in zip(self.rewards.names, rollout.scores.T, strict=True):
             known = column[np.isfinite(column)]
             if len(known):
                 facts[f"rewards/{name}/mean"] = float(known.mean())
-                facts[f"rewards/{name}/std"] = float(known.std())
+            if len(known) > 1:
+                facts[f"rewards/{name}/std"] = float(known.std(ddof=1))
         if rollout.ref is not None:
             kl = per_answer(rollout.old.double() - rollout.ref.double(), lengths)
             facts["objective/kl"] = float(kl.mean())
@@ -408,6 +412,7 @@ class Collector:
         if critic is not None:
             updates.append(("value", critic.step(advance=False)))
         self.kept.updates = minibatch.number + 1
+        self.report.updates = updates
         step.updated(minibatch.number + 1, updates)
 
     # The end.

@@ -4,13 +4,17 @@
     --reward my_rewards:correct          # the function `correct` of my_rewards.py
 
 A function of ours takes any of `prompt`, `response` and `row` by these names and is called once a
-sample; one of TRL's takes `completions` (and `prompts`, the data's columns) and is called once with
-all the samples of a rank. Either gives a number a sample, or None where it does not apply. Anything
-else ends the run: a reward that fails on a few samples trains the wrong thing.
+sample; one of TRL's takes any of `completions`, `completion_ids`, `prompts` and the data's columns,
+and is called once with all the samples of a rank, those of a prompt together. As in TRL prompts and
+completions are texts where the data's prompts are, and messages where those are messages. Either
+gives a number a sample, or None where it does not apply; either may be async. Anything else ends the
+run: a reward that fails on a few samples trains the wrong thing.
 
 Legend: B samples, F sources of reward.
 """
 
+import asyncio
+import copy
 import importlib
 import inspect
 import json
@@ -19,15 +23,19 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from train.data.errors import DataError
+from train.data.shapes import QUESTIONS
 from train.engine import dist
 
+OURS = ("prompt", "response", "row")
+TRLS = ("prompts", "completions", "completion_ids")
 SHOWN = 200  # characters of a prompt or an answer in an error
 NUMBER = re.compile(
     r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE]([-+]?\d+))?(?:/\d+)?%?"
@@ -46,6 +54,7 @@ FRACTION = re.compile(
     r"(?P<whole>(?<!\d)\d+\s*)?\\[dtc]?frac\s*(?:\{\s*(?P<top>-?\d+)\s*\}|(?P<digit>\d))"
     r"\s*(?:\{\s*(?P<bottom>\d+)\s*\}|(?P<last>\d))"
 )
+LARGEST = 1e100  # reward, whose square has a sum, too
 REPEATED = 3  # words of an n-gram that counts as a repetition
 
 
@@ -57,7 +66,7 @@ class Sample(NamedTuple):
     ended: bool  # by itself; else it was cut
     row: dict  # all columns of the prompt's data row
     number: int  # of that row, for messages
-    length: int = 0  # tokens, the end token included
+    ids: tuple[int, ...] = ()  # its tokens, the end token included
     most: int = 0  # tokens that an answer may have
     template_args: dict | None = None  # what else the chat template gets: tools, documents, ...
 
@@ -66,6 +75,18 @@ class Sample(NamedTuple):
         """The last turn's text."""
         return self.messages[-1]["content"]
 
+    @property
+    def length(self) -> int:
+        """Tokens, the end token included."""
+        return len(self.ids)
+
+    @property
+    def text(self) -> str | None:
+        """The prompt where the data's row has a text for it; None where it has messages."""
+        given = (self.row.get(name) for name in ("prompt", *QUESTIONS))
+        given = next((value for value in given if value is not None), None)
+        return given if isinstance(given, str) else None
+
 
 class Source(NamedTuple):
     """One source of reward."""
@@ -73,10 +94,11 @@ class Source(NamedTuple):
     name: str  # on the board: rewards/NAME/mean
     # samples -> a number each, None where it does not apply
     score: Callable[[Sequence[Sample]], Sequence[float | None]]
+    hint: str = ""  # what may be amiss where it fails
 
 
-def open_source(spec: str, columns: Sequence[str]) -> Source:
-    """The source that one value of --reward names. columns: of the data's first row.
+def open_source(spec: str, columns: Sequence[str], of: str = "the data") -> Source:
+    """The source that one value of --reward names. columns: of the data, which messages call `of`.
 
     ValueError for a verifier, a module, a function or a column that is not there.
     """
@@ -88,7 +110,7 @@ def open_source(spec: str, columns: Sequence[str]) -> Source:
             raise ValueError(f"--reward {spec}: expected {wanted}")
         if verifier.argument == "COLUMN" and rest not in columns:
             raise ValueError(
-                f"--reward {spec}: the data has no column {rest!r}; found {', '.join(columns)}"
+                f"--reward {spec}: {of} has no column {rest!r}; found {', '.join(columns)}"
             )
         judge = verifier.make(rest) if verifier.takes_text else verifier.make()
         return Source(spec if len(spec) <= 40 else kind, lambda samples: [*map(judge, samples)])
@@ -97,7 +119,7 @@ def open_source(spec: str, columns: Sequence[str]) -> Source:
             f"{name}:{v.argument}" if v.takes_text else name for name, v in VERIFIERS.items()
         )
         raise ValueError(f"--reward {spec}: expected MODULE:FUNCTION or one of {known}")
-    return Source(rest, _calls(_import(kind, rest, spec)))
+    return _source_of(_import(kind, rest, spec), rest, spec, columns, of)
 
 
 def _import(module: str, name: str, spec: str) -> Callable:
@@ -106,7 +128,7 @@ def _import(module: str, name: str, spec: str) -> Callable:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module's own code raises
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
         raise ValueError(
             f"--reward {spec} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -115,54 +137,100 @@ def _import(module: str, name: str, spec: str) -> Callable:
     return function
 
 
-def _calls(function: Callable) -> Callable:
-    """What calls `function` by the names of its parameters."""
-    parameters = inspect.signature(function).parameters
-    if "completions" in parameters:
-        return lambda samples: _call_all(function, parameters, samples)
+def _source_of(function, name: str, spec: str, columns: Sequence[str], of: str) -> Source:
+    """What calls `function` by the names of its parameters. ValueError for one that nothing fills."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # not written in Python
+        raise ValueError(
+            f"--reward {spec} does not say what it takes: wrap it in a function of yours"
+        ) from None
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    known = ("prompt", "response", "row")
+    is_trls = any(each in parameters for each in TRLS)
+    known = (*TRLS, *columns) if is_trls else OURS
     unknown = [
         p.name
         for p in parameters.values()
-        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in known
+        if p.default is p.empty
+        and p.kind is not p.VAR_KEYWORD
+        and not (takes_any and p.kind is p.VAR_POSITIONAL)
+        and (p.name not in known or p.kind is p.POSITIONAL_ONLY)
     ]
+    if unknown and is_trls:
+        raise ValueError(
+            f"--reward {spec} takes {', '.join(unknown)}, and {of} has no such column: give it a default; "
+            f"known are {', '.join(dict.fromkeys(known))}"
+        )
     if unknown:
         raise ValueError(
-            f"the reward function {function.__name__} takes {', '.join(unknown)}: expected any of "
-            f"{', '.join(known)}, or completions as TRL calls it"
+            f"--reward {spec} takes {', '.join(unknown)}: expected any of {', '.join(OURS)}, or completions "
+            "as TRL calls it"
         )
-    names = [name for name in known if name in parameters or takes_any]
+    if is_trls:
+        return Source(
+            name,
+            lambda samples: _call_all(
+                function, None if takes_any else parameters, columns, samples
+            ),
+            " (completions are texts where the data's prompts are, and else messages)",
+        )
+    names = [each for each in OURS if each in parameters or takes_any]
 
     def call(sample):
-        row = sample.row | {"ended": sample.ended}
+        # copies: what one function does to its arguments is no other's business
+        row = copy.deepcopy(sample.row) | {"ended": sample.ended}
         values = {"prompt": sample.prompt, "response": sample.response, "row": row}
-        return function(**{name: values[name] for name in names})
+        return function(**{each: values[each] for each in names})
 
-    return lambda samples: [call(sample) for sample in samples]
+    return Source(name, lambda samples: _awaited([call(sample) for sample in samples]))
 
 
-def _call_all(function, parameters, samples: Sequence[Sample]) -> Sequence:
-    """Call a function as TRL does: prompts and completions as messages, a list for each column."""
+def _call_all(function, names, columns: Sequence[str], samples: Sequence[Sample]) -> Sequence:
+    """Call a function as TRL does, with a list for each of its parameters. names: of those that it
+    takes; None: any.
+    """
     if not samples:
         return []
-    columns = {name: [sample.row.get(name) for sample in samples] for name in samples[0].row}
-    arguments = columns | {
-        "prompts": [sample.messages for sample in samples],
-        "completions": [[{"role": "assistant", "content": sample.response}] for sample in samples],
+    found = dict.fromkeys([*columns, *(name for sample in samples for name in sample.row)])
+    arguments = {name: [sample.row.get(name) for sample in samples] for name in found}
+    arguments |= {
+        "prompts": [s.messages if s.text is None else s.text for s in samples],
+        "completions": [
+            [{"role": "assistant", "content": s.response}] if s.text is None else s.response
+            for s in samples
+        ],
+        "completion_ids": [list(s.ids) for s in samples],
     }
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments = {name: value for name, value in arguments.items() if name in parameters}
-    return function(**arguments)
+    if names is not None:
+        arguments = {name: value for name, value in arguments.items() if name in names}
+    return _awaited([function(**copy.deepcopy(arguments))])[0]
+
+
+def _awaited(values: list) -> list:
+    """The values, those of coroutines waited for together."""
+    if not any(inspect.isawaitable(value) for value in values):
+        return values
+
+    async def finished(value):
+        return await value if inspect.isawaitable(value) else value
+
+    async def all_of_them():
+        return await asyncio.gather(*map(finished, values))
+
+    return asyncio.run(all_of_them())
 
 
 def score(source: Source, samples: Sequence[Sample]) -> np.ndarray:
     """(B,) fp64, NaN where the source does not apply, on every rank. Every rank calls this.
 
-    Each sample is scored once, by one rank. DataError where what comes back is no number: it names the
+    Each sample is scored once, by one rank, which has all of the prompt's: a function may compare them.
+    DataError where what comes back is no number: it names the
     source, the row, the prompt and the answer.
     """
-    places = range(dist.rank(), len(samples), dist.world_size())
+    groups = [
+        list(group) for _, group in groupby(range(len(samples)), key=lambda i: samples[i].number)
+    ]
+    places = [i for group in groups[dist.rank() :: dist.world_size()] for i in group]
     problem, values = None, []
     try:
         values = _checked(source, [samples[i] for i in places])
@@ -180,22 +248,35 @@ def score(source: Source, samples: Sequence[Sample]) -> np.ndarray:
 
 def _checked(source: Source, samples: Sequence[Sample]) -> list[float]:
     """The source's numbers for these samples."""
-    try:
-        values = source.score(samples)
-    except Exception as first:
-        error, where = first, f"{len(samples)} samples"
+    values, error = _tried(source, samples)
+    if error is not None:
+        where = f"{len(samples)} samples"
         for sample in samples:  # one of them, if it is one
-            try:
-                source.score([sample])
-            except Exception as same:
+            _, same = _tried(source, [sample])
+            if same is not None:
                 error, where = same, _shown(sample)
                 break
         text = "".join(traceback.format_exception(error)).rstrip()
-        raise DataError(f"the reward {source.name} failed on {where}\n{text}") from error
-    if not isinstance(values, list | tuple | np.ndarray) or len(values) != len(samples):
-        found = len(values) if hasattr(values, "__len__") else type(values).__name__
-        raise DataError(f"the reward {source.name} gave {found} for {len(samples)} samples")
+        raise DataError(
+            f"the reward {source.name} failed on {where}{source.hint}\n{text}"
+        ) from error
+    if len(values) != len(samples):
+        raise DataError(
+            f"the reward {source.name} gave {len(values)} for {len(samples)} samples: expected a list with "
+            "a number for each"
+        )
     return [_number(source, value, sample) for value, sample in zip(values, samples, strict=True)]
+
+
+def _tried(source: Source, samples: Sequence[Sample]) -> tuple[list, Exception | None]:
+    """(what the source gives, the exception that it raised instead)."""
+    try:
+        values = source.score(samples)
+        if isinstance(values, str | bytes | dict | set) or not isinstance(values, Iterable):
+            raise TypeError(f"{type(values).__name__} is no list of rewards")
+        return list(values), None
+    except Exception as error:  # whatever its own code raises
+        return [], error
 
 
 def _number(source: Source, value: Any, sample: Sample) -> float:
@@ -205,13 +286,13 @@ def _number(source: Source, value: Any, sample: Sample) -> float:
     if not isinstance(value, str | bytes | list | tuple | dict):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if math.isfinite(number):
+        if abs(number) < LARGEST:
             return number
     raise DataError(
-        f"the reward {source.name} gave {value!r} for {_shown(sample)}: expected a finite number, "
-        "or None where it does not apply"
+        f"the reward {source.name} gave {value!r} for {_shown(sample)}: expected a finite number, no "
+        f"larger than {LARGEST:g}, or None where it does not apply"
     )
 
 
@@ -250,9 +331,8 @@ def _exact(column: str) -> Callable:
 
     def judge(sample):
         wanted = sample.row.get(column)
-        if wanted is None:
-            return None
-        return float(_plain(sample.response) == _plain(str(wanted)))
+        wanted = "" if wanted is None else _plain(str(wanted))
+        return float(_plain(sample.response) == wanted) if wanted else None
 
     return judge
 

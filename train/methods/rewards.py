@@ -7,6 +7,7 @@ therefore passed as messages and text, not as the policy's token ids.
 
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 
 from train.data.chat import Chat, tail_ids, tokenise
-from train.data.errors import RowError
+from train.data.errors import DataError, RowError
 from train.engine import dist, ds_config, loading, preemption
 from train.engine.offload import Offloaded
 from train.models.heads import HEAD, Score
 from train.models.pretrained import load_score_model, load_tokenizer
 from train.run import card
 
+SHOWN = 200  # characters of a prompt or an answer in an error
 AT_ONCE = 4096  # tokens of texts that are scored together, padding included
 
 
@@ -31,6 +33,15 @@ class Prompt(NamedTuple):
     ids: tuple[int, ...]  # as training sees it, the assistant's header included
     messages: list  # [{"role": ..., "content": ...}], ends with a user's turn
     template_args: dict | None = None  # what else the chat template gets: tools, documents, ...
+
+
+def prompts_of(data) -> list[Prompt]:
+    """All of a data.prompts.Prompts."""
+    asked = map(data.asked, range(len(data)))
+    return [
+        Prompt(int(data.data.rows[i]), data.ids(i), each.messages, each.template_args)
+        for i, each in enumerate(asked)
+    ]
 
 
 class OwnClass:
@@ -103,6 +114,8 @@ class OwnClass:
             hook.remove()
         if len(seen) != 1 or not torch.is_tensor(seen[0]) or seen[0].shape != (1, len(ids), 1):
             return None
+        if not score.isfinite().all():  # which equals nothing
+            return None
         return bool(torch.equal(seen[0][0, -1].float(), score))
 
 
@@ -111,9 +124,12 @@ class RewardModel:
     tokenizer and template.
 
     A finished answer is scored as everybody renders it, the template's tail behind the end token
-    included; one that was cut has neither. The class reads its score off the rightmost token that
-    is not pad. `description` names that token.
+    included; one that was cut has neither, and is cut again where it takes more of this model's
+    tokens than it has positions. The class reads its score off the rightmost token that is not pad.
+    `description` names that token.
     """
+
+    _said: bool = False  # that an answer did not fit
 
     def __init__(
         self,
@@ -189,7 +205,7 @@ class RewardModel:
         """ValueError where a conversation may outrun the model's positions, or has a token that it
         lacks.
         """
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = self.positions
         longest = 0
         for prompt in prompts:
             ids = self._prompt_ids(prompt.messages, prompt.template_args)
@@ -213,6 +229,11 @@ class RewardModel:
             "reads": self.tokenizer.convert_ids_to_tokens(pooled),
         }
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens of a text; None: no bound is known."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def ids(self, messages, text: str, ended: bool, template_args: dict | None = None) -> list[int]:
         """The conversation's token ids as everybody renders it; an answer that was cut gets neither
         end token nor tail. template_args: what else the template gets.
@@ -220,7 +241,7 @@ class RewardModel:
         An answer that the template refuses, and models write anything, follows the prompt as it is.
         """
         if not text.strip():  # some templates leave out the turn of an empty answer
-            return [*self._prompt_ids(messages, template_args), *self.ending]
+            return [*self._prompt_ids(messages, template_args), *(self.ending if ended else ())]
         try:
             ids = self.chat.finished_ids(messages, text, template_args)
         except RowError as error:
@@ -260,16 +281,23 @@ class RewardModel:
         calls this.
 
         conversations: the messages that each answer follows. ended: whether it ends by itself.
-        template_args: what else the template gets for each; None: nothing. Texts of about the same
-        length are scored at once; which, is planned for the whole job and dealt to the ranks, so that no
-        digit depends on their number.
+        template_args: what the chat template gets besides for each; None: nothing. Texts of about the
+        same length are scored at once; which, is planned for the whole job and dealt to the ranks, so
+        that no digit depends on their number.
         """
-        args = template_args or [None] * len(texts)
-        ids = [self.ids(*each) for each in zip(conversations, texts, ended, args, strict=True)]
-        for each in ids:
-            self._check_ids(each)
+        besides = template_args or [None] * len(texts)
+        every = zip(conversations, texts, ended, besides, strict=True)
+        of_answers = [tuple(self._fitting(self.ids(*each))) for each in every]
+        # Each text once: two of a group would else differ by what padding rounds, and a deviation of
+        # nothing else is what advantages are divided by.
+        ids = list(dict.fromkeys(of_answers))
+        try:
+            for each in ids:
+                self._check_ids(each)
+        except ValueError as error:  # of an answer: the run is under way
+            raise DataError(str(error)) from error
         parts = self.own.parts([len(each) for each in ids])
-        mine = []  # (number of the answer, score)
+        mine = []  # (number of the text, score)
         with self._place:
             for first in range(0, len(parts), dist.world_size()):
                 preemption.raise_if_preempted()
@@ -284,7 +312,32 @@ class RewardModel:
                     mine += zip(part, scores, strict=True)
         preemption.raise_if_preempted()
         everyone = sorted(pair for part in dist.all_gather(mine) for pair in part)
-        return np.array([score for _, score in everyone])
+        score_of = {ids[i]: score for i, score in everyone}
+        scores = [score_of[each] for each in of_answers]
+        for messages, text, score in zip(conversations, texts, scores, strict=True):
+            if not math.isfinite(score):
+                raise DataError(
+                    f"--reward_model {self.path} gives {score} for the answer {text[:SHOWN]!r} to "
+                    f"{messages[-1]['content'][:SHOWN]!r}: try --precision fp32, or another model"
+                )
+        return np.array(scores)
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        """As many ids as the model has positions for. `check` cannot know how many of them an answer
+        takes: the policy counts its length in tokens of its own.
+        """
+        if self.positions is None or len(ids) <= self.positions:
+            return ids
+        if not self._said:
+            self._said = True
+            logging.getLogger("zeropref").warning(
+                "--reward_model %s has %s positions, and a conversation takes %s of its tokens: such "
+                "answers are scored as if they were cut there; lower --max_new_tokens",
+                self.path,
+                self.positions,
+                len(ids),
+            )
+        return ids[: self.positions]
 
     def _check_ids(self, ids: Sequence[int]):
         """ValueError for a token that the model has no embedding for."""

@@ -49,8 +49,8 @@ the causal LM, model...:
     parts in manifest.json    policy: updates, skipped, schedule, stage; reference: {};
                               running_mean: mean, count (of BCO's rewards); report: evaluated_at,
                               evaluated, last, health, meter, events (of launch/train_ppo.py:
-                              evaluated_at, evaluated, answers, last, seconds, events); rollout: number,
-                              updates, facts
+                              evaluated_at, evaluated, answers, first_columns, comparison, last,
+                              seconds, of_updates, events); rollout: number, updates, facts
 
 Beside them OUTPUT/checkpoints/latest holds the name of the newest.
 

@@ -37,6 +37,14 @@ VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 logging.getLogger("zeropref").addHandler(logging.NullHandler())
 
 
+class _Terminal(logging.Handler):
+    """Shows on the terminal what the library warns of; what has a traceback is for the log alone."""
+
+    def emit(self, record):
+        if not record.exc_info:
+            tqdm.write(f"warning: {record.getMessage()}")
+
+
 class RunFolder:
     """OUTPUT/ and its run.json. Every rank makes one; rank 0 writes, from `start` on."""
 
@@ -165,7 +173,7 @@ class RunFolder:
         self.log = logging.getLogger("zeropref")
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
-        self.log.handlers = [handler]
+        self.log.handlers = [handler, *([_Terminal(logging.WARNING)] if dist.is_main() else [])]
 
     def start(self):
         """Take the folder: everything is settled, and what was refused before leaves only a log."""

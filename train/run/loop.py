@@ -144,7 +144,7 @@ def rollouts(run, settings, data, state: dict, report: Report) -> Iterator[Rollo
     again; what is left of it is for the parts of `state` to know.
     """
     checkpointer = _begin(run, settings, data, state, report)
-    skipped_in_a_row = 0
+    skipped = {}  # in a row, of each model: one may be lost while the other learns
     plan = planning.plan_rollouts(
         mixing.mix_of(data),
         settings.batch_size,
@@ -159,8 +159,9 @@ def rollouts(run, settings, data, state: dict, report: Report) -> Iterator[Rollo
         assert step.finished, "the script finishes each rollout: step.finish()"
         number = planned.number + 1
         report.step(step, step.updates)
-        for _, update in step.updates:
-            skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
+        for name, update in step.updates:
+            skipped[name] = 0 if update.applied else skipped.get(name, 0) + 1
+        skipped_in_a_row = max(skipped.values(), default=0)
         save_due = checkpointer.is_due(number)
         draft = checkpointer.draft(number)
         _end_of_step(run, settings, checkpointer, report, data, step, draft, skipped_in_a_row)

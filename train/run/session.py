@@ -215,8 +215,8 @@ def _end_not_written(run, error):
 
 def _end_bad_data(run, error):
     """What the data, or a reward for it, came to in the middle of a run; every rank raises it."""
-    saver = run.checkpointer
-    saved = saver.place > Place(0) and saver.save()
+    saver = run.checkpointer  # an evaluation has none
+    saved = saver is not None and saver.place > Place(0) and saver.save()
     where = f"; the state of before is in {saver.directory()}" if saved else ""
     run.say(f"error: {error}{where}")
     _exit_now(run, "failed", Exit.DATA)

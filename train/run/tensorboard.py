@@ -31,8 +31,10 @@ CHARTS = {
 EVENTS = re.compile(r"events\.out\.tfevents\.\d+\.")
 
 
-def open_board(run, report_to: list[str]) -> "Board":
-    """The board of a training run that has its plan. report_to: TensorBoard, and other trackers."""
+def open_board(run, report_to: list[str], within: bool = False) -> "Board":
+    """The board of a training run that has its plan. report_to: TensorBoard, and other trackers. within:
+    as Board's.
+    """
     plan, folder = run.plan, run.folder
     facts = {
         name: folder.record[name] for name in ("hardware", "versions") if name in folder.record
@@ -49,6 +51,7 @@ def open_board(run, report_to: list[str]) -> "Board":
         plan.begun,
         writes="tensorboard" in report_to,
         trackers=trackers,
+        within=within,
     )
 
 
@@ -67,9 +70,10 @@ class Board:
         quiet: bool = False,
         writes: bool = True,
         trackers: Trackers | None = None,
+        within: bool = False,
     ):
         """total, start: steps of the bar. quiet: no bar. writes: TensorBoard's files. trackers: those
-        beside it.
+        beside it. within: the step after `start` is under way, and some of it is shown already.
         """
         self.writer, self.folder, self.trackers = None, folder, trackers
         self.writes = writes
@@ -82,11 +86,13 @@ class Board:
                 # files are read in the order of their names, which hold whole seconds
                 second = int(self.older[-1].name.split(".")[3])
                 time.sleep(min(max(0, second + 1 - time.time()), 2))
-            if not start:
+            is_new = not start and not within
+            if is_new:
                 self.cut({})
             # purge_step is for a TensorBoard that is looking on: what an interrupted run wrote of
             # later steps does not count
-            self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
+            first = 0 if is_new else start + 1 + within
+            self.writer = SummaryWriter(str(folder), purge_step=first)
         hidden = quiet or not dist.is_main()
         self.bar = tqdm(
             total=total,
