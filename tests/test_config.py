@@ -297,6 +297,7 @@ def test_exit_codes_are_those_that_wrappers_know():
         "NONFINITE": 5,
         "HUB": 6,
         "PREEMPTED": 85,
+        "INTERRUPTED": 130,
     }
 
 
