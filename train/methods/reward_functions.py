@@ -224,8 +224,8 @@ def score(source: Source, samples: Sequence[Sample]) -> np.ndarray:
     """(B,) fp64, NaN where the source does not apply, on every rank. Every rank calls this.
 
     Each sample is scored once, by one rank, which has all of the prompt's: a function may compare them.
-    DataError where what comes back is no number: it names the
-    source, the row, the prompt and the answer.
+    DataError where what comes back is no number: it names the source, the row, the prompt and the
+    answer.
     """
     groups = [
         list(group) for _, group in groupby(range(len(samples)), key=lambda i: samples[i].number)

@@ -129,8 +129,6 @@ class RewardModel:
     `description` names that token.
     """
 
-    _said: bool = False  # that an answer did not fit
-
     def __init__(
         self,
         path,
@@ -170,7 +168,7 @@ class RewardModel:
             allow_template_changes=True,
             keep_tail=True,
         )
-        self._has_told = False
+        self._warned = set()  # of what
         # what the template writes behind an answer: the end token, and a tail
         self.ending = tail_ids(self.tokenizer)
         self.model.eval()
@@ -245,7 +243,11 @@ class RewardModel:
         try:
             ids = self.chat.finished_ids(messages, text, template_args)
         except RowError as error:
-            self._tell(error)
+            self._warn_once(
+                "refused",
+                "an answer is scored as it stands behind its prompt, since %s",
+                error,
+            )
             [ids] = tokenise(self.tokenizer, [text])
             ids = [*self._prompt_ids(messages, template_args), *ids, *self.ending]
         is_whole = ended or ids[len(ids) - len(self.ending) :] != self.ending
@@ -260,15 +262,11 @@ class RewardModel:
                 "such rows out, or put a chat_template.jinja that takes them into its folder"
             ) from error
 
-    def _tell(self, error: RowError):
-        """Warn, once, of an answer that the template refuses."""
-        if not self._has_told:
-            self._has_told = True
-            logging.getLogger("zeropref").warning(
-                "--reward_model %s: an answer is scored as it stands behind its prompt, since %s",
-                self.path,
-                error,
-            )
+    def _warn_once(self, what: str, line: str, *args):
+        """A warning about `what`, with the model's name before it."""
+        if what not in self._warned:
+            self._warned.add(what)
+            logging.getLogger("zeropref").warning(f"--reward_model %s: {line}", self.path, *args)
 
     def score(
         self,
@@ -328,15 +326,13 @@ class RewardModel:
         """
         if self.positions is None or len(ids) <= self.positions:
             return ids
-        if not self._said:
-            self._said = True
-            logging.getLogger("zeropref").warning(
-                "--reward_model %s has %s positions, and a conversation takes %s of its tokens: such "
-                "answers are scored as if they were cut there; lower --max_new_tokens",
-                self.path,
-                self.positions,
-                len(ids),
-            )
+        self._warn_once(
+            "positions",
+            "it has %s positions, and a conversation takes %s of its tokens: such answers are scored as if "
+            "they were cut there; lower --max_new_tokens",
+            self.positions,
+            len(ids),
+        )
         return ids[: self.positions]
 
     def _check_ids(self, ids: Sequence[int]):
