@@ -277,6 +277,7 @@ def test_a_reward_model(warm, model_dir, reward_dir, prompts, tmp_path):
     assert (critic.config.score_mean, critic.config.score_std) == (0.25, 1.0)
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_is_no_value_model(warm, model_dir, prompts, tmp_path):
     """An encoder of the policy's tokens judges, and values begin at 0; while they warm up alone, torch's
     complaint about the policy's schedule is nobody's business.
@@ -468,6 +469,7 @@ def test_a_policy_that_is_lost_beside_a_value_model(
     assert "4 steps in a row had gradients that are not finite" in text
 
 
+@pytest.mark.slow
 def test_rollouts_that_tensorboard_shows(warm, model_dir, prompts, tmp_path):
     """Every second one and the last; deviations are of one kind; no reward for any answer is said."""
     out = tmp_path / "out"
