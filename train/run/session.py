@@ -12,7 +12,9 @@ first step.
 import contextlib
 import logging
 import os
+import signal
 import sys
+import time
 from typing import NamedTuple
 
 from train import config, quiet, settings
@@ -23,6 +25,9 @@ from train.models import builtin
 from train.run import trackers, upload
 from train.run.checkpoint_files import Place
 from train.run.folder import RunFolder
+
+# Ctrl-C may take a peer first: a rank that is left by it waits so long for its own.
+CTRL_C_SECONDS = 0.5
 
 
 class NotFinite(Exception):
@@ -111,12 +116,23 @@ def start(flags, kind: str = "run", interruptible: bool = True):
         upload.push(run, flags)  # where that has not been done yet
         raise SystemExit(Exit.DONE)
     try:
-        with refusals(run):
+        with _ending(run, flags), refusals(run):
             with dist.main_process_first():
                 if dist.is_main():
                     trackers.check(flags.report_to)
             upload.check(run, flags)
             yield run
+    except KeyboardInterrupt:  # also one that comes while something else is being handled
+        _end_interrupted(run)
+    end_in_order()
+    upload.push(run, flags)  # the other ranks do not wait for it
+
+
+@contextlib.contextmanager
+def _ending(run, flags):
+    """End a run by what was raised in it."""
+    try:
+        yield
     except preemption.Preempted:
         _end_preempted(run, flags)
     except NotFinite as error:
@@ -130,17 +146,16 @@ def start(flags, kind: str = "run", interruptible: bool = True):
             raise
         _end_bad_data(run, error)
     except KeyboardInterrupt:
-        _end_interrupted(run)
+        raise
     except BaseException as error:
         if not run.under_way:
             raise
+        time.sleep(CTRL_C_SECONDS)
         logging.getLogger("zeropref").exception("the run ends")
-        folder.status("failed")
+        run.folder.status("failed")
         if run.batch is not None and memory.is_out_of_memory(error):
             memory.end_run(error, *memory.describe_batch(run.batch, run.plan.batch_tokens))
         raise
-    end_in_order()
-    upload.push(run, flags)  # the other ranks do not wait for it
 
 
 @contextlib.contextmanager
@@ -224,6 +239,7 @@ def _end_bad_data(run, error):
 
 def _end_interrupted(run):
     """Ctrl-C, which each rank gets by itself, so that none can wait for another: nothing is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # launchers pass it on, a second time
     done = ""
     if run.checkpointer is not None:
         saved = any(run.checkpointer.path.glob("step-*"))
