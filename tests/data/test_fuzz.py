@@ -449,7 +449,7 @@ def check(path, tokenizer, rows):
     """Collect `path` and compare with (anything, pair or None, reason or None) a row."""
     data = collect([str(path)], tokenizer, max_length=MOST, max_prompt_length=MOST_PROMPT)
     sound = [i for i, (_, pair, _) in enumerate(rows) if pair]
-    assert data.rows.tolist() == sound
+    assert data.rows.tolist() == sound, [d.reason for d in data.dropped if d.row in sound]
     for place, i in enumerate(sound):
         found = data.group(place)
         assert (found.prompt, found.responses) == group_of(*rows[i][1]), rows[i]

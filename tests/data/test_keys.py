@@ -92,6 +92,13 @@ def test_calls_that_are_written_in_part(read):
     assert '"soup"' in read(row, template)[0][0]
 
 
+def test_an_answer_that_names_a_call_s_argument_under_a_template_without_calls(read):
+    call = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    chosen = assistant("How is it in Paris?", tool_calls=[call])
+    texts, said = read({"prompt": "Hi", "chosen": chosen, "rejected": "n"})
+    assert texts[0] == "How is it in Paris?<|end|>" and "tool_calls" in said
+
+
 @pytest.mark.parametrize(
     "more, said",
     [

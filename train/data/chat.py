@@ -219,9 +219,10 @@ class Chat:
             raise ValueError(
                 f"the tokenizer of {name} has no eos_token: set 'eos_token' in its tokenizer_config.json"
             )
-        self._takes_objects = self._renders_call(CALL_ARGUMENTS) or not self._renders_call(
-            json.dumps(CALL_ARGUMENTS)
-        )
+        of_object = self._renders_call(CALL_ARGUMENTS)
+        of_text = self._renders_call(json.dumps(CALL_ARGUMENTS))
+        self._writes_calls = of_object or of_text
+        self._takes_objects = of_object or not of_text
         self._probe(name)
         self.keep_tail = keep_tail
 
@@ -496,7 +497,9 @@ class Chat:
                 f"empty response after the chat template, which leaves out {what} (--chat_template "
                 "FILE for one that keeps them)"
             )
-        return said, asked in body and _calls_are_in(answer, body)
+        # a template that writes no calls is another matter, which `_unused` tells
+        in_full = asked in body and (not self._writes_calls or _calls_are_in(answer, body))
+        return said, in_full
 
     def _around_answer(self, messages: list[dict], args: dict) -> tuple[str, str] | None:
         """What is rendered before and behind an answer to these messages, however the template
@@ -677,12 +680,8 @@ def _lead(prompt: str, before: str, bare: str) -> str:
 
 
 def _calls_are_in(answer: dict, body: str) -> bool:
-    """Whether the names and arguments of an answer's tool calls stand in what is rendered, if any of
-    them does: a template that writes none is another matter, which `_unused` tells.
-    """
-    words = [word for word in _words(answer.get("tool_calls") or []) if word]
-    found = [_is_written(word, body) for word in words]
-    return all(found) or not any(found)
+    """Whether the names and arguments of an answer's tool calls stand in what is rendered."""
+    return all(_is_written(word, body) for word in _words(answer.get("tool_calls") or []))
 
 
 def _is_written(text: str, body: str) -> bool:
