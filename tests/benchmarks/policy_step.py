@@ -56,7 +56,8 @@ def ours(job, _) -> dict:
     count = 1 + job["steps"]
     texts = replay.read_prompts(job, job["prompts"] * count)
     data = Path(job["shared"]) / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]  # as TRL gets them
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {"seconds": [], "generating": [], "norms": []}
     kept, rollouts = [], loop.rollouts
 
